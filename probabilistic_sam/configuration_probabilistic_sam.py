@@ -1,0 +1,107 @@
+"""Configuration of Probabilistic SAM and of its light vision encoder."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig, SamConfig
+
+
+@strict
+class TinyViTVisionConfig(PreTrainedConfig):
+    r"""
+    MobileSAM's image encoder (TinyViT-5M): a convolutional stage and three stages of windowed attention.
+
+    Args:
+        image_size (`int`, defaults to 1024): side of the square input in pixels, a multiple of `patch_size`.
+        patch_size (`int`, defaults to 16): total stride from pixels to image embeddings.
+        embed_dims (`list[int]`): channels of the four stages.
+        depths (`list[int]`): blocks of the four stages.
+        num_heads (`list[int]`): attention heads of the four stages; the first stage has no attention.
+        window_sizes (`list[int]`): sides of the attention windows; the first stage has none.
+        mbconv_expand_ratio (`float`): expansion of the first stage's inverted bottlenecks.
+        mlp_ratio (`float`): expansion of the MLPs.
+        output_channels (`int`): channels of the image embeddings.
+        num_pos_feats (`int`): half the width of SAM's positional encoding.
+    """
+
+    base_config_key = "vision_config"
+    model_type = "tiny_vit_vision_model"
+
+    image_size: int = 1024
+    patch_size: int = 16
+    num_channels: int = 3
+    embed_dims: list[int] | tuple[int, ...] = (64, 128, 160, 320)
+    depths: list[int] | tuple[int, ...] = (2, 2, 6, 2)
+    num_heads: list[int] | tuple[int, ...] = (2, 4, 5, 10)
+    window_sizes: list[int] | tuple[int, ...] = (7, 7, 14, 7)
+    mbconv_expand_ratio: float = 4.0
+    mlp_ratio: float = 4.0
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-5
+    output_channels: int = 256
+    num_pos_feats: int = 128
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size must be a multiple of {self.patch_size}, got {self.image_size}")
+        self.hidden_size = self.embed_dims[-1]
+        self.scale = 128  # SAM's positional encoding is drawn with this standard deviation when it is not loaded
+        super().__post_init__(**kwargs)
+
+
+@strict
+class ProbabilisticSamConfig(SamConfig):
+    r"""
+    SAM's configuration and the latent space's.
+
+    The latent of one sample has `latent_dim` coordinates. The first one decides whether this reader draws anything
+    (he draws when it is positive), the others shape the outline.
+
+    Args:
+        vision_config: SAM's own ViT (`SamVisionConfig`) or MobileSAM's TinyViT (`TinyViTVisionConfig`); a dictionary is
+            read by its `model_type`.
+        latent_dim (`int`, defaults to 9): coordinates of the latent, the drawing coordinate included; at least 2.
+        latent_hidden_size (`int`, defaults to 128): width of the prior and posterior networks.
+        latent_injection (`str`, defaults to `"sparse"`): where the latent enters the decoder. `"sparse"` adds one
+            projection to each sparse prompt embedding (the paper's way), `"token"` appends it as a prompt token of its own.
+        latent_dropout (`float`, defaults to 0.1): dropout in the heads of the prior and posterior networks.
+        bce_weight, dice_weight (`float`): weights of the reconstruction: binary cross-entropy **summed over the pixels of
+            the low-resolution mask** and soft Dice loss (between 0 and 1).
+        kl_weight (`float`, defaults to 1): weight of the KL divergence (nats, summed over latent coordinates) against that
+            sum. Against a mean over pixels the same number would weigh some 4,000 times as much and the posterior would
+            collapse.
+        free_bits (`float`, defaults to 0): nats a latent coordinate may spend without being penalised.
+        energy_weight (`float`, defaults to 0): weight of the energy distance between samples of the prior and readers.
+        num_energy_samples (`int`, defaults to 4): samples of the prior decoded in a training step for that distance.
+    """
+
+    model_type = "probabilistic_sam"
+
+    latent_dim: int = 9
+    latent_hidden_size: int = 128
+    latent_injection: str = "sparse"
+    latent_dropout: float = 0.1
+    bce_weight: float = 1.0
+    dice_weight: float = 10.0
+    kl_weight: float = 1.0
+    free_bits: float = 0.0
+    energy_weight: float = 0.0
+    num_energy_samples: int = 4
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """Read a dictionary; that of a plain SAM becomes a Probabilistic SAM with default latent fields."""
+        if config_dict.get("model_type") == SamConfig.model_type:
+            config_dict = {key: value for key, value in config_dict.items() if key not in ("model_type", "architectures")}
+        return super().from_dict(config_dict, **kwargs)
+
+    def __post_init__(self, **kwargs):
+        if self.latent_dim < 2:
+            raise ValueError(f"latent_dim must be at least 2 (one coordinate decides whether to draw), got {self.latent_dim}")
+        if self.latent_injection not in ("sparse", "token"):
+            raise ValueError(f'latent_injection must be "sparse" or "token", got "{self.latent_injection}"')
+        if isinstance(self.vision_config, dict) and self.vision_config.get("model_type") == TinyViTVisionConfig.model_type:
+            self.vision_config = TinyViTVisionConfig(**self.vision_config)
+        super().__post_init__(**kwargs)
+
+
+__all__ = ["ProbabilisticSamConfig", "TinyViTVisionConfig"]

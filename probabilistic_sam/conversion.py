@@ -1,0 +1,181 @@
+"""Other people's checkpoints to ours: MobileSAM's original state dict, and SAM at another image size.
+
+    python -m probabilistic_sam.conversion mobile_sam.pt OUTPUT_DIR --image_size 256
+"""
+
+import argparse
+import pickle
+import re
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import SamConfig
+
+from .configuration_probabilistic_sam import ProbabilisticSamConfig, TinyViTVisionConfig
+from .errors import UserError, run
+from .modeling_probabilistic_sam import ProbabilisticSamModel
+from .processing_probabilistic_sam import ProbabilisticSamProcessor
+
+BATCH_NORM_EPS = 1e-5  # torch's default, which TinyViT keeps
+
+# Regular expressions over MobileSAM's keys, applied in order.
+MOBILE_SAM_KEYS = [
+    (r"^image_encoder\.", "vision_encoder."),
+    (r"patch_embed\.seq\.0\.", "patch_embed.conv1."),
+    (r"patch_embed\.seq\.2\.", "patch_embed.conv2."),
+    (r"(conv\d|local_conv)\.c\.", r"\1."),
+    (r"attn\.norm\.", "attn.layer_norm."),
+    (r"mlp\.norm\.", "mlp.layer_norm."),
+    (r"neck\.0\.", "neck.conv1."),
+    (r"neck\.1\.", "neck.layer_norm1."),
+    (r"neck\.2\.", "neck.conv2."),
+    (r"neck\.3\.", "neck.layer_norm2."),
+    (r"prompt_encoder\.pe_layer\.positional_encoding_gaussian_matrix", "shared_image_embedding.positional_embedding"),
+    (r"prompt_encoder\.point_embeddings\.", "prompt_encoder.point_embed."),
+    (r"mask_downscaling\.0\.", "mask_embed.conv1."),
+    (r"mask_downscaling\.1\.", "mask_embed.layer_norm1."),
+    (r"mask_downscaling\.3\.", "mask_embed.conv2."),
+    (r"mask_downscaling\.4\.", "mask_embed.layer_norm2."),
+    (r"mask_downscaling\.6\.", "mask_embed.conv3."),
+    (r"output_upscaling\.0\.", "upscale_conv1."),
+    (r"output_upscaling\.1\.", "upscale_layer_norm."),
+    (r"output_upscaling\.3\.", "upscale_conv2."),
+    (r"(output_hypernetworks_mlps\.\d|iou_prediction_head)\.layers\.0\.", r"\1.proj_in."),
+    (r"(output_hypernetworks_mlps\.\d|iou_prediction_head)\.layers\.1\.", r"\1.layers.0."),
+    (r"(output_hypernetworks_mlps\.\d|iou_prediction_head)\.layers\.2\.", r"\1.proj_out."),
+    (r"transformer\.layers\.(\d)\.norm(\d)\.", r"transformer.layers.\1.layer_norm\2."),
+    (r"transformer\.norm_final_attn\.", "transformer.layer_norm_final_attn."),
+]
+
+
+def load_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
+    """Tensors of a `.safetensors` file or of a torch file, which is read with `weights_only=True`."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}: give MobileSAM's mobile_sam.pt or the same tensors as .safetensors")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state_dict = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+        raise UserError(f"{path} is not a readable checkpoint ({type(error).__name__}); a .pt or .safetensors file is expected") from error
+    if not isinstance(state_dict, dict) or not all(isinstance(value, torch.Tensor) for value in state_dict.values()):
+        raise UserError(f"{path} holds no plain state dict (names to tensors)")
+    return state_dict
+
+
+def fold_batch_norm(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Replace each `x.c.weight` with its `x.bn.*` by one convolution: w g / s and b - m g / s, with s = sqrt(var + eps)."""
+    folded = {key: value for key, value in state_dict.items() if ".bn." not in key}
+    for name in (key.removesuffix(".bn.weight") for key in state_dict if key.endswith(".bn.weight")):
+        norm = {part: state_dict[f"{name}.bn.{part}"].double() for part in ("weight", "bias", "running_mean", "running_var")}
+        scale = norm["weight"] / torch.sqrt(norm["running_var"] + BATCH_NORM_EPS)
+        folded[f"{name}.c.weight"] = (state_dict[f"{name}.c.weight"].double() * scale[:, None, None, None]).float()
+        folded[f"{name}.c.bias"] = (norm["bias"] - norm["running_mean"] * scale).float()
+    return folded
+
+
+def convert_mobile_sam_state_dict(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """MobileSAM's original keys to those of `ProbabilisticSamModel` (float32); the latent networks are not among them."""
+    converted = {}
+    for key, value in fold_batch_norm(state_dict).items():
+        for pattern, replacement in MOBILE_SAM_KEYS:
+            key = re.sub(pattern, replacement, key)
+        converted[key] = value.float()
+    # SAM's positional matrix is one tensor under two names
+    converted["prompt_encoder.shared_embedding.positional_embedding"] = converted[
+        "shared_image_embedding.positional_embedding"
+    ]
+    return converted
+
+
+def mobile_sam_config(image_size: int = 1024, **kwargs) -> ProbabilisticSamConfig:
+    """Configuration of MobileSAM at `image_size` pixels; `kwargs` are fields of `ProbabilisticSamConfig`."""
+    return ProbabilisticSamConfig(
+        vision_config=TinyViTVisionConfig(image_size=image_size).to_dict(),
+        prompt_encoder_config={"image_size": image_size},
+        mask_decoder_config={"layer_norm_eps": 1e-5},  # the original SAM's
+        **kwargs,
+    )
+
+
+def convert_mobile_sam(path: str | Path, image_size: int = 1024, **kwargs) -> ProbabilisticSamModel:
+    """A `ProbabilisticSamModel` with MobileSAM's weights and fresh latent networks.
+
+    Raises:
+        UserError: the file is not a MobileSAM checkpoint; the message names the keys.
+    """
+    state_dict = convert_mobile_sam_state_dict(load_state_dict(path)) if path else {}
+    config = mobile_sam_config(image_size, **kwargs)
+    model, info = ProbabilisticSamModel.from_pretrained(
+        None, config=config, state_dict=state_dict, output_loading_info=True
+    )
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith(ProbabilisticSamModel.latent_modules))
+    if missing or info["unexpected_keys"] or info["mismatched_keys"]:
+        unexpected = sorted(info["unexpected_keys"])
+        raise UserError(f"{path} is not a MobileSAM checkpoint: missing {missing[:3]}, unexpected {unexpected[:3]}")
+    return model
+
+
+def interpolate_vit_positions(state_dict: dict[str, torch.Tensor], grid: int) -> dict[str, torch.Tensor]:
+    """SAM's ViT for a `grid` x `grid` patch map: absolute positions bicubic, global layers' relative positions linear.
+
+    Windowed layers keep their positions, for the window does not change. A state dict without `pos_embed` is returned as
+    it is.
+    """
+    positions = state_dict.get("vision_encoder.pos_embed")
+    if positions is None or positions.shape[1] == grid:
+        return state_dict
+    result = dict(state_dict)
+    old = positions.shape[1]
+    result["vision_encoder.pos_embed"] = F.interpolate(
+        positions.permute(0, 3, 1, 2).float(), size=(grid, grid), mode="bicubic", antialias=True, align_corners=False
+    ).permute(0, 2, 3, 1).to(positions.dtype)
+    for key, value in state_dict.items():
+        if ".rel_pos_" in key and value.shape[0] == 2 * old - 1:
+            resized = F.interpolate(value.float().T[None], size=2 * grid - 1, mode="linear", align_corners=False)
+            result[key] = resized[0].T.contiguous().to(value.dtype)
+    return result
+
+
+def convert_sam(directory: str, image_size: int | None = None, **kwargs) -> ProbabilisticSamModel:
+    """A `ProbabilisticSamModel` with the weights of a `SamModel` (directory or Hub name) at `image_size`.
+
+    Only the latent networks are new. Without `image_size` the checkpoint's own is kept.
+    """
+    config_dict = SamConfig.from_pretrained(directory).to_dict()
+    for key in ("model_type", "architectures", "dtype", "transformers_version"):
+        config_dict.pop(key, None)
+    if image_size is not None:
+        config_dict["vision_config"]["image_size"] = image_size
+        config_dict["prompt_encoder_config"]["image_size"] = image_size
+        config_dict["prompt_encoder_config"].pop("image_embedding_size", None)  # would override the new size
+    config = ProbabilisticSamConfig(**{**config_dict, **kwargs})
+    if image_size is None:
+        return ProbabilisticSamModel.from_pretrained(directory, config=config)
+    from transformers import SamModel
+
+    state_dict = SamModel.from_pretrained(directory, dtype=torch.float32).state_dict()
+    state_dict = interpolate_vit_positions(state_dict, config.prompt_encoder_config.image_embedding_size)
+    return ProbabilisticSamModel.from_pretrained(None, config=config, state_dict=state_dict)
+
+
+def main() -> None:
+    """Command line: convert a MobileSAM checkpoint and write it with a processor."""
+    parser = argparse.ArgumentParser(description="Convert MobileSAM's original checkpoint to a ProbabilisticSamModel.")
+    parser.add_argument("checkpoint", help="mobile_sam.pt, or the same tensors as .safetensors")
+    parser.add_argument("output", help="directory to write")
+    parser.add_argument("--image_size", type=int, default=256, help="side of the model's input in pixels (default 256)")
+    parser.add_argument("--crop_size", type=int, default=64, help="window around the prompt in image pixels (default 64)")
+    arguments = parser.parse_args()
+    model = convert_mobile_sam(arguments.checkpoint, arguments.image_size)
+    model.save_pretrained(arguments.output)
+    ProbabilisticSamProcessor(arguments.image_size, arguments.crop_size).save_pretrained(arguments.output)
+    print(f"wrote {arguments.output}: MobileSAM at {arguments.image_size} pixels, latent networks untrained")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,45 @@
+# make demo | make test | make lint; the first of them builds .venv, later ones find it ready.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# The suite and the demo are offline and draw into files.
+export HF_HUB_OFFLINE = 1
+export HF_HUB_DISABLE_TELEMETRY = 1
+export TOKENIZERS_PARALLELISM = false
+export MPLBACKEND = Agg
+export PYTHONDONTWRITEBYTECODE = 1
+
+.PHONY: help install demo test lint clean
+
+help:
+	@echo "make demo   draw samples for real nodules with the model in model_cards/psam-lidc, into demo/"
+	@echo "make test   the whole suite"
+	@echo "make lint   ruff and mypy"
+	@echo "make clean  remove .venv, caches and demo/"
+
+install: $(STAMP)
+
+# The venv is made anew only when missing: a changed pyproject.toml or constraints.txt updates it in place.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "error: $(PYTHON) is `$(PYTHON) --version 2>&1 | head -n 1`; Python 3.11 or newer is needed:" \
+	    "make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[all]'
+	@touch $@
+
+demo: $(STAMP)
+	@$(BIN)/python training/demo.py --output demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info .pytest_cache .ruff_cache .mypy_cache

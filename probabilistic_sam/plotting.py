@@ -1,0 +1,299 @@
+"""Every picture the project draws. Arrays in, a matplotlib `Figure` out; `pyplot` and its global state stay out.
+
+Coordinates are pixel edges, as the prompts are: pixel (row, column) covers x in [column, column + 1] and y in
+[row, row + 1], so a tight box lies exactly on the outline of its mask.
+"""
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+
+from .errors import UserError
+
+# Okabe and Ito's palette without black: told apart by colour-blind readers, and visible on grey.
+READER_COLORS = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#F0E442", "#D55E00", "#0072B2")
+SAMPLE_COLOR = "#FF5A36"
+PROMPT_COLOR = "#FFD400"
+WIDTH_INCHES, DPI = 12.8, 125  # 1600 px
+MARGIN = 0.15
+LEGEND_COLUMNS = 4
+SAMPLES_SHOWN = 8
+
+
+def mask_outline(mask: np.ndarray) -> np.ndarray:
+    """Outline of a mask along its pixel edges, holes included.
+
+    Args:
+        mask: (H, W) bool.
+
+    Returns:
+        (K, 2, 2) float, K unit segments of two (x, y) points; (0, 2, 2) for an empty mask.
+    """
+    padded = np.pad(mask.astype(bool), 1)
+    y, x = np.nonzero(padded[1:-1, 1:] != padded[1:-1, :-1])
+    vertical = np.stack([np.stack([x, y], -1), np.stack([x, y + 1], -1)], 1)
+    y, x = np.nonzero(padded[1:, 1:-1] != padded[:-1, 1:-1])
+    horizontal = np.stack([np.stack([x, y], -1), np.stack([x + 1, y], -1)], 1)
+    return np.concatenate([vertical, horizontal]).astype(float)
+
+
+def zoom_window(
+    shape: tuple[int, int],
+    box: Sequence[float] | None = None,
+    points: np.ndarray | None = None,
+    masks: np.ndarray | None = None,
+    min_side: int = 32,
+) -> tuple[int, int, int]:
+    """Square window around a prompt and the masks: twice their extent, inside the image where it fits.
+
+    Args:
+        shape: height and width of the image.
+        box: x1, y1, x2, y2.
+        points: (K, 2), x and y.
+        masks: (N, H, W) bool; the window also holds what they cover.
+        min_side: smallest side in pixels.
+
+    Returns:
+        x0, y0 and side in pixels; a side is at most the image's longer one, and a window larger than the image's
+        shorter side is centred on it. Without prompt and masks, the whole image.
+    """
+    corners = []
+    if box is not None:
+        corners += [box[:2], box[2:]]
+    if points is not None:
+        corners += list(np.reshape(points, (-1, 2)))
+    if masks is not None and masks.any():
+        rows, columns = np.nonzero(masks.any(0))
+        corners += [(columns.min(), rows.min()), (columns.max() + 1, rows.max() + 1)]
+    height, width = shape
+    low, high = (np.min(corners, 0), np.max(corners, 0)) if corners else (np.zeros(2), np.array([width, height]))
+    side = int(min(max(min_side, np.ceil(2 * (high - low).max())), max(height, width)))
+    x0, y0 = (
+        int(np.clip(round(middle - side / 2), 0, length - side)) if side <= length else (length - side) // 2
+        for middle, length in zip((low + high) / 2, (width, height), strict=True)
+    )
+    return x0, y0, side
+
+
+def sample_figure(
+    image: np.ndarray,
+    samples: np.ndarray,
+    mean: np.ndarray,
+    entropy: np.ndarray,
+    readers: np.ndarray | None = None,
+    box: Sequence[float] | None = None,
+    point: Sequence[float] | np.ndarray | None = None,
+    title: str | None = None,
+    zoom: tuple[int, int, int] | None = None,
+) -> Figure:
+    """One prompt on one page: the slice, the readers, mean probability, uncertainty, and the first eight samples.
+
+    Without readers, the outlines of all samples take their place.
+
+    Args:
+        image: (H, W) grey values of any scale; each panel spreads those in its view from black to white.
+        samples: (N, H, W) bool, N >= 1.
+        mean: (H, W) mean probability, 0 to 1.
+        entropy: (H, W) in bits, 0 to 1.
+        readers: (M, H, W) bool, empty ones included.
+        box: prompt box x1, y1, x2, y2 in pixel edges.
+        point: prompt point (2,) or points (K, 2), x and y.
+        title: line above the panels.
+        zoom: x0, y0, side of the window that all panels but the first show; `zoom_window` chooses it when None.
+
+    Raises:
+        UserError: arrays whose shapes do not fit together.
+    """
+    image, samples, mean, entropy = (np.asarray(array) for array in (image, samples, mean, entropy))
+    readers = None if readers is None else np.asarray(readers, dtype=bool)
+    points = None if point is None else np.reshape(np.asarray(point, dtype=float), (-1, 2))
+    _check_shapes(image, samples, mean, entropy, readers)
+    samples = samples.astype(bool)
+    if zoom is None:
+        seen = samples if readers is None else np.concatenate([samples, readers])
+        zoom = zoom_window((image.shape[0], image.shape[1]), box, points, seen)
+
+    # Everything is placed in inches from the top left: square panels of one size and no overlap, whatever the image.
+    panel, gap, bar = 2.66, 0.1, 0.72
+    small = (WIDTH_INCHES - 2 * MARGIN - (SAMPLES_SHOWN - 1) * gap) / SAMPLES_SHOWN
+    top = (0.4 if title else 0.04) + 0.3
+    legend_rows = 1 if readers is None else max(1, -(-len(readers) // LEGEND_COLUMNS))
+    bottom = top + panel + 0.2 * legend_rows + 0.42
+    figure = Figure(figsize=(WIDTH_INCHES, bottom + small + MARGIN), dpi=DPI, facecolor="white")
+    if title:
+        figure.text(MARGIN / WIDTH_INCHES, 1 - 0.12 / figure.get_figheight(), title, va="top", size=13, weight="bold")
+
+    left = MARGIN
+    axes = _add_axes(figure, left, top, panel, "slice")
+    _show_image(axes, image, zoom_window((image.shape[0], image.shape[1])))
+    _draw_prompt(axes, box, points)
+    zoomed = zoom[2] < max(image.shape)
+    if zoomed:
+        x0, y0, side = zoom
+        axes.add_patch(Rectangle((x0, y0), side, side, fill=False, edgecolor="white", linewidth=0.9))
+    _caption(axes, ", ".join(_prompt_words(box, points) + ["white: zoomed view"] * zoomed))
+
+    left += panel + 0.2
+    if readers is not None:
+        axes = _add_axes(figure, left, top, panel, "readers")
+        _show_image(axes, image, zoom)
+        _draw_readers(axes, readers)
+    else:
+        axes = _add_axes(figure, left, top, panel, "samples, all together")
+        _show_image(axes, image, zoom)
+        for sample in samples:
+            _draw_outline(axes, sample, SAMPLE_COLOR, 1.0, alpha=max(0.2, min(1.0, 6 / len(samples))))
+        empty = int((~samples.any((1, 2))).sum())
+        _caption(axes, f"{len(samples)} samples, {empty} empty")
+
+    left += panel + 0.25
+    axes = _add_axes(figure, left, top, panel, "mean probability")
+    _draw_map(figure, axes, mean, zoom, "viridis", "probability")
+    _draw_outline(axes, mean > 0.5, "white", 1.3)
+    _draw_prompt(axes, box, points, faint=True)
+    dashed = ", dashed: box" if box is not None else ""
+    _caption(axes, ("white: above 0.5" if (mean > 0.5).any() else "nowhere above 0.5") + dashed)
+
+    left += panel + bar + gap
+    axes = _add_axes(figure, left, top, panel, "uncertainty")
+    _draw_map(figure, axes, entropy, zoom, "magma", "entropy (bits)")
+    _draw_prompt(axes, box, points, faint=True)
+    _caption(axes, "entropy of the mean probability")
+
+    for index, sample in enumerate(samples[:SAMPLES_SHOWN]):
+        area = f"{int(sample.sum())} px" if sample.any() else "empty"
+        axes = _add_axes(figure, MARGIN + index * (small + gap), bottom, small, f"sample {index + 1}: {area}", size=9)
+        _show_image(axes, image, zoom)
+        _draw_outline(axes, sample, SAMPLE_COLOR, 1.5)
+        if not sample.any():
+            _note(axes, "empty")
+    return figure
+
+
+def save_figure(figure: Figure, path: str | os.PathLike) -> None:
+    """Write a figure as PNG, the same bytes for the same content, by way of a temporary file in the same folder."""
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            figure.savefig(file, format="png", metadata={"Software": None})
+        Path(temporary).chmod(0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _check_shapes(
+    image: np.ndarray, samples: np.ndarray, mean: np.ndarray, entropy: np.ndarray, readers: np.ndarray | None
+) -> None:
+    if image.ndim != 2:
+        raise UserError(f"the image to draw has shape {image.shape}; (height, width) is accepted")
+    if samples.ndim != 3 or samples.shape[1:] != image.shape or not len(samples):
+        raise UserError(f"samples have shape {samples.shape}; (N,) + {image.shape} with N >= 1 is accepted")
+    for name, array in (("mean", mean), ("entropy", entropy)):
+        if array.shape != image.shape:
+            raise UserError(f"{name} has shape {array.shape}; the image's shape {image.shape} is accepted")
+    if readers is not None and (readers.ndim != 3 or readers.shape[1:] != image.shape):
+        raise UserError(f"readers have shape {readers.shape}; (M,) + {image.shape} is accepted")
+
+
+def _prompt_words(box: Sequence[float] | None, points: np.ndarray | None) -> list[str]:
+    words = ["box"] if box is not None else []
+    if points is not None:
+        words.append("point" if len(points) == 1 else f"{len(points)} points")
+    return ["yellow: " + " and ".join(words)] if words else []
+
+
+def _add_axes(figure: Figure, left: float, top: float, side: float, title: str, size: float = 11) -> Axes:
+    """A square panel, placed in inches from the top left corner of the figure."""
+    width, height = figure.get_size_inches()
+    axes = figure.add_axes((left / width, 1 - (top + side) / height, side / width, side / height))
+    axes.set_title(title, fontsize=size, pad=4)
+    axes.set(xticks=[], yticks=[], facecolor="0.92")
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    return axes
+
+
+def _caption(axes: Axes, text: str) -> None:
+    axes.text(0.5, -0.02, text, transform=axes.transAxes, ha="center", va="top", fontsize=9, color="0.3")
+
+
+def _show_image(axes: Axes, image: np.ndarray, zoom: tuple[int, int, int]) -> None:
+    """Draw the slice; grey runs from the darkest to the brightest value in view."""
+    height, width = image.shape
+    x0, y0, side = zoom
+    view = image[max(y0, 0) : y0 + side, max(x0, 0) : x0 + side]
+    axes.imshow(
+        image, cmap="gray", vmin=view.min(), vmax=view.max(), extent=(0, width, height, 0), interpolation="nearest"
+    )
+    axes.set(xlim=(x0, x0 + side), ylim=(y0 + side, y0))
+
+
+def _draw_map(
+    figure: Figure, axes: Axes, values: np.ndarray, zoom: tuple[int, int, int], cmap: str, label: str
+) -> None:
+    height, width = values.shape
+    x0, y0, side = zoom
+    drawn = axes.imshow(values, cmap=cmap, vmin=0, vmax=1, extent=(0, width, height, 0), interpolation="nearest")
+    axes.set(xlim=(x0, x0 + side), ylim=(y0 + side, y0))
+    bar = figure.colorbar(drawn, cax=axes.inset_axes((1.03, 0, 0.045, 1)), ticks=[0, 0.25, 0.5, 0.75, 1])
+    bar.ax.set_yticklabels(["0", ".25", ".5", ".75", "1"])
+    bar.ax.tick_params(labelsize=9, length=2, pad=2)
+    bar.set_label(label, fontsize=9, labelpad=1)
+    bar.outline.set_visible(False)
+
+
+def _draw_outline(axes: Axes, mask: np.ndarray, color: str, width: float, alpha: float = 1.0) -> None:
+    axes.add_collection(
+        LineCollection(list(mask_outline(mask)), colors=color, linewidths=width, alpha=alpha, capstyle="round"),
+        autolim=False,
+    )
+
+
+def _draw_readers(axes: Axes, readers: np.ndarray) -> None:
+    handles = []
+    for index, mask in enumerate(readers):
+        color = READER_COLORS[index % len(READER_COLORS)]
+        # Wide below, narrow above: outlines that coincide stay visible side by side.
+        _draw_outline(axes, mask, color, 1.2 + 0.8 * min(4, len(readers) - 1 - index))
+        label = f"{index + 1}" if mask.any() else f"{index + 1} empty"
+        handles.append(Line2D([], [], color=color, linewidth=3, label=label))
+    if not readers.any():
+        _note(axes, "all readers empty" if handles else "no reader")
+    axes.legend(
+        handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=LEGEND_COLUMNS, frameon=False,
+        fontsize=9, handlelength=1.0, columnspacing=0.9, handletextpad=0.4, borderpad=0, borderaxespad=0.2,
+    )  # fmt: skip
+
+
+def _draw_prompt(axes: Axes, box: Sequence[float] | None, points: np.ndarray | None, faint: bool = False) -> None:
+    width, alpha = (0.9, 0.7) if faint else (1.6, 1.0)
+    if box is not None:
+        x1, y1, x2, y2 = box
+        style = "--" if faint else "-"
+        axes.add_patch(
+            Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=PROMPT_COLOR, linewidth=width,
+                      linestyle=style, alpha=alpha)
+        )  # fmt: skip
+    if points is not None:
+        axes.scatter(
+            points[:, 0], points[:, 1], s=30 if faint else 70, marker="+", color=PROMPT_COLOR, linewidths=width,
+            alpha=alpha, zorder=3,
+        )  # fmt: skip
+
+
+def _note(axes: Axes, text: str) -> None:
+    axes.text(
+        0.5, 0.06, text, transform=axes.transAxes, ha="center", va="bottom", color="white", fontsize=9,
+        bbox={"facecolor": "black", "alpha": 0.55, "edgecolor": "none", "pad": 2.5},
+    )  # fmt: skip

@@ -1,0 +1,10 @@
+"""LIDC-IDRI slices with every reader's mask: sources, rows, splits and prompts.
+
+Only the light names are re-exported here (numpy and the standard library). Reading and writing of datasets is in
+`probabilistic_sam.data.rows`, the sources in `slices` and `phantom`.
+"""
+
+from .prompts import PROMPTS, make_prompt, row_seed
+from .splits import SPLITS, patient_bucket, split_of
+
+__all__ = ["PROMPTS", "SPLITS", "make_prompt", "patient_bucket", "row_seed", "split_of"]

@@ -1,0 +1,107 @@
+"""Prompts made from the readers' masks, never from the mask that is being scored (except `reader_box`).
+
+Coordinates are x (column) before y (row), in pixels of the image the masks belong to, measured at pixel *edges*: the
+pixel in row 0 and column 0 covers 0..1 in both directions and its centre is (0.5, 0.5).
+"""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+PROMPTS = ("union_box", "center_box", "center_point", "reader_box")
+
+CENTER_BOX_SIDE = 32.0  # px
+CENTER_BOX_SHIFT = 4.0  # px
+CENTER_POINT_SHIFT = 3.0  # px
+UNION_BOX_RELATIVE_SHIFT = 0.1  # of the side
+UNION_BOX_SHIFT = 1.5  # px
+
+
+def row_seed(row: Mapping[str, Any], prompt: str) -> int:
+    """Seed of a row's prompt: the same number in every process, so that every model is given the same prompt.
+
+    The first eight bytes of the SHA-256 of the prompt's name and the row's identity (`scan_id`, `nodule_id`,
+    `slice_index`, `patient_id`, `source`).
+    """
+    identity = [prompt, *(row[key] for key in ("scan_id", "nodule_id", "slice_index", "patient_id", "source"))]
+    digest = hashlib.sha256("|".join(str(part) for part in identity).encode()).digest()
+    return int.from_bytes(digest[:8], "big")
+
+
+def make_prompt(
+    masks: np.ndarray, prompt: str, rng: np.random.Generator, reader: int | None = None
+) -> dict[str, list[float] | int]:
+    """Draw one prompt from the readers' masks.
+
+    - `union_box`: tight box of the union; each side moves by `u1 * 0.1 * side + u2 * 1.5` px with u1 and u2 uniform
+      in (-1, 1) and drawn for each side, where `side` is the box's width for the left and right side and its height
+      for the others. A box keeps at least 1 px in each direction.
+    - `center_box`: 32 px square on the union's centroid, moved by up to 4 px in x and y.
+    - `center_point`: one positive point, the union's centroid moved by up to 3 px in x and y.
+    - `reader_box`: tight box of the mask of `reader`, or the centre box when that mask is empty. Leaks the answer.
+
+    Boxes and points are clipped to the image.
+
+    Args:
+        masks: boolean masks (R, H, W) of the readers, at least one of them not empty.
+        prompt: one of `PROMPTS`.
+        rng: source of the jitter: `np.random.default_rng(row_seed(row, prompt))` in evaluation, a running generator
+            in training.
+        reader: index of the scored reader, for `reader_box` only.
+
+    Returns:
+        `{"input_boxes": [x1, y1, x2, y2]}` or `{"input_points": [x, y], "input_labels": 1}`, in pixels.
+
+    Raises:
+        ValueError: unknown prompt, masks of another shape, no reader drew anything, `reader` missing or out of range.
+    """
+    if prompt not in PROMPTS:
+        raise ValueError(f"prompt is {prompt!r}; accepted: {', '.join(PROMPTS)}")
+    masks = np.asarray(masks, dtype=bool)
+    if masks.ndim != 3:
+        raise ValueError(f"masks have shape {masks.shape}; accepted: (readers, height, width)")
+    union = masks.any(axis=0)
+    if not union.any():
+        raise ValueError("all masks are empty; a prompt needs at least one reader who drew")
+    height, width = union.shape
+
+    if prompt == "reader_box":
+        if reader is None or not 0 <= reader < len(masks):
+            raise ValueError(f"reader is {reader!r}; reader_box accepts 0..{len(masks) - 1}")
+        if masks[reader].any():
+            return {"input_boxes": [float(side) for side in _tight_box(masks[reader])]}
+        prompt = "center_box"
+
+    if prompt == "union_box":
+        x1, y1, x2, y2 = _tight_box(union)
+        lengths = np.array([x2 - x1, y2 - y1, x2 - x1, y2 - y1], dtype=float)
+        u1, u2 = rng.uniform(-1.0, 1.0, size=(2, 4))
+        box = np.array([x1, y1, x2, y2]) + u1 * UNION_BOX_RELATIVE_SHIFT * lengths + u2 * UNION_BOX_SHIFT
+        return {"input_boxes": _clip_box(box, height, width)}
+
+    center = np.argwhere(union).mean(axis=0)[::-1] + 0.5  # (row, column) -> (x, y)
+    if prompt == "center_box":
+        center = center + rng.uniform(-CENTER_BOX_SHIFT, CENTER_BOX_SHIFT, size=2)
+        box = np.concatenate([center - CENTER_BOX_SIDE / 2, center + CENTER_BOX_SIDE / 2])
+        return {"input_boxes": _clip_box(box, height, width)}
+
+    point = center + rng.uniform(-CENTER_POINT_SHIFT, CENTER_POINT_SHIFT, size=2)
+    point = np.clip(point, 0.5, [width - 0.5, height - 0.5])
+    return {"input_points": [float(coordinate) for coordinate in point], "input_labels": 1}
+
+
+def _tight_box(mask: np.ndarray) -> tuple[int, int, int, int]:
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def _clip_box(box: np.ndarray, height: int, width: int) -> list[float]:
+    """Clip a box to the image; a box that is thinner than 1 px (or turned inside out) grows around its middle."""
+    limits = np.array([width, height], dtype=float)
+    low, high = np.clip(box[:2], 0.0, limits), np.clip(box[2:], 0.0, limits)
+    middle = np.clip((low + high) / 2, 0.5, limits - 0.5)
+    thin = high - low < 1.0
+    low, high = np.where(thin, middle - 0.5, low), np.where(thin, middle + 0.5, high)
+    return [float(side) for side in (*low, *high)]

@@ -1,0 +1,9 @@
+"""Metrics of a set of sampled masks against a set of readers' masks.
+
+The formulas are in `probabilistic_sam.metrics.functional`, the tables over slices and patients in `summary`. `ged.py`
+and `hm_iou.py` are modules for the `evaluate` library, to be opened with `evaluate.load(path)`.
+"""
+
+from .summary import COLUMNS, METRICS, slice_metrics, summarize, summarize_seeds
+
+__all__ = ["COLUMNS", "METRICS", "slice_metrics", "summarize", "summarize_seeds"]

@@ -1,0 +1,339 @@
+"""How close a set of sampled masks is to a set of readers' masks: pure functions, arrays in, numbers out.
+
+Conventions that hold in the whole module:
+
+- `samples` is (N, H, W) bool, `readers` is (M, H, W) bool, `probabilities` is (N, H, W) float in [0, 1],
+  `probability` is their mean over samples, (H, W).
+- Two empty masks have IoU 1 and Dice 1; an empty and a non-empty mask have 0. The distance is `d = 1 - IoU`.
+- A mean probability becomes a mask where it is above one half; the readers' majority is where strictly more than half
+  of them drew, so that two of four is background.
+- `N`, `M` of zero, other dtypes than bool for masks and unequal image sizes raise `ValueError`.
+"""
+
+from collections.abc import Sequence
+from math import lcm
+from typing import NamedTuple
+
+import numpy as np
+from scipy.ndimage import distance_transform_edt
+from scipy.optimize import linear_sum_assignment
+
+NUM_BINS = 10
+DILATION_PX = 4
+# The constant inside the logarithm of S_NCC, as in PHiSeg's public evaluation.
+NCC_EPSILON = 1e-8
+
+
+class GeneralizedEnergyDistance(NamedTuple):
+    """Squared generalised energy distance and the three means it is made of, all in units of `1 - IoU`."""
+
+    ged: float
+    cross_distance: float
+    sample_diversity: float
+    reader_diversity: float
+
+
+def check_masks(**masks: np.ndarray) -> None:
+    """Raise `ValueError` unless every argument is a non-empty stack of boolean masks of one common size."""
+    sizes = set()
+    for name, array in masks.items():
+        if array.ndim != 3 or array.dtype != bool or len(array) == 0:
+            raise ValueError(
+                f"{name} must be a bool array (masks, H, W) with at least one mask, got {array.dtype} {array.shape}"
+            )
+        sizes.add(array.shape[1:])
+    if len(sizes) > 1:
+        shapes = ", ".join(f"{name} {array.shape}" for name, array in masks.items())
+        raise ValueError(f"masks must have one size, got {shapes}")
+
+
+def nonempty(masks: np.ndarray) -> np.ndarray:
+    """Which of the masks (N, H, W) have a pixel: (N,) bool."""
+    return np.asarray(masks.any(axis=(1, 2)))
+
+
+def union_mask(masks: np.ndarray) -> np.ndarray:
+    """Where at least one of the masks (N, H, W) has a pixel: (H, W) bool."""
+    return np.asarray(masks.any(axis=0))
+
+
+def bounding_box(mask: np.ndarray, margin: int = 0) -> tuple[slice, slice]:
+    """Rows and columns of the tight box of a (H, W) mask, grown by `margin` px and clipped to the image.
+
+    An empty mask gives the first pixel, so that a crop always has pixels.
+    """
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if len(rows) == 0:
+        return slice(0, 1), slice(0, 1)
+    return (
+        slice(max(rows[0] - margin, 0), rows[-1] + 1 + margin),
+        slice(max(columns[0] - margin, 0), columns[-1] + 1 + margin),
+    )
+
+
+def iou_matrix(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Intersection over union of every mask of `a` with every mask of `b`.
+
+    Args:
+        a: (N, H, W) bool.
+        b: (M, H, W) bool.
+
+    Returns:
+        (N, M) float64; 1 where both masks are empty, 0 where one is.
+
+    >>> left, right = np.array([[[True, True, False]]]), np.array([[[False, True, True]], [[False, False, False]]])
+    >>> iou_matrix(left, right).round(3).tolist()
+    [[0.333, 0.0]]
+    """
+    check_masks(a=a, b=b)
+    rows, columns = bounding_box(union_mask(a) | union_mask(b))
+    a, b = a[:, rows, columns], b[:, rows, columns]
+    # Counts up to 2**24 are exact in float32, whose matrix product is several times faster than an integer one.
+    dtype: type = np.float32 if a[0].size < 2**24 else np.float64
+    flat_a: np.ndarray = a.reshape(len(a), -1).astype(dtype)
+    flat_b: np.ndarray = b.reshape(len(b), -1).astype(dtype)
+    intersection = np.matmul(flat_a, flat_b.T).astype(np.float64)
+    area_a, area_b = np.count_nonzero(a, axis=(1, 2)), np.count_nonzero(b, axis=(1, 2))
+    union = area_a[:, None] + area_b[None, :] - intersection
+    return np.where(union > 0, intersection / np.maximum(union, 1), 1.0)
+
+
+def dice_matrix(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Dice coefficient of every mask of `a` (N, H, W) with every mask of `b` (M, H, W): (N, M) float64.
+
+    Computed as `2 IoU / (1 + IoU)`, which is the same number and keeps the two conventions on empty masks.
+
+    >>> left, right = np.array([[[True, True, False]]]), np.array([[[False, True, True]], [[False, False, False]]])
+    >>> dice_matrix(left, right).tolist()
+    [[0.5, 0.0]]
+    """
+    iou = iou_matrix(a, b)
+    return 2 * iou / (1 + iou)
+
+
+def ged(samples: np.ndarray, readers: np.ndarray) -> GeneralizedEnergyDistance:
+    """Squared generalised energy distance with `d = 1 - IoU` between samples and readers.
+
+    `2 mean d(s, y) - mean d(s, s') - mean d(y, y')` over all pairs, a mask with itself included (the V-statistic of
+    Kohl et al. 2018, arXiv 1806.05034). Its expectation falls with N, so values for different N are not
+    comparable.
+
+    Args:
+        samples: (N, H, W) bool.
+        readers: (M, H, W) bool.
+
+    Returns:
+        `ged`, `cross_distance` (mean d(s, y)), `sample_diversity` (mean d(s, s')), `reader_diversity` (mean d(y, y')).
+
+    >>> one, other = np.array([[[True, False]]]), np.array([[[False, True]]])
+    >>> ged(one, other).ged
+    2.0
+    """
+    check_masks(samples=samples, readers=readers)
+    masks = np.concatenate([samples, readers])
+    return ged_from_iou(iou_matrix(masks, masks), len(samples))
+
+
+def ged_from_iou(iou: np.ndarray, num_samples: int) -> GeneralizedEnergyDistance:
+    """`ged` from the IoU matrix (N + M, N + M) of samples and readers stacked."""
+    distance = 1 - iou
+    cross = float(distance[:num_samples, num_samples:].mean())
+    within_samples = float(distance[:num_samples, :num_samples].mean())
+    within_readers = float(distance[num_samples:, num_samples:].mean())
+    return GeneralizedEnergyDistance(
+        2 * cross - within_samples - within_readers, cross, within_samples, within_readers
+    )
+
+
+def hm_iou(samples: np.ndarray, readers: np.ndarray) -> float:
+    """Hungarian-matched IoU, balanced: the best mean IoU of a matching that uses every mask equally often.
+
+    With `L = lcm(N, M)` each sample takes part L / N times and each reader L / M times (Kohl et al. 2019,
+    arXiv 1905.13077). Matching only the best M of N samples would be another, higher number.
+
+    Args:
+        samples: (N, H, W) bool.
+        readers: (M, H, W) bool.
+
+    >>> reader = np.array([[[True, True, False, False]]])
+    >>> hm_iou(np.concatenate([reader, ~reader]), reader)
+    0.5
+    """
+    return hm_iou_from_iou(iou_matrix(samples, readers))
+
+
+def hm_iou_from_iou(iou: np.ndarray) -> float:
+    """`hm_iou` from the IoU matrix (N, M) of samples and readers."""
+    num_samples, num_readers = iou.shape
+    length = lcm(num_samples, num_readers)
+    repeated = iou.repeat(length // num_samples, axis=0).repeat(length // num_readers, axis=1)
+    return float(repeated[linear_sum_assignment(repeated, maximize=True)].mean())
+
+
+def dice_max_per_reader(samples: np.ndarray, readers: np.ndarray) -> float:
+    """Mean over readers of the best Dice that any of the samples reaches with that reader."""
+    return float(dice_matrix(samples, readers).max(axis=0).mean())
+
+
+def mean_mask(probability: np.ndarray) -> np.ndarray:
+    """The one mask a mean probability (H, W) stands for: where it is above one half."""
+    return probability > 0.5
+
+
+def majority_mask(readers: np.ndarray) -> np.ndarray:
+    """Where strictly more than half of the readers (M, H, W) drew: (H, W) bool; a tie is background."""
+    return 2 * np.count_nonzero(readers, axis=0) > len(readers)
+
+
+def dice_mean(probability: np.ndarray, readers: np.ndarray) -> float:
+    """Dice of the thresholded mean probability (H, W) with each reader, averaged over readers."""
+    return float(dice_matrix(mean_mask(probability)[None], readers).mean())
+
+
+def iou_mean(probability: np.ndarray, readers: np.ndarray) -> float:
+    """IoU of the thresholded mean probability (H, W) with each reader, averaged over readers."""
+    return float(iou_matrix(mean_mask(probability)[None], readers).mean())
+
+
+def dice_majority(probability: np.ndarray, readers: np.ndarray) -> float:
+    """Dice of the thresholded mean probability (H, W) with the majority of the readers (M, H, W)."""
+    return float(dice_matrix(mean_mask(probability)[None], majority_mask(readers)[None])[0, 0])
+
+
+def iou_majority(probability: np.ndarray, readers: np.ndarray) -> float:
+    """IoU of the thresholded mean probability (H, W) with the majority of the readers (M, H, W)."""
+    return float(iou_matrix(mean_mask(probability)[None], majority_mask(readers)[None])[0, 0])
+
+
+def scored_region(readers: np.ndarray) -> np.ndarray:
+    """Pixels on which calibration is scored: at most `DILATION_PX` (Euclidean) from the union of the readers.
+
+    Over the whole image the sure background would drown every other pixel.
+
+    Args:
+        readers: (M, H, W) bool.
+
+    Returns:
+        (H, W) bool; empty when no reader drew.
+    """
+    union = union_mask(readers)
+    region = np.zeros_like(union)
+    if union.any():
+        window = bounding_box(union, DILATION_PX)
+        region[window] = distance_transform_edt(~union[window]) <= DILATION_PX
+    return region
+
+
+def brier(probability: np.ndarray, readers: np.ndarray, region: np.ndarray | None = None) -> float:
+    """Mean over the scored region of `(p - y)^2`, y being the share of readers that drew the pixel.
+
+    Args:
+        probability: (H, W) mean probability.
+        readers: (M, H, W) bool.
+        region: (H, W) bool, `scored_region(readers)` when not given.
+
+    Returns:
+        A number in [0, 1]; nan when no reader drew, since the region is empty then.
+    """
+    region = scored_region(readers) if region is None else region
+    if not region.any():
+        return float("nan")
+    return float(np.square(probability[region] - readers[:, region].mean(axis=0)).mean())
+
+
+def calibration_bins(probability: np.ndarray, readers: np.ndarray, region: np.ndarray | None = None) -> np.ndarray:
+    """Sums from which a calibration error over many slices is made, see `calibration_error`.
+
+    Args:
+        probability: (H, W) mean probability.
+        readers: (M, H, W) bool.
+        region: (H, W) bool, `scored_region(readers)` when not given.
+
+    Returns:
+        (3, `NUM_BINS`) float64: in each bin of p the number of pixels of the scored region, the sum of p, and the sum
+        of the share of readers that drew the pixel.
+    """
+    region = scored_region(readers) if region is None else region
+    return bin_sums(probability[region], readers[:, region].mean(axis=0))
+
+
+def bin_sums(predicted: np.ndarray, observed: np.ndarray) -> np.ndarray:
+    """Count, sum of `predicted` and sum of `observed` in `NUM_BINS` equal bins of `predicted`: (3, `NUM_BINS`).
+
+    A bin holds its lower edge; the last one holds 1 too.
+    """
+    index = np.minimum((predicted * NUM_BINS).astype(np.int64), NUM_BINS - 1)
+    sums = [np.bincount(index, weights, minlength=NUM_BINS) for weights in (None, predicted, observed)]
+    return np.stack(sums).astype(np.float64)
+
+
+def calibration_error(sums: np.ndarray) -> np.ndarray:
+    """Expected calibration error `sum_b |sum p - sum y| / count` from bin sums (..., 3, bins).
+
+    The bins of several slices may be added up first. Without a pixel the error is nan.
+    """
+    count, predicted, observed = np.moveaxis(sums, -2, 0)
+    total = count.sum(axis=-1)
+    return np.divide(
+        np.abs(predicted - observed).sum(axis=-1), total, out=np.full(total.shape, np.nan), where=total > 0
+    )
+
+
+def ncc(probabilities: np.ndarray, readers: np.ndarray) -> float:
+    """Does the samples' uncertainty lie where samples and readers disagree (PHiSeg's S_NCC).
+
+    With CE the cross-entropy in a pixel, s the soft samples, m their mean and y_j a reader, the mean over readers of
+    the Pearson correlation over all pixels between `E_s CE(m, s)` and `E_s CE(y_j, s)` (Baumgartner et al. 2019,
+    arXiv 1906.04045). A map that is constant has no correlation and counts 0.
+
+    Args:
+        probabilities: (N, H, W) probability maps of the samples.
+        readers: (M, H, W) bool.
+
+    Returns:
+        A number in [-1, 1].
+    """
+    # CE is linear in its first argument, so the expectations need only two mean logarithms.
+    probabilities = np.asarray(probabilities, dtype=np.float32).reshape(len(probabilities), -1)
+    log_inside = np.log(probabilities + np.float32(NCC_EPSILON)).mean(axis=0)
+    log_outside = np.log(1 - probabilities + np.float32(NCC_EPSILON)).mean(axis=0)
+    mean = probabilities.mean(axis=0)
+    uncertainty = _standardized(-(mean * log_inside + (1 - mean) * log_outside))
+    if uncertainty is None:
+        return 0.0
+    correlations = []
+    for reader in readers.reshape(len(readers), -1):
+        error = _standardized(-np.where(reader, log_inside, log_outside))
+        correlations.append(0.0 if error is None else float((uncertainty * error).mean()))
+    return float(np.mean(correlations))
+
+
+def _standardized(values: np.ndarray) -> np.ndarray | None:
+    """Zero mean and unit deviation in float64, or None for a constant map."""
+    values = values.astype(np.float64)
+    centred = values - values.mean()
+    deviation = np.sqrt(np.square(centred).mean())
+    return centred / deviation if deviation > 1e-12 else None
+
+
+def empty_rate(masks: np.ndarray) -> float:
+    """Share of the masks (N, H, W) without any pixel."""
+    return float(1 - nonempty(masks).mean())
+
+
+def pack_masks(masks: np.ndarray) -> list[bytes]:
+    """Masks (N, H, W) as one bytes object of bits each: the form in which the `evaluate` modules take them."""
+    check_masks(masks=masks)
+    return [row.tobytes() for row in np.packbits(masks.reshape(len(masks), -1), axis=1)]
+
+
+def unpack_masks(packed: Sequence[bytes]) -> np.ndarray:
+    """Masks from `pack_masks` as (N, 1, bits) bool: the pixels without their geometry, which IoU does not need.
+
+    Raises:
+        ValueError: when there is none, or when they differ in length.
+    """
+    if not packed or len({len(item) for item in packed}) > 1:
+        raise ValueError(f"packed masks must be one or more bytes of one length, got {[len(item) for item in packed]}")
+    bits = np.unpackbits(np.stack([np.frombuffer(item, dtype=np.uint8) for item in packed]), axis=1)
+    return bits[:, None, :].astype(bool)

@@ -1,0 +1,252 @@
+"""From one slice's masks to its metrics, and from many slices to a table with intervals over patients.
+
+`slice_metrics` runs where the samples were drawn; what it returns is small, so that processes can gather it.
+`summarize` turns the gathered list into the `results` of a results file.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from probabilistic_sam.metrics import functional
+
+COLUMNS = ("all", "four_readers", "shape")
+# Means over slices; every one of these is a number in each slice's dictionary.
+SLICE_METRICS = (
+    "ged",
+    "cross_distance",
+    "sample_diversity",
+    "reader_diversity",
+    "hm_iou",
+    "dice_max_per_reader",
+    "dice_mean",
+    "iou_mean",
+    "dice_majority",
+    "iou_majority",
+    "brier",
+    "ncc",
+    "empty_rate_samples",
+    "empty_rate_readers",
+)
+# Numbers that exist only over many slices.
+POOLED_METRICS = ("ece", "empty_ece", "empty_correlation")
+METRICS = SLICE_METRICS + POOLED_METRICS
+
+NUM_RESAMPLES = 1000
+DECIMALS = 6
+
+
+def slice_metrics(
+    samples: np.ndarray, probabilities: np.ndarray, readers: np.ndarray, owners: np.ndarray | None = None
+) -> dict[str, dict[str, Any] | None]:
+    """All metrics of one slice, in the three columns of the protocol.
+
+    - `all`: at least one reader drew.
+    - `four_readers`: there are four readers or more and every one drew.
+    - `shape`: at least two readers drew; only non-empty samples against non-empty readers. Without a non-empty sample
+      one empty mask of probability zero is scored: cross distance 1, sample diversity 0, HM-IoU 0, Dice 0.
+
+    The empty rates are those of all samples and all readers in every column, `shape` included, where they tell how
+    much was left out.
+
+    Args:
+        samples: (N, H, W) bool.
+        probabilities: (N, H, W) float, the probability maps the samples were thresholded from.
+        readers: (M, H, W) bool, empty masks kept.
+        owners: (N,) int, when each sample was prompted with one reader's own box: the index of that reader. A sample
+            then meets only its owner in the metrics taken reader by reader (`dice_max_per_reader`, `dice_mean`,
+            `iou_mean`); all others score the union of the samples of all readers, and `shape` leaves out the samples
+            of empty readers.
+
+    Returns:
+        For each name of `COLUMNS` None where the slice is not in the column, else a dictionary with a float for each
+        name of `SLICE_METRICS` and with `calibration`, the (3, bins) array of `functional.calibration_bins`.
+
+    Raises:
+        ValueError: for shapes that do not fit each other.
+    """
+    if probabilities.shape != samples.shape:
+        raise ValueError(f"probabilities {probabilities.shape} and samples {samples.shape} must have one shape")
+    if owners is not None and len(owners) != len(samples):
+        raise ValueError(f"owners must name a reader for each of the {len(samples)} samples, got {len(owners)}")
+    functional.check_masks(samples=samples, readers=readers)
+
+    columns: dict[str, dict[str, Any] | None] = dict.fromkeys(COLUMNS)
+    drew, visible = functional.nonempty(readers), functional.nonempty(samples)
+    region = functional.scored_region(readers)  # empty readers do not change it, so all columns share it
+    rates = {"empty_rate_samples": float(1 - visible.mean()), "empty_rate_readers": float(1 - drew.mean())}
+    if drew.any():
+        columns["all"] = _score(samples, probabilities, readers, owners, region) | rates
+    if len(readers) >= 4 and drew.all():
+        columns["four_readers"] = columns["all"]
+    if drew.sum() >= 2:
+        kept = visible if owners is None else visible & drew[owners]
+        if kept.all() and drew.all():
+            columns["shape"] = columns["all"]
+        else:
+            # Owners are counted among the non-empty readers only.
+            kept_owners = None if owners is None else (np.cumsum(drew) - 1)[owners[kept]]
+            columns["shape"] = _score(samples[kept], probabilities[kept], readers[drew], kept_owners, region) | rates
+    return columns
+
+
+def _score(
+    samples: np.ndarray,
+    probabilities: np.ndarray,
+    readers: np.ndarray,
+    owners: np.ndarray | None,
+    region: np.ndarray,
+) -> dict[str, Any]:
+    """The metrics of one column; no sample at all counts as one empty sample."""
+    if len(samples) == 0:
+        samples, probabilities = np.zeros((1, *readers.shape[1:]), bool), np.zeros((1, *readers.shape[1:]), np.float32)
+        owners = None
+    masks = np.concatenate([samples, readers])
+    iou = functional.iou_matrix(masks, masks)
+    distances = functional.ged_from_iou(iou, len(samples))
+    probability = probabilities.mean(axis=0)
+    scores = distances._asdict() | {
+        "hm_iou": functional.hm_iou_from_iou(iou[: len(samples), len(samples) :]),
+        "dice_majority": functional.dice_majority(probability, readers),
+        "iou_majority": functional.iou_majority(probability, readers),
+        "brier": functional.brier(probability, readers, region),
+        "ncc": functional.ncc(probabilities, readers),
+        "calibration": functional.calibration_bins(probability, readers, region),
+    }
+    if owners is None:
+        return scores | _reader_by_reader(samples, probability, readers)
+    own = []
+    for index, reader in enumerate(readers):
+        mine = owners == index
+        nothing = np.zeros((1, *reader.shape), bool)
+        own.append(
+            _reader_by_reader(
+                samples[mine] if mine.any() else nothing,
+                probabilities[mine].mean(axis=0) if mine.any() else nothing[0],
+                reader[None],
+            )
+        )
+    return scores | {name: float(np.mean([scores[name] for scores in own])) for name in own[0]}
+
+
+def _reader_by_reader(samples: np.ndarray, probability: np.ndarray, readers: np.ndarray) -> dict[str, float]:
+    return {
+        "dice_max_per_reader": functional.dice_max_per_reader(samples, readers),
+        "dice_mean": functional.dice_mean(probability, readers),
+        "iou_mean": functional.iou_mean(probability, readers),
+    }
+
+
+def summarize(per_slice: Sequence[dict], patient_ids: Sequence[str], seed: int = 0) -> dict[str, dict[str, Any]]:
+    """Means over slices with 95 % intervals from a bootstrap over patients.
+
+    Patients, not slices, are drawn with replacement (`NUM_RESAMPLES` times), since the slices of a patient are not
+    independent. Calibration errors pool the bins of all slices, the correlation all slices' pairs of shares, in the
+    estimate as in every resample.
+
+    Args:
+        per_slice: what `slice_metrics` returned, a dictionary a slice.
+        patient_ids: the patient of each slice.
+        seed: of the bootstrap.
+
+    Returns:
+        For each name of `COLUMNS` `{"count": slices, "num_patients": patients, metric: {"mean": x, "ci95": [lo, hi]}}`
+        with every name of `METRICS`; a number that does not exist (no slice, a correlation without variance) is None.
+
+    Raises:
+        ValueError: when the two lists differ in length.
+    """
+    return summarize_seeds([per_slice], patient_ids, seed)
+
+
+def summarize_seeds(
+    runs: Sequence[Sequence[dict]], patient_ids: Sequence[str], seed: int = 0
+) -> dict[str, dict[str, Any]]:
+    """`summarize` for several runs over the same slices, say with several sampling seeds.
+
+    Each number is computed in every run, then averaged; the resampled patients are the same for all runs. With more
+    than one run each metric also has `std`, the standard deviation over runs (with `runs - 1` in the denominator).
+
+    Args:
+        runs: for each run what `slice_metrics` returned, the slices in the same order.
+        patient_ids: the patient of each slice.
+        seed: of the bootstrap.
+    """
+    if any(len(run) != len(patient_ids) for run in runs):
+        raise ValueError(f"got {[len(run) for run in runs]} slices and {len(patient_ids)} patients; they must match")
+    return {column: _summarize_column(column, runs, patient_ids, seed) for column in COLUMNS}
+
+
+def _summarize_column(
+    column: str, runs: Sequence[Sequence[dict]], patient_ids: Sequence[str], seed: int
+) -> dict[str, Any]:
+    # Who drew decides what is in a column, so the slices are the same in every run.
+    inside = [index for index, slice_ in enumerate(runs[0]) if slice_[column] is not None]
+    patients, patient_index = np.unique([patient_ids[index] for index in inside], return_inverse=True)
+    result: dict[str, Any] = {"count": len(inside), "num_patients": len(patients)}
+    if not inside:
+        return result | {metric: {"mean": None, "ci95": [None, None]} for metric in METRICS}
+
+    drawn = np.random.default_rng(seed).integers(len(patients), size=(NUM_RESAMPLES, len(patients)))
+    weights = np.stack([np.bincount(row, minlength=len(patients)) for row in drawn]).astype(float)
+    estimates, resamples = [], []
+    for run in runs:
+        sums = np.zeros((len(patients), _NUM_SUMS))
+        np.add.at(sums, patient_index, [_slice_sums(run[index][column]) for index in inside])
+        estimates.append(_statistics(sums.sum(axis=0)))
+        resamples.append(_statistics(weights @ sums))
+
+    for metric in METRICS:
+        values = np.array([estimate[metric] for estimate in estimates])
+        replicates = np.mean([resample[metric] for resample in resamples], axis=0)
+        replicates = replicates[np.isfinite(replicates)]
+        interval = np.quantile(replicates, [0.025, 0.975]) if len(replicates) else [np.nan, np.nan]
+        result[metric] = {"mean": _number(values.mean()), "ci95": [_number(end) for end in interval]}
+        if len(runs) > 1:
+            result[metric]["std"] = _number(values.std(ddof=1))
+    return result
+
+
+def _number(value: float) -> float | None:
+    """A float for JSON, short enough to read; None for nan."""
+    return round(float(value), DECIMALS) if np.isfinite(value) else None
+
+
+# Every statistic is a function of sums over slices, so that a resample is one row of weights times the patients' sums:
+# the number of slices, the slice metrics, two sets of calibration bins, and the moments of the two empty shares.
+_BINS = 3 * functional.NUM_BINS
+_NUM_SUMS = 1 + len(SLICE_METRICS) + 2 * _BINS + 3
+
+
+def _slice_sums(scores: dict[str, Any]) -> np.ndarray:
+    """What a slice adds to its patient's sums: (`_NUM_SUMS`,)."""
+    samples, readers = scores["empty_rate_samples"], scores["empty_rate_readers"]
+    return np.concatenate(
+        [
+            [1.0],
+            [scores[metric] for metric in SLICE_METRICS],
+            scores["calibration"].ravel(),
+            functional.bin_sums(np.array([samples]), np.array([readers])).ravel(),
+            [samples * samples, samples * readers, readers * readers],
+        ]
+    )
+
+
+def _statistics(sums: np.ndarray) -> dict[str, np.ndarray]:
+    """All `METRICS` from sums (..., `_NUM_SUMS`), each of shape (...)."""
+    count, scalars, calibration, empties, moments = np.split(
+        sums, np.cumsum([1, len(SLICE_METRICS), _BINS, _BINS]), axis=-1
+    )
+    means = dict(zip(SLICE_METRICS, np.moveaxis(scalars / count, -1, 0), strict=True))
+    x, y = means["empty_rate_samples"], means["empty_rate_readers"]
+    xx, xy, yy = np.moveaxis(moments / count, -1, 0)
+    variances = np.maximum(xx - x * x, 0) * np.maximum(yy - y * y, 0)
+    by_bin = (*sums.shape[:-1], 3, functional.NUM_BINS)
+    return means | {
+        "ece": functional.calibration_error(calibration.reshape(by_bin)),
+        "empty_ece": functional.calibration_error(empties.reshape(by_bin)),
+        "empty_correlation": np.divide(
+            xy - x * y, np.sqrt(variances), out=np.full(x.shape, np.nan), where=variances > 1e-16
+        ),
+    }

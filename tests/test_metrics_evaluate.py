@@ -1,0 +1,39 @@
+"""The modules for the `evaluate` library, loaded from their files as a user does."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from probabilistic_sam.metrics import functional
+
+evaluate = pytest.importorskip("evaluate")
+
+
+@pytest.fixture
+def load(tmp_path, monkeypatch):
+    """`evaluate.load` of a module of ours, without network and with caches in a folder of the test."""
+    folder = Path(functional.__file__).parent
+    monkeypatch.setattr(evaluate.config, "HF_EVALUATE_OFFLINE", True)
+    monkeypatch.setattr(evaluate.config, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    return lambda name: evaluate.load(
+        str(folder / f"{name}.py"), cache_dir=str(tmp_path / "metrics"), experiment_id=name
+    )
+
+
+def test_modules_agree_with_the_functions(load):
+    rng = np.random.default_rng(0)
+    images = [(rng.random((n, 9, 9)) < 0.5, rng.random((m, 9, 9)) < 0.5) for n, m in ((4, 2), (3, 4), (1, 1))]
+    expected_ged = np.mean([functional.ged(samples, readers) for samples, readers in images], axis=0)
+    expected_hm_iou = np.mean([functional.hm_iou(samples, readers) for samples, readers in images])
+    predictions = [functional.pack_masks(samples) for samples, _ in images]
+    references = [functional.pack_masks(readers) for _, readers in images]
+
+    result = load("ged").compute(predictions=predictions, references=references)
+    assert list(result) == ["ged", "cross_distance", "sample_diversity", "reader_diversity"]
+    np.testing.assert_allclose(list(result.values()), expected_ged)
+
+    metric = load("hm_iou")
+    for prediction, reference in zip(predictions, references, strict=True):
+        metric.add(predictions=prediction, references=reference)
+    assert metric.compute() == pytest.approx({"hm_iou": expected_hm_iou})

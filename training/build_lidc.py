@@ -1,6 +1,6 @@
 """Build a dataset of LIDC-IDRI slices with every reader's mask, as Parquet split by patient.
 
-    python training/build_lidc.py slices --input LIDC-IDRI-slices.tar.gz --index index.csv --output lidc
+python training/build_lidc.py slices --input LIDC-IDRI-slices.tar.gz --index index.csv --output lidc
 """
 
 import argparse

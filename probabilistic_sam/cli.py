@@ -1,0 +1,437 @@
+"""The command `probabilistic-sam`: an image and a prompt in, a folder of sampled masks out.
+
+    probabilistic-sam segment slice.png --box 40 52 71 80 --num-samples 16 --output result
+
+writes masks, mean probability, uncertainty, a figure and areas to `result`.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import numpy as np
+import torch
+import transformers
+from PIL import Image, ImageOps, UnidentifiedImageError
+from safetensors import SafetensorError
+
+from . import ProbabilisticSamModel, ProbabilisticSamProcessor, __version__
+from .errors import UserError, run
+from .plotting import sample_figure, save_figure
+from .processing_probabilistic_sam import QUANTILES, binary_entropy
+
+DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "model_cards" / "psam-lidc"
+IMAGE_FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "PPM", "WEBP")
+MAX_PIXELS = 64_000_000
+MAX_SAMPLES = 1_000
+MAX_SAMPLED_PIXELS = 2**30  # samples times pixels: one byte each is kept
+CHUNK_PIXELS = 2**26  # samples times pixels that are floating point at one time
+RESULT_FILES = ("masks", "mean.png", "uncertainty.png", "figure.png", "result.json")
+
+
+@dataclass
+class Drawn:
+    """Samples of one prompt at the image's own size.
+
+    Args:
+        masks: (N, H, W) bool.
+        mean: (H, W) probability, averaged over the samples.
+        entropy: (H, W) of that mean in bits.
+        areas: (N,) in pixels.
+        empty_share: share of the samples that are empty.
+    """
+
+    masks: np.ndarray
+    mean: np.ndarray
+    entropy: np.ndarray
+    areas: np.ndarray
+    empty_share: float
+
+
+def load_image(path: str | os.PathLike) -> np.ndarray:
+    """Read one grey slice; colour becomes luminance, 16-bit and floating-point values stay what they are.
+
+    Returns:
+        (H, W): uint8, uint16, int32 or float32.
+
+    Raises:
+        UserError: no such file, not an image, truncated, several frames, or more than 64 million pixels.
+    """
+    accepted = f"accepted: {', '.join(IMAGE_FORMATS)} of at most {MAX_PIXELS // 10**6} million pixels"
+    if not Path(path).is_file():
+        raise UserError(f"no image file at {path}; {accepted}")
+    try:
+        # The header says the size: an image that would not fit into memory is refused before it is decoded.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image: Image.Image = Image.open(path, formats=IMAGE_FORMATS)
+        with image:
+            if image.width * image.height > MAX_PIXELS:
+                raise UserError(f"image {path} has {image.width} x {image.height} pixels; {accepted}")
+            frames = getattr(image, "n_frames", 1)
+            if frames > 1:
+                raise UserError(f"image {path} holds {frames} frames; accepted: one slice a file")
+            image = ImageOps.exif_transpose(image)
+            if image.mode not in ("L", "I", "F") and not image.mode.startswith("I;16"):
+                image = image.convert("L")
+            array = np.asarray(image)
+    except Image.DecompressionBombError as error:
+        raise UserError(f"image {path} is too large ({error}); {accepted}") from error
+    except UnidentifiedImageError as error:
+        kind = "a DICOM file, which is not read yet: export the slice as PNG" if _is_dicom(path) else "not an image"
+        raise UserError(f"{path} is {kind}; {accepted}") from error
+    except UserError:
+        raise
+    except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
+        raise UserError(f"image {path} cannot be read ({error}); {accepted}") from error
+    if not np.isfinite(array).all():
+        raise UserError(f"image {path} holds NaN or infinite values; accepted: finite grey values")
+    return array
+
+
+def load_model(name: str | os.PathLike) -> tuple[ProbabilisticSamModel, ProbabilisticSamProcessor]:
+    """Load a trained model and its processor from a directory, or from the Hub by `owner/name`.
+
+    Raises:
+        UserError: missing directory, files or tensors, damaged files, or a model of another kind.
+    """
+    accepted = "accepted: a directory that training/train.py wrote, or owner/name on the Hub"
+    directory = Path(name)
+    if directory.is_dir():
+        if not (directory / "config.json").is_file():
+            raise UserError(f"model directory {name} has no config.json; {accepted}")
+        if not any(any(directory.glob(pattern)) for pattern in ("*.safetensors", "pytorch_model*.bin")):
+            raise UserError(f"model directory {name} has no weights (model.safetensors); {accepted}")
+        if not (directory / "processor_config.json").is_file() and _model_type(name) == "probabilistic_sam":
+            raise UserError(f"model directory {name} has no processor_config.json; {accepted}")
+    elif directory.exists():
+        raise UserError(f"model {name} is a file; {accepted}")
+    elif str(name).count("/") != 1 or str(name).startswith(("/", ".", "~")) or str(name).endswith("/"):
+        raise UserError(f"no model directory at {name}; {accepted}")
+
+    model_type = _model_type(name)
+    if model_type in ("sam", "sam_hq"):
+        raise UserError(
+            f"model {name} is a plain SAM checkpoint, which draws one mask: training/train.py makes a Probabilistic "
+            "SAM of it; give the directory that it writes"
+        )
+    if model_type != ProbabilisticSamModel.config_class.model_type:
+        raise UserError(f"model {name} is of type {model_type!r}, not a Probabilistic SAM; {accepted}")
+    try:
+        model, info = ProbabilisticSamModel.from_pretrained(name, output_loading_info=True)
+        processor = ProbabilisticSamProcessor.from_pretrained(name)
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, EOFError) as error:
+        raise UserError(f"model {name} cannot be loaded ({_first_line(error)}); {accepted}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UserError(
+            f"model {name} lacks {len(missing)} tensors ({missing[0]} is the first), so it was never trained as a "
+            f"Probabilistic SAM or its file is not whole; {accepted}"
+        )
+    return model.eval(), processor
+
+
+def draw(
+    model: ProbabilisticSamModel,
+    processor: ProbabilisticSamProcessor,
+    image: np.ndarray,
+    prompt: dict[str, Any],
+    num_samples: int,
+    seed: int,
+) -> Drawn:
+    """Draw samples for one prompt; the same seed gives the same samples.
+
+    Args:
+        model: on any device.
+        processor: the one saved with the model.
+        image: (H, W), any range of grey values.
+        prompt: `{"box": [x1, y1, x2, y2]}` or `{"points": [[x, y], ...]}`, in pixels of the image.
+        num_samples: N.
+        seed: of the noise.
+    """
+    if "box" in prompt:
+        inputs = processor(images=image, input_boxes=[[prompt["box"]]], return_tensors="pt")
+    else:
+        labels = [[[1] * len(prompt["points"])]]
+        inputs = processor(images=image, input_points=[[prompt["points"]]], input_labels=labels, return_tensors="pt")
+    windows, sizes = inputs.pop("windows"), inputs.pop("original_sizes")
+    generator = torch.Generator().manual_seed(seed)
+    pred_masks = model.sample(**inputs.to(model.device), num_samples=num_samples, generator=generator).pred_masks
+    assert pred_masks is not None  # always there; the output's fields are optional for mypy
+
+    # Some samples at a time return to the image's size, so that memory stays bounded.
+    chunk = max(1, CHUNK_PIXELS // max(image.size, int(windows[0, 2]) ** 2))
+    masks = np.empty((num_samples, *image.shape), dtype=bool)
+    mean = torch.zeros(image.shape, dtype=torch.float64)
+    for start in range(0, num_samples, chunk):
+        logits = pred_masks[:, :, start : start + chunk].cpu()
+        part = processor.post_process_samples(logits, windows, sizes)[0]
+        masks[start : start + chunk] = part["masks"].numpy()
+        mean += part["mean"].double() * (len(part["masks"]) / num_samples)
+    mean = mean.clamp(0, 1)
+    areas = masks.sum(axis=(1, 2))
+    return Drawn(masks, mean.numpy(), binary_entropy(mean).numpy(), areas, float(np.mean(areas == 0)))
+
+
+def area_summary(areas: np.ndarray, scale: float = 1.0) -> dict[str, Any]:
+    """Areas of the samples and their quantiles, times `scale` (mm^2 a pixel): a dictionary for JSON."""
+    values = np.asarray(areas) * scale
+    quantiles = {str(level): round(float(np.quantile(values, level)), 4) for level in QUANTILES}
+    return {"mean": round(float(values.mean()), 4), "quantiles": quantiles, "samples": values.round(4).tolist()}
+
+
+def write_samples(folder: Path, drawn: Drawn) -> None:
+    """Write `masks/sample-00.png`, ... as 1-bit PNG."""
+    (folder / "masks").mkdir(parents=True)
+    digits = max(2, len(str(len(drawn.masks) - 1)))
+    for index, mask in enumerate(drawn.masks):
+        Image.fromarray(mask).save(folder / "masks" / f"sample-{index:0{digits}d}.png")
+
+
+def write_grey(path: Path, values: np.ndarray) -> None:
+    """Write values between 0 and 1 as 16-bit grey PNG; 65535 stands for 1."""
+    Image.fromarray(np.round(np.clip(values, 0, 1) * 65535).astype(np.uint16)).save(path)
+
+
+@contextmanager
+def replaced_directory(path: str | os.PathLike, owned: Sequence[str]) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its place when the block ends well; otherwise nothing changes.
+
+    Args:
+        path: the folder to write: new, empty, or with entries that all match `owned`.
+        owned: names or patterns of what a previous run may have left there.
+
+    Raises:
+        UserError: `path` is a file, holds anything else, or cannot be written.
+    """
+    target = Path(path).resolve()
+    staging = aside = None
+    try:
+        if target.exists():
+            if not target.is_dir():
+                raise UserError(f"output {path} is a file; accepted: a directory")
+            foreign = sorted(
+                child.name for child in target.iterdir() if not any(fnmatch(child.name, name) for name in owned)
+            )
+            if foreign:
+                raise UserError(
+                    f"output directory {path} holds other files ({foreign[0]}); accepted: a new directory, an empty "
+                    "one or a previous result"
+                )
+            if not os.access(target, os.W_OK):
+                raise UserError(f"output directory {path} is not writable")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+        staging.chmod(target.stat().st_mode if target.exists() else target.parent.stat().st_mode & 0o777)
+        yield staging
+        if target.exists():
+            aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.")) / "previous"
+            os.replace(target, aside)
+        os.replace(staging, target)
+    except OSError as error:
+        raise UserError(f"output directory {path} cannot be written ({error.strerror or error})") from error
+    finally:
+        if aside is not None:
+            if aside.exists() and not target.exists():
+                os.replace(aside, target)
+            shutil.rmtree(aside.parent, ignore_errors=True)
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def check_prompt(prompt: dict[str, Any], width: int, height: int) -> None:
+    """Raise `UserError` for a box or a point that does not lie in an image of `width` x `height` pixels."""
+    size = f"the image of {width} x {height} pixels"
+    if "box" in prompt:
+        x1, y1, x2, y2 = prompt["box"]
+        text = " ".join(f"{value:g}" for value in prompt["box"])
+        if x2 < x1 or y2 < y1:
+            raise UserError(f"box {text} is turned around; accepted: x1 y1 x2 y2 with x1 < x2 and y1 < y2")
+        if x1 == x2 or y1 == y2:
+            raise UserError(f"box {text} has no area; accepted: x1 y1 x2 y2 with x1 < x2 and y1 < y2")
+        if x1 < 0 or y1 < 0 or x2 > width or y2 > height:
+            raise UserError(f"box {text} reaches outside {size}; accepted: 0 <= x <= {width}, 0 <= y <= {height}")
+    for x, y in prompt.get("points", []):
+        if not (0 <= x <= width and 0 <= y <= height):
+            raise UserError(f"point {x:g} {y:g} lies outside {size}; accepted: 0 <= x <= {width}, 0 <= y <= {height}")
+
+
+def segment(arguments: argparse.Namespace) -> None:
+    """`probabilistic-sam segment`: draw masks for one prompt and write them."""
+    image = load_image(arguments.image)
+    height, width = image.shape
+    prompt = {"box": arguments.box} if arguments.box else {"points": arguments.point}
+    check_prompt(prompt, width, height)
+    if arguments.num_samples * image.size > MAX_SAMPLED_PIXELS:
+        raise UserError(
+            f"{arguments.num_samples} samples of {width} x {height} pixels need too much memory; accepted: at most "
+            f"{MAX_SAMPLED_PIXELS // image.size} samples for this image"
+        )
+    if arguments.model is None and not DEFAULT_MODEL.is_dir():
+        raise UserError("no --model given; accepted: a directory that training/train.py wrote, or owner/name")
+    name = str(arguments.model or DEFAULT_MODEL)
+
+    with replaced_directory(arguments.output, RESULT_FILES) as folder:
+        model, processor = load_model(name)
+        if torch.cuda.is_available():
+            model = model.to("cuda")
+        drawn = draw(model, processor, image, prompt, arguments.num_samples, arguments.seed)
+        write_samples(folder, drawn)
+        write_grey(folder / "mean.png", drawn.mean)
+        write_grey(folder / "uncertainty.png", drawn.entropy)
+        figure = sample_figure(
+            image, drawn.masks, drawn.mean, drawn.entropy, box=prompt.get("box"), point=prompt.get("points"),
+            title=Path(arguments.image).name,
+        )  # fmt: skip
+        save_figure(figure, folder / "figure.png")
+        result = {
+            "image": str(arguments.image),
+            "image_size": {"width": width, "height": height},
+            "prompt": prompt,
+            "model": name,
+            "num_samples": arguments.num_samples,
+            "seed": arguments.seed,
+            "empty_share": drawn.empty_share,
+            "area_px": area_summary(drawn.areas),
+        }
+        if arguments.pixel_spacing is not None:
+            result["pixel_spacing_mm"] = arguments.pixel_spacing
+            result["area_mm2"] = area_summary(drawn.areas, arguments.pixel_spacing**2)
+        result["files"] = {
+            "masks/sample-*.png": "one mask a sample, 1 bit",
+            "mean.png": "mean probability, 16 bit, 65535 = 1",
+            "uncertainty.png": "entropy of the mean probability, 16 bit, 65535 = 1 bit",
+            "figure.png": "everything on one page",
+        }
+        result["versions"] = {
+            "probabilistic_sam": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
+        }  # fmt: skip
+        (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+
+    unit = "px" if arguments.pixel_spacing is None else "mm2"
+    low, middle, high = (result[f"area_{unit}"]["quantiles"][level] for level in ("0.05", "0.5", "0.95"))
+    print(
+        f"wrote {arguments.output}: {arguments.num_samples} samples, median area {middle:.4g} {unit} (5 to 95 %: "
+        f"{low:.4g} to {high:.4g}), {drawn.empty_share:.0%} empty; see figure.png, result.json"
+    )
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """`argparse` whose complaints are one line, as everywhere in this project."""
+
+    def error(self, message: str) -> Any:
+        """Raise `UserError` in place of printing the usage."""
+        raise UserError(f"{message} (see `{self.prog} --help`)")
+
+
+def number(text: str) -> float:
+    """A finite number from the command line."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return value
+
+
+def spacing(text: str) -> float:
+    """Side of a pixel in mm from the command line."""
+    value = number(text)
+    if not 0 < value <= 1000:
+        raise argparse.ArgumentTypeError(f"{text} mm; accepted: more than 0, at most 1000")
+    return value
+
+
+def whole_number(low: int, high: int) -> Any:
+    """A type for `argparse`: whole numbers from `low` to `high`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r}; accepted: a whole number from {low} to {high}")
+        return value
+
+    return parse
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = ArgumentParser(prog="probabilistic-sam", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"probabilistic-sam {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    command = commands.add_parser(
+        "segment",
+        allow_abbrev=False,
+        help="sample masks for one prompt in one image",
+        description="Sample masks for one prompt. Coordinates are pixels of the image, counted at the pixels' edges.",
+    )
+    command.add_argument("image", metavar="IMAGE", help=f"{', '.join(IMAGE_FORMATS)}; grey or colour, 8 or 16 bit")
+    prompt = command.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--box", type=number, nargs=4, metavar=("X1", "Y1", "X2", "Y2"), help="box around the lesion")
+    prompt.add_argument(
+        "--point", type=number, nargs=2, action="append", metavar=("X", "Y"), help="point inside it; may be repeated"
+    )
+    samples = whole_number(1, MAX_SAMPLES)
+    command.add_argument("--num-samples", type=samples, default=16, metavar="N", help="masks to draw; default 16")
+    command.add_argument("--output", required=True, metavar="DIR", help="folder: new, empty or a previous result")
+    command.add_argument("--model", metavar="M", help="directory or owner/name; default model_cards/psam-lidc")
+    command.add_argument("--seed", type=whole_number(0, 2**63 - 1), default=0, metavar="S", help="default 0")
+    command.add_argument("--pixel-spacing", type=spacing, metavar="MM", help="side of a pixel; adds areas in mm^2")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse, and do what was asked for."""
+    arguments = parse_args(argv)
+    quiet_transformers()
+    segment(arguments)
+
+
+def quiet_transformers() -> None:
+    """Keep loading reports, retries and progress bars of transformers and the Hub client from the terminal."""
+    transformers.logging.set_verbosity_error()
+    huggingface_hub.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def entry() -> None:
+    """Console script."""
+    run(main)
+
+
+def _model_type(name: str | os.PathLike) -> str | None:
+    try:
+        config, _ = transformers.PreTrainedConfig.get_config_dict(name)
+    except (OSError, ValueError) as error:
+        place = "" if Path(name).is_dir() else ", neither here nor on the Hub"
+        raise UserError(f"the configuration of model {name} cannot be read{place} ({_first_line(error)})") from error
+    return config.get("model_type")
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines() or [type(error).__name__]
+    return text[0].rstrip(".:")[:200]
+
+
+def _is_dicom(path: str | os.PathLike) -> bool:
+    with open(path, "rb") as file:
+        return file.read(132)[128:] == b"DICM"
+
+
+if __name__ == "__main__":
+    entry()

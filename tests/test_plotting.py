@@ -1,0 +1,137 @@
+"""Figures: outlines on pixel edges, the zoomed window, labels of what is empty."""
+
+import numpy as np
+import pytest
+from matplotlib.collections import LineCollection
+from PIL import Image
+
+from probabilistic_sam.errors import UserError
+from probabilistic_sam.plotting import mask_outline, sample_figure, save_figure, zoom_window
+
+
+def square(x1, y1, x2, y2, shape=(64, 64)):
+    mask = np.zeros(shape, dtype=bool)
+    mask[y1:y2, x1:x2] = True
+    return mask
+
+
+def titles(figure):
+    return [axes.get_title() for axes in figure.axes if axes.get_title()]
+
+
+def texts(figure):
+    return [text.get_text() for axes in figure.axes for text in axes.texts]
+
+
+def test_outline_of_one_pixel_is_its_four_edges():
+    segments = {tuple(sorted(map(tuple, segment))) for segment in mask_outline(square(3, 5, 4, 6)).tolist()}
+    assert segments == {((3, 5), (4, 5)), ((3, 6), (4, 6)), ((3, 5), (3, 6)), ((4, 5), (4, 6))}
+
+
+@pytest.mark.parametrize(
+    ("mask", "perimeter"),
+    [
+        (square(0, 0, 64, 64), 256),  # touches every border
+        (square(10, 20, 13, 24), 14),
+        (square(10, 10, 20, 20) & ~square(14, 14, 16, 16), 48),  # the hole counts
+        (square(0, 0, 0, 0), 0),
+    ],
+)
+def test_outline_is_as_long_as_the_perimeter(mask, perimeter):
+    segments = mask_outline(mask)
+    assert segments.shape == (perimeter, 2, 2)
+    assert np.allclose(np.abs(segments[:, 1] - segments[:, 0]).sum(-1), 1)
+
+
+def test_zoom_window_is_twice_the_box_and_centred():
+    assert zoom_window((128, 128), box=(40, 50, 60, 64)) == (30, 37, 40)
+
+
+def test_zoom_window_holds_the_masks_and_stays_inside():
+    masks = np.stack([square(0, 0, 30, 10), square(0, 0, 0, 0)])
+    assert zoom_window((64, 64), box=(2, 2, 8, 8), masks=masks) == (0, 0, 60)
+    assert zoom_window((64, 64), points=np.array([[63.0, 1.0]])) == (32, 0, 32)
+
+
+def test_zoom_window_larger_than_the_short_side_is_centred_on_it():
+    assert zoom_window((20, 100), box=(30, 2, 60, 18)) == (15, -20, 60)
+    assert zoom_window((20, 100)) == (0, -40, 100)
+
+
+@pytest.fixture
+def arrays():
+    samples = np.stack([square(20, 20, 30, 32)] * 9 + [square(0, 0, 0, 0)])[::-1]
+    mean = samples.mean(0)
+    return {
+        "image": np.arange(64 * 64, dtype=np.uint16).reshape(64, 64),
+        "samples": samples,
+        "mean": mean,
+        "entropy": np.where(mean > 0, 0.469, 0),
+        "box": (18, 19, 31, 33),
+    }
+
+
+def test_figure_shows_eight_samples_and_says_which_are_empty(arrays):
+    figure = sample_figure(**arrays, title="nodule 1")
+    assert titles(figure)[:4] == ["slice", "samples, all together", "mean probability", "uncertainty"]
+    assert titles(figure)[4:6] == ["sample 1: empty", "sample 2: 120 px"]
+    assert len(titles(figure)) == 12
+    assert texts(figure).count("empty") == 1
+    assert "10 samples, 1 empty" in texts(figure)
+    assert figure.texts[0].get_text() == "nodule 1"
+
+
+def test_readers_have_a_colour_each_and_empty_ones_stay_in_the_legend(arrays):
+    readers = np.stack([square(20, 20, 28, 30), square(0, 0, 0, 0), square(22, 20, 33, 30)])
+    figure = sample_figure(**arrays, readers=readers)
+    legend = next(axes.get_legend() for axes in figure.axes if axes.get_legend())
+    assert [text.get_text() for text in legend.get_texts()] == ["1", "2 empty", "3"]
+    panel = legend.axes
+    outlines = [item for item in panel.collections if isinstance(item, LineCollection)]
+    assert len({tuple(item.get_color()[0]) for item in outlines if len(item.get_segments())}) == 2
+
+
+def test_all_empty_is_said_in_words(arrays):
+    nothing = np.zeros((3, 64, 64), dtype=bool)
+    figure = sample_figure(
+        **{**arrays, "samples": nothing, "mean": nothing[0], "entropy": nothing[0]}, readers=nothing
+    )
+    assert texts(figure).count("empty") == 3
+    assert "all readers empty" in texts(figure)
+    assert any(text.startswith("nowhere above 0.5") for text in texts(figure))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("image", np.zeros((64, 64, 3)), "image"),
+        ("samples", np.zeros((0, 64, 64), dtype=bool), "samples"),
+        ("samples", np.zeros((2, 64, 63), dtype=bool), "samples"),
+        ("mean", np.zeros((63, 64)), "mean"),
+        ("entropy", np.zeros((1, 64, 64)), "entropy"),
+        ("readers", np.zeros((64, 64), dtype=bool), "readers"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_named(arrays, name, value, message):
+    with pytest.raises(UserError, match=message):
+        sample_figure(**{**arrays, name: value})
+
+
+def test_saved_figure_is_1600_pixels_wide_and_reproducible(arrays, tmp_path):
+    for name in ("a.png", "b.png"):
+        save_figure(sample_figure(**arrays, point=(25, 25)), tmp_path / name)
+    assert Image.open(tmp_path / "a.png").width == 1600
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png"]
+
+
+def test_failed_save_keeps_the_old_file(tmp_path):
+    class Broken:
+        def savefig(self, file, **kwargs):
+            file.write(b"half")
+            raise OSError("disk full")
+
+    (tmp_path / "a.png").write_bytes(b"old")
+    with pytest.raises(OSError, match="disk full"):
+        save_figure(Broken(), tmp_path / "a.png")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a.png", b"old")]

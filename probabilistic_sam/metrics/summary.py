@@ -210,7 +210,7 @@ def _summarize_column(
 
 def _number(value: float) -> float | None:
     """A float for JSON, short enough to read; None for nan."""
-    return round(float(value), DECIMALS) if np.isfinite(value) else None
+    return round(float(value), DECIMALS) + 0.0 if np.isfinite(value) else None  # + 0.0: no "-0.0" in the file
 
 
 # Every statistic is a function of sums over slices, so that a resample is one row of weights times the patients' sums:

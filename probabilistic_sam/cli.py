@@ -173,12 +173,12 @@ def draw(
     # Some samples at a time return to the image's size, so that memory stays bounded.
     chunk = max(1, CHUNK_PIXELS // max(image.size, int(windows[0, 2]) ** 2))
     masks = np.empty((num_samples, *image.shape), dtype=bool)
-    mean = torch.zeros(image.shape, dtype=torch.float64)
+    mean = torch.zeros(image.shape)
     for start in range(0, num_samples, chunk):
         logits = pred_masks[:, :, start : start + chunk].cpu()
         part = processor.post_process_samples(logits, windows, sizes)[0]
         masks[start : start + chunk] = part["masks"].numpy()
-        mean += part["mean"].double() * (len(part["masks"]) / num_samples)
+        mean += part["mean"] * (len(part["masks"]) / num_samples)
     mean = mean.clamp(0, 1)
     areas = masks.sum(axis=(1, 2))
     return Drawn(masks, mean.numpy(), binary_entropy(mean).numpy(), areas, float(np.mean(areas == 0)))

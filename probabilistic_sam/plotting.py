@@ -8,11 +8,13 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
@@ -26,6 +28,7 @@ WIDTH_INCHES, DPI = 12.8, 125  # 1600 px
 MARGIN = 0.15
 LEGEND_COLUMNS = 4
 SAMPLES_SHOWN = 8
+DRAWN_PIXELS = 1000  # of a side; a panel is some 330 pixels wide
 
 
 def mask_outline(mask: np.ndarray) -> np.ndarray:
@@ -116,7 +119,7 @@ def sample_figure(
     readers = None if readers is None else np.asarray(readers, dtype=bool)
     points = None if point is None else np.reshape(np.asarray(point, dtype=float), (-1, 2))
     _check_shapes(image, samples, mean, entropy, readers)
-    samples = samples.astype(bool)
+    samples = samples.astype(bool, copy=False)
     if zoom is None:
         seen = samples if readers is None else np.concatenate([samples, readers])
         zoom = zoom_window((image.shape[0], image.shape[1]), box, points, seen)
@@ -133,7 +136,7 @@ def sample_figure(
 
     left = MARGIN
     axes = _add_axes(figure, left, top, panel, "slice")
-    _show_image(axes, image, zoom_window((image.shape[0], image.shape[1])))
+    _show(axes, image, zoom_window((image.shape[0], image.shape[1])), cmap="gray")
     _draw_prompt(axes, box, points)
     zoomed = zoom[2] < max(image.shape)
     if zoomed:
@@ -144,11 +147,11 @@ def sample_figure(
     left += panel + 0.2
     if readers is not None:
         axes = _add_axes(figure, left, top, panel, "readers")
-        _show_image(axes, image, zoom)
+        _show(axes, image, zoom, cmap="gray")
         _draw_readers(axes, readers)
     else:
         axes = _add_axes(figure, left, top, panel, "samples, all together")
-        _show_image(axes, image, zoom)
+        _show(axes, image, zoom, cmap="gray")
         for sample in samples:
             _draw_outline(axes, sample, SAMPLE_COLOR, 1.0, alpha=max(0.2, min(1.0, 6 / len(samples))))
         empty = int((~samples.any((1, 2))).sum())
@@ -171,7 +174,7 @@ def sample_figure(
     for index, sample in enumerate(samples[:SAMPLES_SHOWN]):
         area = f"{int(sample.sum())} px" if sample.any() else "empty"
         axes = _add_axes(figure, MARGIN + index * (small + gap), bottom, small, f"sample {index + 1}: {area}", size=9)
-        _show_image(axes, image, zoom)
+        _show(axes, image, zoom, cmap="gray")
         _draw_outline(axes, sample, SAMPLE_COLOR, 1.5)
         if not sample.any():
             _note(axes, "empty")
@@ -228,24 +231,21 @@ def _caption(axes: Axes, text: str) -> None:
     axes.text(0.5, -0.02, text, transform=axes.transAxes, ha="center", va="top", fontsize=9, color="0.3")
 
 
-def _show_image(axes: Axes, image: np.ndarray, zoom: tuple[int, int, int]) -> None:
-    """Draw the slice; grey runs from the darkest to the brightest value in view."""
-    height, width = image.shape
+def _show(axes: Axes, values: np.ndarray, zoom: tuple[int, int, int], **kwargs: Any) -> AxesImage:
+    """Draw what the window shows of (H, W) values, thinned out when it has many times more pixels than the panel."""
     x0, y0, side = zoom
-    view = image[max(y0, 0) : y0 + side, max(x0, 0) : x0 + side]
-    axes.imshow(
-        image, cmap="gray", vmin=view.min(), vmax=view.max(), extent=(0, width, height, 0), interpolation="nearest"
-    )
+    left, top, step = max(x0, 0), max(y0, 0), max(1, side // DRAWN_PIXELS)
+    view = values[top : y0 + side : step, left : x0 + side : step]
+    extent = (left, left + step * view.shape[1], top + step * view.shape[0], top)
+    drawn = axes.imshow(view, extent=extent, interpolation="nearest", **kwargs)
     axes.set(xlim=(x0, x0 + side), ylim=(y0 + side, y0))
+    return drawn
 
 
 def _draw_map(
     figure: Figure, axes: Axes, values: np.ndarray, zoom: tuple[int, int, int], cmap: str, label: str
 ) -> None:
-    height, width = values.shape
-    x0, y0, side = zoom
-    drawn = axes.imshow(values, cmap=cmap, vmin=0, vmax=1, extent=(0, width, height, 0), interpolation="nearest")
-    axes.set(xlim=(x0, x0 + side), ylim=(y0 + side, y0))
+    drawn = _show(axes, values, zoom, cmap=cmap, vmin=0, vmax=1)
     bar = figure.colorbar(drawn, cax=axes.inset_axes((1.03, 0, 0.045, 1)), ticks=[0, 0.25, 0.5, 0.75, 1])
     bar.ax.set_yticklabels(["0", ".25", ".5", ".75", "1"])
     bar.ax.tick_params(labelsize=9, length=2, pad=2)
@@ -254,9 +254,12 @@ def _draw_map(
 
 
 def _draw_outline(axes: Axes, mask: np.ndarray, color: str, width: float, alpha: float = 1.0) -> None:
+    # Only what the panel shows, and one pixel around it so that cut edges stay outside.
+    (x0, x1), (y1, y0) = axes.get_xlim(), axes.get_ylim()
+    left, top = max(int(x0) - 1, 0), max(int(y0) - 1, 0)
+    segments = mask_outline(mask[top : int(y1) + 1, left : int(x1) + 1]) + (left, top)
     axes.add_collection(
-        LineCollection(list(mask_outline(mask)), colors=color, linewidths=width, alpha=alpha, capstyle="round"),
-        autolim=False,
+        LineCollection(list(segments), colors=color, linewidths=width, alpha=alpha, capstyle="round"), autolim=False
     )
 
 

@@ -125,6 +125,22 @@ def test_saved_figure_is_1600_pixels_wide_and_reproducible(arrays, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png"]
 
 
+def test_a_window_of_a_large_image_shows_that_part():
+    """Only the window is drawn, at its place, and thinned out when it has thousands of pixels a side."""
+    image = np.zeros((5000, 4000), dtype=np.uint8)
+    image[3000:3100, 2000:2100] = 200
+    mask = image > 0
+    near = sample_figure(image, mask[None], mask, mask, box=(2000, 3000, 2100, 3100))
+    shown = [axes.images[0] for axes in near.axes if axes.images]
+    assert shown[0].get_array().shape == (1000, 800)
+    assert shown[0].get_extent() == [0, 4000, 5000, 0]
+    assert shown[1].get_extent() == [1950, 2150, 3150, 2950]
+    assert (shown[1].get_array() > 0).sum() == 10_000
+    outline = next(item for item in near.axes[1].collections if isinstance(item, LineCollection))
+    assert len(outline.get_segments()) == 400
+    assert np.concatenate(outline.get_segments()).min(0).tolist() == [2000, 3000]
+
+
 def test_failed_save_keeps_the_old_file(tmp_path):
     class Broken:
         def savefig(self, file, **kwargs):

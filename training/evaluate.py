@@ -27,8 +27,10 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+import transformers
 from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor
 
@@ -100,8 +102,8 @@ def load_model(name: str, device: torch.device) -> tuple[Any, Any]:
     try:
         model, info = AutoModel.from_pretrained(name, output_loading_info=True)
         processor = AutoProcessor.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{name}: does not open as a model with a processor: {reason}") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
@@ -170,6 +172,8 @@ def evaluate_rows(
                 # A seed for each row (and box), so that neither the batch nor the process matters.
                 generator = torch.Generator().manual_seed(row_seed(rows[index], f"samples {seed} {reader}"))
                 output = model.sample(**inputs, num_samples=num_samples, generator=generator)
+                if output.pred_masks.shape[2] != num_samples:
+                    raise UserError(f"sample() drew {output.pred_masks.shape[2]} masks instead of {num_samples}")
                 logits[index] += processor.post_process_logits(
                     output.pred_masks, item["windows"], item["original_sizes"]
                 )
@@ -278,6 +282,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     dataset = load_split(args.dataset, args.split)
     chosen = choose_slices(dataset, args.max_slices)
     state, device = start_process(args.device)
+    if not state.is_main_process:
+        transformers.logging.disable_progress_bar()
     model, processor = load_model(args.model, device)
     try:
         args.output.parent.mkdir(parents=True, exist_ok=True)

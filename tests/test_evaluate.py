@@ -1,0 +1,350 @@
+"""training/evaluate.py: on stub models in process, on a tiny Probabilistic SAM from the command line."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("accelerate")
+pytest.importorskip("datasets")
+
+from probabilistic_sam.data import split_of
+from probabilistic_sam.data.rows import decode_masks, encode_png, image_row, load_split, write_dataset
+from probabilistic_sam.errors import UserError
+from probabilistic_sam.metrics import COLUMNS, METRICS
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "training" / "evaluate.py"
+SIZE = 32
+PATIENTS = [name for name in (f"LIDC-IDRI-{i:04d}" for i in range(1, 200)) if split_of(name) == "validation"][:5]
+
+
+@pytest.fixture(scope="module")
+def script():
+    """The script as a module; its own name would hide the `evaluate` library."""
+    spec = importlib.util.spec_from_file_location("training_evaluate", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def make_rows():
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:SIZE, :SIZE]
+    for number, patient in enumerate(PATIENTS):
+        for slice_index in range(3):
+            radii = rng.uniform(3, 6, size=4) * (rng.random(4) < 0.8)
+            radii[0] = 4  # somebody drew
+            masks = [encode_png((y - 16) ** 2 + (x - 15) ** 2 < radius**2) for radius in radii]
+            image = encode_png(rng.integers(0, 255, size=(SIZE, SIZE), dtype=np.uint8))
+            yield image_row(
+                image,
+                masks,
+                "image",
+                [f"mask {i}" for i in range(4)],
+                patient_id=patient,
+                scan_id=number,
+                nodule_id=0,
+                slice_index=slice_index,
+                source="test",
+            )
+
+
+@pytest.fixture(scope="module")
+def dataset_dir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("dataset") / "lidc"
+    write_dataset(make_rows(), path, "Made for a test.")
+    return path
+
+
+@pytest.fixture(scope="module")
+def dataset(dataset_dir):
+    return load_split(dataset_dir, "validation")
+
+
+class StubProcessor:
+    """The whole image as window, prompts as they are."""
+
+    def __call__(self, images, return_tensors, input_boxes=None, input_points=None, input_labels=None):
+        assert return_tensors == "pt"
+        assert len(images) == 1
+        features = {
+            "pixel_values": torch.from_numpy(images[0].astype(np.float32)).expand(1, 3, -1, -1),
+            "windows": torch.tensor([[0, 0, SIZE]]),
+            "original_sizes": torch.tensor([[SIZE, SIZE]]),
+        }
+        if input_boxes is not None:
+            features["input_boxes"] = torch.tensor(input_boxes)
+        if input_points is not None:
+            features["input_points"], features["input_labels"] = torch.tensor(input_points), torch.tensor(input_labels)
+        return features
+
+    def post_process_logits(self, pred_masks, windows, original_sizes):
+        assert pred_masks.shape[-2:] == tuple(original_sizes[0].tolist())
+        return list(pred_masks.flatten(0, 1))
+
+
+class StubModel:
+    """Draws boxes that are the prompt's, each side moved by noise from the generator."""
+
+    noise = 1.5
+
+    def __init__(self):
+        self.calls = []
+
+    def sample(self, pixel_values, num_samples, generator, input_boxes=None, input_points=None, input_labels=None):
+        assert pixel_values.shape == (1, 3, SIZE, SIZE)
+        self.calls.append((input_boxes, input_points, input_labels))
+        box = input_boxes[0, 0] if input_boxes is not None else (input_points[0, 0, 0].repeat(2) + self.side)
+        sides = box + self.noise * torch.randn(num_samples, 4, generator=generator)  # (N, 4)
+        centres = torch.arange(SIZE) + 0.5
+        in_x = (centres > sides[:, :1]) & (centres < sides[:, 2:3])
+        in_y = (centres > sides[:, 1:2]) & (centres < sides[:, 3:])
+        masks = in_y[:, :, None] & in_x[:, None, :]
+        return SimpleNamespace(pred_masks=(masks.float() * 8 - 4)[None, None])  # (1, 1, N, H, W)
+
+    side = torch.tensor([-4.0, -4.0, 4.0, 4.0])
+
+
+class EmbeddingModel(StubModel):
+    """The same with an encoder that the script can run once for a batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoded = []
+
+    def get_image_embeddings(self, pixel_values):
+        self.encoded.append(len(pixel_values))
+        return pixel_values
+
+    def sample(self, image_embeddings, **kwargs):
+        return super().sample(image_embeddings, **kwargs)
+
+
+def run(script, model, dataset, prompt="union_box", num_samples=4, seeds=(0,), batch_size=4, process=(0, 1)):
+    state = SimpleNamespace(process_index=process[0], num_processes=process[1], is_main_process=False)
+    return script.evaluate_dataset(model, StubProcessor(), dataset, prompt, num_samples, seeds, batch_size, state)
+
+
+def geds(run_):
+    return [slice_["all"]["ged"] for slice_ in run_]
+
+
+def test_results_do_not_depend_on_batches_processes_or_encoder(script, dataset):
+    patients, (expected,) = run(script, StubModel(), dataset)
+    assert patients == [row["patient_id"] for row in dataset]
+    assert len(set(geds(expected))) > 10  # the generators differ from row to row
+
+    model = EmbeddingModel()
+    assert geds(run(script, model, dataset, batch_size=7)[1][0]) == geds(expected)
+    assert model.encoded == [7, 7, 1]
+
+    by_process = [geds(run(script, StubModel(), dataset, process=(index, 2))[1][0]) for index in range(2)]
+    assert by_process[0] == geds(expected)[:4] + geds(expected)[8:12]
+    assert by_process[1] == geds(expected)[4:8] + geds(expected)[12:]
+
+
+def test_seeds_are_separate_runs(script, dataset):
+    _, both = run(script, EmbeddingModel(), dataset, seeds=(0, 7))
+    _, first = run(script, EmbeddingModel(), dataset, seeds=(0,))
+    _, second = run(script, EmbeddingModel(), dataset, seeds=(7,))
+    assert geds(both[0]) == geds(first[0])
+    assert geds(both[1]) == geds(second[0]) != geds(first[0])
+
+
+def test_prompts_reach_the_model_in_its_shapes(script, dataset):
+    model = StubModel()
+    run(script, model, dataset.select([0]), prompt="center_box")
+    run(script, model, dataset.select([0]), prompt="center_point")
+    (boxes, _, _), (_, points, labels) = model.calls
+    assert boxes.shape == (1, 1, 4)
+    assert points.shape == (1, 1, 1, 2)
+    assert labels.tolist() == [[[1]]]
+
+
+def test_reader_box_scores_each_reader_with_his_own_samples(script, dataset):
+    # Without noise each sample fills its reader's box; a disc fills the same share of every box, so for those who drew
+    # the Dice is the disc's with its own box. The union box would be too large for all but the largest.
+    model = StubModel()
+    model.noise = 0.0
+    index = next(i for i, row in enumerate(dataset) if row["num_nonempty"] == 4)
+    (slice_,) = run(script, model, dataset.select([index]), prompt="reader_box")[1][0]
+    assert len(model.calls) == 4
+    masks = decode_masks(dataset[index])
+    expected = []
+    for mask in masks:
+        rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+        box = np.zeros_like(mask)
+        box[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] = True
+        expected.append(2 * (box & mask).sum() / (box.sum() + mask.sum()))
+    assert slice_["four_readers"]["dice_mean"] == pytest.approx(np.mean(expected))
+    assert slice_["four_readers"]["dice_max_per_reader"] == pytest.approx(np.mean(expected))
+
+
+def test_a_model_that_draws_another_number_is_refused(script, dataset):
+    model = StubModel()
+    model.sample = lambda **kwargs: SimpleNamespace(pred_masks=torch.zeros(1, 1, 1, SIZE, SIZE))
+    with pytest.raises(UserError, match="drew 1 masks instead of 4"):
+        run(script, model, dataset)
+
+
+def test_max_slices_takes_a_fixed_subset(script, dataset):
+    def identity(chosen):
+        return [(row["patient_id"], row["slice_index"]) for row in chosen]
+
+    few, more = (identity(script.choose_slices(dataset, count)) for count in (4, 8))
+    assert (len(few), len(more)) == (4, 8)
+    assert set(few) < set(more)  # more slices, the same ones and others
+    assert more == [item for item in identity(dataset) if item in more]  # in the order of the file
+    assert more != identity(dataset)[:8]
+    assert len(script.choose_slices(dataset, 100)) == len(dataset)
+    shuffled = dataset.select(range(len(dataset) - 1, -1, -1))
+    assert set(identity(script.choose_slices(shuffled, 4))) == set(few)
+
+
+# ---------------------------------------------------------------------------------------------- from the command line
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    from probabilistic_sam import ProbabilisticSamConfig, ProbabilisticSamModel, ProbabilisticSamProcessor
+
+    torch.manual_seed(0)
+    config = ProbabilisticSamConfig(
+        vision_config={
+            "hidden_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 32,
+            "output_channels": 16,
+            "mlp_dim": 16,
+            "window_size": 2,
+            "global_attn_indexes": [0],
+            "num_pos_feats": 8,
+            "initializer_range": 0.02,
+        },
+        prompt_encoder_config={"hidden_size": 16, "image_size": 32, "mask_input_channels": 4},
+        mask_decoder_config={
+            "hidden_size": 16,
+            "mlp_dim": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "iou_head_hidden_dim": 16,
+        },
+        latent_dim=3,
+        latent_hidden_size=8,
+    )
+    path = tmp_path_factory.mktemp("model")
+    ProbabilisticSamModel(config).save_pretrained(path)
+    ProbabilisticSamProcessor(image_size=32, crop_size=24).save_pretrained(path)
+    return path
+
+
+def arguments(model_dir, dataset_dir, output, *more):
+    return ["--model", str(model_dir), "--dataset", str(dataset_dir), "--output", str(output), *more]
+
+
+def test_results_file(script, model_dir, dataset_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["training/evaluate.py", "--as", "called"])
+    output = tmp_path / "new" / "results.json"
+    more = ("--num_samples", "3", "--seeds", "0", "1", "--max_slices", "6", "--device", "cpu")
+    script.main(arguments(model_dir, dataset_dir, output, *more))
+    content = json.loads(output.read_text())
+    assert content["model"] == str(model_dir)
+    assert content["split"] == "validation"
+    assert content["prompt"] == "union_box"
+    assert (content["num_samples"], content["seed"]) == (3, [0, 1])
+    assert (content["num_slices"], content["max_slices"]) == (6, 6)
+    assert 1 < content["num_patients"] <= len(PATIENTS)
+    assert "hash" in content["slice_selection"]
+    assert content["command"] == "python training/evaluate.py --as called"
+    assert set(content["versions"]) >= {"python", "torch", "transformers"}
+    assert content["commit"]
+    assert content["date"].endswith("+00:00")
+    for results in (content["results"], *content["per_seed"].values()):
+        assert list(results) == list(COLUMNS)
+        for column in results.values():
+            assert set(column) == {"count", "num_patients", *METRICS}
+    means = [content["per_seed"][seed]["all"]["ged"]["mean"] for seed in ("0", "1")]
+    assert content["results"]["all"]["ged"]["mean"] == pytest.approx(np.mean(means), abs=2e-6)
+    assert list(output.parent.iterdir()) == [output]  # nothing temporary is left
+    printed = capsys.readouterr().out
+    assert "four_readers (" in printed
+    assert f"wrote {output}: 6 slices" in printed
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--split", "test"], "has no split 'test'; accepted: validation"),
+        (["--dataset", "nowhere"], "nowhere: no such directory"),
+        (["--model", "no/such/model"], "no/such/model: does not open as a model with a processor"),
+        (["--num_samples", "0"], "--num_samples is 0; accepted: 1 or more"),
+        (["--batch_size", "-1"], "--batch_size is -1"),
+        (["--seeds", "1", "1"], "accepted: different numbers"),
+        (["--device", "abacus"], "--device is 'abacus'"),
+        (["--output", "."], "is a directory"),
+    ],
+)
+def test_wrong_arguments(script, model_dir, dataset_dir, tmp_path, monkeypatch, more, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message.replace("(", r"\(")):
+        script.main(arguments(model_dir, dataset_dir, tmp_path / "results.json", *more))
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_incomplete_weights_are_refused(script, model_dir, dataset_dir, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "model"
+    broken.mkdir()
+    for file in model_dir.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(broken / "model.safetensors")
+    lost = sorted(name for name in tensors if name.startswith("prior"))[0]
+    del tensors[lost]
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=f"weights lack 1 parameters of the model, {lost} the first"):
+        script.main(arguments(broken, dataset_dir, tmp_path / "results.json"))
+
+    content = (model_dir / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match="does not open as a model"):
+        script.main(arguments(broken, dataset_dir, tmp_path / "results.json"))
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_same_results(model_dir, dataset_dir, tmp_path):
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    results = {}
+    for count in (1, 2):
+        output = tmp_path / f"{count}.json"
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
+        command = [sys.executable, *launcher, str(SCRIPT)]
+        command += arguments(model_dir, dataset_dir, output, "--num_samples", "3", "--batch_size", "2")
+        finished = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert finished.returncode == 0, finished.stderr
+        assert finished.stdout.count("wrote ") == 1
+        content = json.loads(output.read_text())
+        assert content["num_processes"] == count
+        results[count] = content["results"]
+    assert results[1] == results[2]
+    assert results[1]["all"]["count"] == 3 * len(PATIENTS)
+
+
+def test_errors_are_one_line_and_exit_code_2(tmp_path):
+    command = [sys.executable, str(SCRIPT), *arguments("m", tmp_path / "nowhere", tmp_path / "results.json")]
+    finished = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120
+    )
+    assert finished.returncode == 2
+    assert finished.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert "nowhere: no such directory" in finished.stderr
+    assert "Traceback" not in finished.stderr

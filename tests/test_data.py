@@ -1,0 +1,265 @@
+"""Splits, prompts and rows, by hand-computed numbers and properties."""
+
+import io
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from probabilistic_sam.data import PROMPTS, make_prompt, patient_bucket, row_seed, split_of
+from probabilistic_sam.data.rows import (
+    FEATURES,
+    decode_image,
+    decode_masks,
+    encode_png,
+    image_row,
+    load_split,
+    write_dataset,
+)
+from probabilistic_sam.errors import UserError
+
+VALIDATION = "LIDC-IDRI-0080"
+SEED = 0x5FA881D581D6D810
+IDENTITY = {"patient_id": "LIDC-IDRI-0001", "scan_id": 12, "nodule_id": 0, "slice_index": 3, "source": "slices"}
+
+
+def block(top: int, left: int, bottom: int, right: int, size: int = 64) -> np.ndarray:
+    mask = np.zeros((size, size), dtype=bool)
+    mask[top:bottom, left:right] = True
+    return mask
+
+
+# Two readers whose union covers rows 20-31 and columns 30-49, and one who drew nothing.
+MASKS = np.stack([block(20, 30, 32, 44), block(22, 36, 30, 50), np.zeros((64, 64), dtype=bool)])
+
+
+def make_row(patient_id: str = "LIDC-IDRI-0001", slice_index: int = 0, masks: np.ndarray = MASKS, grey: int = 0) -> dict:
+    image = np.full(masks.shape[1:], grey, dtype=np.uint8)
+    image[0] = np.arange(image.shape[1])
+    columns = {**IDENTITY, "patient_id": patient_id, "slice_index": slice_index}
+    return image_row(encode_png(image), [encode_png(mask) for mask in masks], "image", ["mask"] * len(masks), **columns)
+
+
+# Splits
+
+
+@pytest.mark.parametrize(
+    ("patient_id", "bucket", "split"),
+    # Computed with sha256sum and bc: the last two decimal digits of the hash read as one number.
+    [
+        ("LIDC-IDRI-0116", 0, "train"),
+        ("LIDC-IDRI-0001", 27, "train"),
+        ("LIDC-IDRI-0093", 69, "train"),
+        ("LIDC-IDRI-0080", 70, "validation"),
+        ("LIDC-IDRI-0091", 79, "validation"),
+        ("LIDC-IDRI-0101", 80, "test"),
+        ("LIDC-IDRI-0072", 99, "test"),
+    ],
+)
+def test_split_is_the_published_rule(patient_id, bucket, split):
+    assert patient_bucket(patient_id) == bucket
+    assert split_of(patient_id) == split
+
+
+# Prompts
+
+
+class Middle:
+    """A generator without jitter: every uniform number is the middle of its range."""
+
+    def uniform(self, low, high, size):
+        return np.full(size, (low + high) / 2)
+
+
+def test_union_box_is_the_tight_box_at_pixel_edges():
+    assert make_prompt(MASKS, "union_box", Middle()) == {"input_boxes": [30.0, 20.0, 50.0, 32.0]}
+
+
+def test_reader_box_is_the_tight_box_of_that_reader():
+    assert make_prompt(MASKS, "reader_box", Middle(), reader=1) == {"input_boxes": [36.0, 22.0, 50.0, 30.0]}
+
+
+def test_reader_box_of_an_empty_mask_is_the_center_box():
+    reader_box = make_prompt(MASKS, "reader_box", np.random.default_rng(5), reader=2)
+    assert reader_box == make_prompt(MASKS, "center_box", np.random.default_rng(5))
+
+
+def test_center_prompts_sit_on_the_centroid_of_pixel_centers():
+    masks = block(20, 30, 24, 40)[None]  # centroid: x 30..40 -> 35, y 20..24 -> 22
+    assert make_prompt(masks, "center_point", Middle()) == {"input_points": [35.0, 22.0], "input_labels": 1}
+    assert make_prompt(masks, "center_box", Middle()) == {"input_boxes": [19.0, 6.0, 51.0, 38.0]}
+    one_pixel = block(7, 9, 8, 10)[None]
+    assert make_prompt(one_pixel, "center_point", Middle())["input_points"] == [9.5, 7.5]
+
+
+def test_union_box_jitter_stays_in_its_bounds_and_reaches_them():
+    rng = np.random.default_rng(0)
+    boxes = np.array([make_prompt(MASKS, "union_box", rng)["input_boxes"] for _ in range(4000)])
+    shift = np.abs(boxes - [30, 20, 50, 32]).max(axis=0)
+    bound = np.array([20, 12, 20, 12]) * 0.1 + 1.5
+    assert (shift <= bound).all() and (shift > 0.9 * bound).all()
+    correlation = np.corrcoef((boxes - [30, 20, 50, 32]).T) - np.eye(4)
+    assert np.abs(correlation).max() < 0.08  # every side moves on its own
+
+
+def test_center_jitter_stays_in_its_bounds_and_reaches_them():
+    rng = np.random.default_rng(0)
+    masks = block(20, 30, 24, 40)[None]
+    boxes = np.array([make_prompt(masks, "center_box", rng)["input_boxes"] for _ in range(2000)])
+    points = np.array([make_prompt(masks, "center_point", rng)["input_points"] for _ in range(2000)])
+    assert 3.9 < np.abs(boxes - [19, 6, 51, 38]).max() <= 4
+    np.testing.assert_allclose(boxes[:, 2:] - boxes[:, :2], 32)
+    assert 2.9 < np.abs(points - [35, 22]).max() <= 3
+
+
+@pytest.mark.parametrize("corner", [(0, 0), (0, 63), (63, 0), (63, 63)])
+def test_boxes_of_one_pixel_keep_a_side_and_stay_in_the_image(corner):
+    row, column = corner
+    masks = block(row, column, row + 1, column + 1)[None]
+    rng = np.random.default_rng(0)
+    boxes = np.array([make_prompt(masks, "union_box", rng)["input_boxes"] for _ in range(500)])
+    boxes = np.concatenate([boxes, [make_prompt(masks, "center_box", rng)["input_boxes"] for _ in range(500)]])
+    points = np.array([make_prompt(masks, "center_point", rng)["input_points"] for _ in range(500)])
+    assert (boxes >= 0).all() and (boxes <= 64).all()
+    assert (boxes[:, 2:] - boxes[:, :2] >= 1 - 1e-9).all()
+    assert (points >= 0.5).all() and (points <= 63.5).all()
+
+
+def test_prompts_of_a_row_are_the_same_in_every_process():
+    # Computed with sha256sum: the first eight bytes for "union_box|12|0|3|LIDC-IDRI-0001|slices".
+    assert row_seed(IDENTITY, "union_box") == SEED
+    assert len({row_seed(IDENTITY, prompt) for prompt in PROMPTS}) == len(PROMPTS)
+    assert row_seed({**IDENTITY, "slice_index": 4}, "union_box") != row_seed(IDENTITY, "union_box")
+    first, second = (make_prompt(MASKS, "union_box", np.random.default_rng(SEED)) for _ in range(2))
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("masks", "prompt", "reader", "message"),
+    [
+        (MASKS, "ellipse", None, "accepted: union_box"),
+        (MASKS[0], "union_box", None, "accepted: \\(readers, height, width\\)"),
+        (MASKS[2:], "union_box", None, "all masks are empty"),
+        (MASKS, "reader_box", None, "accepts 0..2"),
+        (MASKS, "reader_box", 3, "accepts 0..2"),
+    ],
+)
+def test_impossible_prompts_are_refused(masks, prompt, reader, message):
+    with pytest.raises(ValueError, match=message):
+        make_prompt(masks, prompt, np.random.default_rng(0), reader)
+
+
+# Rows
+
+
+def test_row_keeps_the_image_bytes_and_every_mask():
+    row = make_row(grey=7)
+    assert set(row) == set(FEATURES)
+    assert row["num_nonempty"] == 2
+    assert row["malignancy"] is None
+    np.testing.assert_array_equal(decode_masks(row), MASKS)
+    assert decode_image(row).dtype == np.uint8
+    assert PIL.Image.open(io.BytesIO(row["masks"][0]["bytes"])).mode == "1"
+
+
+def test_sixteen_bit_images_survive():
+    image = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64)
+    png = encode_png(image)
+    row = image_row(png, [], "image", [])
+    assert row["image"]["bytes"] == png
+    assert decode_image(row).dtype == np.uint16
+    np.testing.assert_array_equal(decode_image(row), image)
+
+
+def test_masks_of_another_value_or_size_are_named():
+    image = encode_png(np.zeros((8, 8), dtype=np.uint8))
+    row = image_row(image, [encode_png(np.eye(8, dtype=np.uint8))], "image", ["mask"])  # 0 and 1 instead of 0 and 255
+    np.testing.assert_array_equal(decode_masks(row)[0], np.eye(8, dtype=bool))
+    with pytest.raises(UserError, match="mask-0: mask has grey levels"):
+        image_row(image, [encode_png(np.arange(64, dtype=np.uint8).reshape(8, 8))], "image", ["mask-0"])
+    with pytest.raises(UserError, match="mask-0: mask is 9x8 pixels; accepted: 8x8"):
+        image_row(image, [encode_png(np.zeros((8, 9), dtype=bool))], "image", ["mask-0"])
+    with pytest.raises(UserError, match="image: PNG of mode RGB"):
+        image_row(encode_png(np.zeros((8, 8, 3), dtype=np.uint8)), [], "image", [])
+
+
+def test_build_opens_with_datasets_and_with_load_split(tmp_path):
+    import datasets
+
+    rows = [make_row("LIDC-IDRI-0001", index) for index in (1, 0)] + [make_row(VALIDATION, 0, grey=9)]
+    rows.append(make_row("LIDC-IDRI-0001", 2, np.zeros_like(MASKS)))
+    report = write_dataset(rows, tmp_path / "build", "Made up.")
+    assert (report.slices["train"], report.slices["validation"], report.dropped) == (2, 1, 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["build"]
+
+    opened = datasets.load_dataset(str(tmp_path / "build"))
+    assert {name: len(split) for name, split in opened.items()} == {"train": 2, "validation": 1}
+    train = load_split(tmp_path / "build", "train")
+    assert train["slice_index"] == [0, 1]
+    np.testing.assert_array_equal(decode_masks(train[0]), MASKS)
+    np.testing.assert_array_equal(decode_image(train[0]), decode_image(rows[1]))
+    assert train.features == FEATURES
+
+
+def test_build_does_not_depend_on_the_order_of_rows(tmp_path):
+    rows = [make_row(patient, index) for patient in ("LIDC-IDRI-0001", VALIDATION) for index in range(130)]
+    write_dataset(rows, tmp_path / "a", "Made up.")
+    write_dataset(reversed(rows), tmp_path / "b", "Made up.")
+    files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file())
+    assert len(files) == 3
+    for file in files:
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_large_splits_are_written_in_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr("probabilistic_sam.data.rows.SHARD_BYTES", 20_000)
+    write_dataset([make_row(slice_index=index) for index in range(120)], tmp_path / "build", "Made up.")
+    names = sorted(path.name for path in (tmp_path / "build" / "data").iterdir())
+    assert len(names) > 1 and names[0] == f"train-00000-of-{len(names):05d}.parquet"
+    assert load_split(tmp_path / "build", "train")["slice_index"] == list(range(120))
+
+
+def test_only_an_earlier_build_is_replaced(tmp_path):
+    output = tmp_path / "build"
+    write_dataset([make_row()], output, "Made up.")
+    write_dataset([make_row(VALIDATION)], output, "Made up.")
+    assert [path.name for path in (output / "data").iterdir()] == ["validation-00000-of-00001.parquet"]
+
+    (output / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds other files than a build"):
+        write_dataset([make_row()], output, "Made up.")
+    assert (output / "notes.txt").read_text() == "mine"
+    with pytest.raises(UserError, match="is a file"):
+        write_dataset([make_row()], output / "notes.txt", "Made up.")
+
+
+def test_a_failed_build_leaves_the_earlier_one(tmp_path):
+    output = tmp_path / "build"
+    write_dataset([make_row()], output, "Made up.")
+    before = (output / "README.md").read_bytes()
+
+    def failing():
+        yield make_row(slice_index=5)
+        raise UserError("the source broke")
+
+    with pytest.raises(UserError, match="the source broke"):
+        write_dataset(failing(), output, "Made up.")
+    with pytest.raises(UserError, match="two rows"):
+        write_dataset([make_row(), make_row()], output, "Made up.")
+    with pytest.raises(UserError, match="nothing to write"):
+        write_dataset([], output, "Made up.")
+    assert (output / "README.md").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["build"]
+
+
+def test_load_split_names_what_is_there(tmp_path):
+    write_dataset([make_row()], tmp_path / "build", "Made up.")
+    with pytest.raises(UserError, match="has no split 'test'; accepted: train"):
+        load_split(tmp_path / "build", "test")
+    with pytest.raises(UserError, match="no such directory"):
+        load_split(tmp_path / "nowhere", "train")
+    with pytest.raises(UserError, match="holds no data"):
+        load_split(tmp_path, "train")
+    (tmp_path / "build" / "data" / "train-00000-of-00001.parquet").write_bytes(b"PAR1 no longer")
+    with pytest.raises(UserError, match="does not open as Parquet"):
+        load_split(tmp_path / "build", "train")

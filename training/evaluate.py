@@ -18,7 +18,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -260,7 +260,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def format_table(results: Mapping[str, Mapping[str, Any]], metrics: Iterable[str] = METRICS) -> str:
+def format_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Results as text: a row a metric, a column a set of slices, means with 95 % intervals."""
 
     def cell(entry: Mapping[str, Any]) -> str:
@@ -271,7 +271,7 @@ def format_table(results: Mapping[str, Mapping[str, Any]], metrics: Iterable[str
 
     lines = [f"{'':<20}" + "".join(f"{name} ({results[name]['count']:,})".rjust(26) for name in COLUMNS)]
     lines += [
-        f"{metric:<20}" + "".join(cell(results[name][metric]).rjust(26) for name in COLUMNS) for metric in metrics
+        f"{metric:<20}" + "".join(cell(results[name][metric]).rjust(26) for name in COLUMNS) for metric in METRICS
     ]
     return "\n".join(lines)
 
@@ -289,8 +289,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output {args.output}: its folder cannot be made: {error.strerror}") from error
+    if not os.access(args.output.parent, os.W_OK):
+        raise UserError(f"--output {args.output}: its folder cannot be written to; accepted: one that can")
 
-    started = time.monotonic()
+    origin, started = provenance(), time.monotonic()  # before the run: the commit may move on while it lasts
     patients, runs = evaluate_dataset(
         model, processor, chosen, args.prompt, args.num_samples, args.seeds, args.batch_size, state, device
     )
@@ -314,7 +316,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             content["max_slices"], content["slice_selection"] = args.max_slices, SELECTION
         if args.prompt == "reader_box":
             content["note"] = READER_BOX_NOTE
-        content |= provenance() | {
+        content |= origin | {
             "device": str(device),
             "num_processes": state.num_processes,
             "seconds": round(time.monotonic() - started, 1),

@@ -188,10 +188,13 @@ def test_reader_box_scores_each_reader_with_his_own_samples(script, dataset):
     assert slice_["four_readers"]["dice_max_per_reader"] == pytest.approx(np.mean(expected))
 
 
-def test_a_model_that_draws_another_number_is_refused(script, dataset):
+def test_samples_that_cannot_be_scored_are_refused(script, dataset):
     model = StubModel()
     model.sample = lambda **kwargs: SimpleNamespace(pred_masks=torch.zeros(1, 1, 1, SIZE, SIZE))
     with pytest.raises(UserError, match="drew 1 masks instead of 4"):
+        run(script, model, dataset)
+    model.sample = lambda **kwargs: SimpleNamespace(pred_masks=torch.full((1, 1, 4, SIZE, SIZE), torch.nan))
+    with pytest.raises(UserError, match="not finite"):
         run(script, model, dataset)
 
 

@@ -174,6 +174,8 @@ def evaluate_rows(
                 output = model.sample(**inputs, num_samples=num_samples, generator=generator)
                 if output.pred_masks.shape[2] != num_samples:
                     raise UserError(f"sample() drew {output.pred_masks.shape[2]} masks instead of {num_samples}")
+                if not torch.isfinite(output.pred_masks).all():
+                    raise UserError("sample() gave logits that are not finite: has the model's training diverged?")
                 logits[index] += processor.post_process_logits(
                     output.pred_masks, item["windows"], item["original_sizes"]
                 )

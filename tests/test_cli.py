@@ -348,6 +348,16 @@ def test_a_model_of_another_kind_is_refused(run_segment, broken_dir):
         run_segment(model=broken_dir)
 
 
+def test_a_model_that_diverged_is_refused(run_segment, broken_dir, tmp_path):
+    model = ProbabilisticSamModel.from_pretrained(broken_dir)
+    with torch.no_grad():
+        model.mask_decoder.mask_tokens.weight.fill_(torch.nan)
+    model.save_pretrained(broken_dir)
+    with pytest.raises(UserError, match="not finite"):
+        run_segment(model=broken_dir)
+    assert not (tmp_path / "out").exists()
+
+
 # ------------------------------------------------------------------------------------------------------------ output
 
 
@@ -396,3 +406,31 @@ def test_a_run_says_one_line_and_nothing_else(image_path, model_dir, tmp_path):
     command += ["--output", str(tmp_path / "out"), "--model", str(model_dir), "--num-samples", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr, done.stdout.count("\n")) == (0, "", 1)
+
+
+@pytest.mark.slow
+def test_demo_writes_figures_masks_and_distances(model_dir, tmp_path):
+    script = Path(__file__).resolve().parent.parent / "training" / "demo.py"
+    command = [sys.executable, script, "--output", tmp_path / "demo", "--model", model_dir, "--num-nodules", "2"]
+    done = subprocess.run([*map(str, command), "--num-samples", "4"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"wrote {tmp_path / 'demo'}: 2 figures with 4 samples each, mean GED ")
+    assert len(list((tmp_path / "demo").glob("nodule-0[12]/masks/sample-0[0-3].png"))) == 8
+    assert {path.name for path in (tmp_path / "demo").glob("*.*")} == {
+        "nodule-01.png",
+        "nodule-02.png",
+        "results.json",
+    }
+    results = json.loads((tmp_path / "demo" / "results.json").read_text())
+    for nodule in results["nodules"]:
+        distance = 2 * nodule["cross_distance"] - nodule["sample_diversity"] - nodule["reader_diversity"]
+        assert nodule["ged"] == pytest.approx(distance)
+    assert results["mean"]["ged"] == pytest.approx(np.mean([nodule["ged"] for nodule in results["nodules"]]))
+
+
+def test_demo_without_a_model_is_one_line(tmp_path):
+    script = Path(__file__).resolve().parent.parent / "training" / "demo.py"
+    command = [sys.executable, script, "--output", tmp_path / "demo", "--model", tmp_path / "nowhere"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith("error: no model directory at ")

@@ -376,7 +376,7 @@ def whole_number(low: int, high: int) -> Any:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = ArgumentParser(prog="probabilistic-sam", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = ArgumentParser(prog="probabilistic-sam", description="Sample masks from images.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"probabilistic-sam {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     command = commands.add_parser(

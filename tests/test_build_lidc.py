@@ -141,6 +141,7 @@ BAD_MEMBERS = {
     "parent": (member("../evil.png"), "../evil.png: unexpected path"),
     "inner parent": (member(f"{TOP}/../../evil.png"), f"{TOP}/../../evil.png: unexpected path"),
     "absolute": (member("/etc/evil.png"), "/etc/evil.png: unexpected path"),
+    "escape code": (member("\x1b[2Jevil.png"), "'\\x1b[2Jevil.png': unexpected path"),
     "folder": (member("other", tarfile.DIRTYPE), "other: unexpected path"),
     "other file": (member(f"{NODULE}/images/slice-0.txt"), f"{NODULE}/images/slice-0.txt: unexpected path"),
     "fifth mask": (member(f"{NODULE}/mask-4/slice-0.png"), f"{NODULE}/mask-4/slice-0.png: unexpected path"),
@@ -170,6 +171,7 @@ def assert_refused(result: tuple[int, str, str], message: str) -> None:
 BAD_FILES = {
     "no PNG": ({f"{NODULE}/images/slice-1.png": b"GIF89a"}, "images/slice-1.png: not a PNG"),
     "cut PNG": ({f"{NODULE}/mask-2/slice-1.png": MASK[:50]}, "mask-2/slice-1.png: "),
+    "damaged PNG": ({f"{NODULE}/images/slice-1.png": IMAGE[:11] + b"\xff" + IMAGE[12:]}, "PNG does not decode"),
     "empty file": ({f"{NODULE}/mask-2/slice-1.png": b""}, "mask-2/slice-1.png: not a PNG"),
     "mask size": (
         {f"{NODULE}/mask-1/slice-0.png": encode_png(np.zeros((16, 17), dtype=bool))},

@@ -33,11 +33,15 @@ def block(top: int, left: int, bottom: int, right: int, size: int = 64) -> np.nd
 MASKS = np.stack([block(20, 30, 32, 44), block(22, 36, 30, 50), np.zeros((64, 64), dtype=bool)])
 
 
-def make_row(patient_id: str = "LIDC-IDRI-0001", slice_index: int = 0, masks: np.ndarray = MASKS, grey: int = 0) -> dict:
+def make_row(
+    patient_id: str = "LIDC-IDRI-0001", slice_index: int = 0, masks: np.ndarray = MASKS, grey: int = 0
+) -> dict:
     image = np.full(masks.shape[1:], grey, dtype=np.uint8)
     image[0] = np.arange(image.shape[1])
     columns = {**IDENTITY, "patient_id": patient_id, "slice_index": slice_index}
-    return image_row(encode_png(image), [encode_png(mask) for mask in masks], "image", ["mask"] * len(masks), **columns)
+    return image_row(
+        encode_png(image), [encode_png(mask) for mask in masks], "image", ["mask"] * len(masks), **columns
+    )
 
 
 # Splits

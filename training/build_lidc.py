@@ -55,7 +55,7 @@ def main() -> None:
     try:
         report = write_dataset(tqdm(rows, unit=" slices", desc=args.source), args.output, origin)
     except OSError as error:
-        raise UserError(f"{args.output}: cannot be written ({error})") from error
+        raise UserError(f"{args.output}: not built: {error}") from error
     print(f"wrote {args.output}: {report.summary()} ({time.perf_counter() - start:.0f} s)")
 
 

@@ -179,13 +179,12 @@ def _archive_files(path: Path) -> Iterator[tuple[str, bytes]]:
             with tarfile.open(fileobj=stream, mode="r|") as archive:
                 for count, member in enumerate(archive, start=1):
                     name = member.name.removeprefix("./")
+                    _check_name(_FOLDER if member.isdir() else _FILE, name)
                     _check_count(count, name)
                     if member.isdir():
-                        _check_name(_FOLDER, name)
                         continue
                     if not member.isreg():
                         raise UserError(f"{name}: is a link or device; accepted: regular files and folders")
-                    _check_name(_FILE, name)
                     _check_size(member.size, name)
                     stream.allowance = _TarStream.ALLOWANCE
                     content = archive.extractfile(member).read()  # type: ignore[union-attr]
@@ -232,7 +231,8 @@ class _TarStream(io.RawIOBase):
 
 def _check_name(pattern: re.Pattern[str], name: str) -> None:
     if not pattern.fullmatch(name):
-        raise UserError(f"{name}: unexpected path; accepted: {LAYOUT}")
+        shown = name if name.isprintable() else ascii(name)  # a name must not write escape codes to the terminal
+        raise UserError(f"{shown}: unexpected path; accepted: {LAYOUT}")
 
 
 def _check_size(size: int, name: str) -> None:

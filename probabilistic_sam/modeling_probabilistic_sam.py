@@ -202,6 +202,112 @@ def energy_distance(
     return (2 * cross - within) * is_reader.any(dim=-1)
 
 
+# -------------------------------------------------------------------------------------------------------- decoder
+
+
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Multi-head attention of (B, N, length, C) tensors that are projected already."""
+    lead = query.shape[:2]
+    query, key, value = (item.flatten(0, 1).unflatten(-1, (num_heads, -1)).transpose(1, 2) for item in (query, key, value))
+    context = F.scaled_dot_product_attention(query, key, value)
+    return context.transpose(1, 2).flatten(-2).unflatten(0, lead)
+
+
+class ProbabilisticSamMaskDecoder(SamMaskDecoder):
+    """SAM's mask decoder, same weights and same masks, for many prompts of one image at a fraction of the cost.
+
+    What all prompts of an image share is computed once: until the end of the first layer the image is the same for each
+    of them. Projections of the image that read the same tensor are one matrix product, the transposed convolutions of
+    stride 2 are products as well, and only the mask token that is used is upscaled.
+    """
+
+    def forward(
+        self,
+        image_embeddings: torch.Tensor,
+        image_positional_embeddings: torch.Tensor,
+        sparse_prompt_embeddings: torch.Tensor,
+        dense_prompt_embeddings: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Decode N prompts of each image.
+
+        Args:
+            image_embeddings, dense_prompt_embeddings: `(B, C, g, g)`.
+            image_positional_embeddings: `(1, C, g, g)`.
+            sparse_prompt_embeddings: `(B, N, T, C)`.
+
+        Returns:
+            Logits `(B, N, 4g, 4g)` of SAM's single-mask token, and its iou scores `(B, N)`.
+        """
+        batch, prompts = sparse_prompt_embeddings.shape[:2]
+        grid = image_embeddings.shape[-1]
+        tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight]).expand(batch, prompts, -1, -1)
+        prompt_tokens = torch.cat([tokens, sparse_prompt_embeddings], dim=2)  # (B, N, T, C)
+        positions = image_positional_embeddings.flatten(2).transpose(1, 2)[:, None]  # (1, 1, G, C), G = g * g
+        # K is 1 while the prompts of an image share it, N afterwards
+        image = (image_embeddings + dense_prompt_embeddings).flatten(2).transpose(1, 2)[:, None]  # (B, K, G, C)
+
+        tokens = prompt_tokens
+        for layer in self.transformer.layers:
+            tokens, image = self.two_way_layer(layer, tokens, image, prompt_tokens, positions)
+        attention = self.transformer.final_attn_token_to_image
+        key, value = self.project(image, positions, (attention.k_proj, True), (attention.v_proj, False))
+        context = attend(attention.q_proj(tokens + prompt_tokens), key, value, attention.num_attention_heads)
+        tokens = self.transformer.layer_norm_final_attn(tokens + attention.out_proj(context))
+
+        hyper = self.output_hypernetworks_mlps[0](tokens[:, :, 1])  # (B, N, C / 8)
+        hidden = self.upscale(image, self.upscale_conv1)  # (B, N, G, 4, C / 4)
+        norm = self.upscale_layer_norm
+        hidden = self.activation(F.layer_norm(hidden, norm.normalized_shape, norm.weight, norm.bias, norm.eps))
+        hidden = self.activation(self.upscale(hidden, self.upscale_conv2))  # (B, N, G, 4, 4, C / 8)
+        masks = (hidden.flatten(2, 4) @ hyper[..., None].to(hidden.dtype))[..., 0]  # (B, N, G * 16)
+        masks = masks.view(batch, prompts, grid, grid, 2, 2, 2, 2)  # y, x, then the rows and columns of both upscalings
+        masks = masks.permute(0, 1, 2, 4, 6, 3, 5, 7).reshape(batch, prompts, 4 * grid, 4 * grid)
+        return masks, self.iou_prediction_head(tokens[:, :, 0])[..., 0]
+
+    @staticmethod
+    def two_way_layer(layer, tokens, image, prompt_tokens, positions) -> tuple[torch.Tensor, torch.Tensor]:
+        """`SamTwoWayAttentionBlock` on tokens (B, N, T, C) and image (B, K, G, C); the image returns with K = N."""
+        attention = layer.self_attn
+        query = tokens if layer.skip_first_layer_pe else tokens + prompt_tokens
+        context = attend(
+            attention.q_proj(query), attention.k_proj(query), attention.v_proj(tokens), attention.num_attention_heads
+        )
+        context = attention.out_proj(context)
+        tokens = layer.layer_norm1(context if layer.skip_first_layer_pe else tokens + context)
+
+        to_image, to_token = layer.cross_attn_token_to_image, layer.cross_attn_image_to_token
+        key, value, image_query = ProbabilisticSamMaskDecoder.project(
+            image, positions, (to_image.k_proj, True), (to_image.v_proj, False), (to_token.q_proj, True)
+        )
+        query = to_image.q_proj(tokens + prompt_tokens)
+        shared = query.reshape(*image.shape[:2], -1, query.shape[-1])  # while K = 1, all prompts' tokens in one sequence
+        context = attend(shared, key, value, to_image.num_attention_heads).view_as(query)
+        tokens = layer.layer_norm2(tokens + to_image.out_proj(context))
+        tokens = layer.layer_norm3(tokens + layer.mlp(tokens))
+
+        key, value = to_token.k_proj(tokens + prompt_tokens), to_token.v_proj(tokens)
+        image_query = image_query.expand(-1, tokens.shape[1], -1, -1)
+        context = attend(image_query, key, value, to_token.num_attention_heads)
+        return tokens, layer.layer_norm4(image + to_token.out_proj(context))
+
+    @staticmethod
+    def project(image, positions, *projections) -> list[torch.Tensor]:
+        """Linear projections of the image, each with (True) or without its positions, in one matrix product."""
+        layers = [layer for layer, _ in projections]
+        weight, bias = torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
+        parts = F.linear(image, weight, bias).split([layer.out_features for layer in layers], dim=-1)
+        return [
+            part + F.linear(positions, layer.weight) if positioned else part
+            for part, (layer, positioned) in zip(parts, projections, strict=True)
+        ]
+
+    @staticmethod
+    def upscale(hidden: torch.Tensor, conv: nn.ConvTranspose2d) -> torch.Tensor:
+        """A transposed convolution of kernel and stride 2, channels last: (..., C) to (..., 4, C'), 4 = rows x columns."""
+        weight = conv.weight.permute(2, 3, 1, 0).reshape(-1, conv.in_channels)
+        return F.linear(hidden, weight, conv.bias.repeat(4)).unflatten(-1, (4, conv.out_channels))
+
+
 # ----------------------------------------------------------------------------------------------------------- model
 
 
@@ -223,7 +329,7 @@ class ProbabilisticSamModel(SamModel):
         self.vision_encoder = encoder(config.vision_config)
         self.prompt_encoder = SamPromptEncoder(config)
         config.mask_decoder_config._attn_implementation = config._attn_implementation
-        self.mask_decoder = SamMaskDecoder(config.mask_decoder_config)
+        self.mask_decoder = ProbabilisticSamMaskDecoder(config.mask_decoder_config)
         self.prior = LatentNetwork(config, reads_masks=False)
         self.posterior = LatentNetwork(config, reads_masks=True)
         hidden_size = config.mask_decoder_config.hidden_size
@@ -257,7 +363,7 @@ class ProbabilisticSamModel(SamModel):
         latents: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One decoder call for all latents (B, P, S, L): logits (B, P, S, h, w) and iou scores (B, P, S)."""
-        batch, prompts, samples, _ = latents.shape
+        _, prompts, samples, _ = latents.shape
         latent_embeddings = self.latent_proj(latents[..., 1:].to(dense_embeddings.dtype))[:, :, :, None]  # (B, P, S, 1, C)
         if sparse_embeddings is None:  # a mask is the only prompt
             sparse = latent_embeddings
@@ -268,15 +374,13 @@ class ProbabilisticSamModel(SamModel):
             sparse = torch.cat([tokens, latent_embeddings], dim=3)  # (B, P, S, T + 1, C)
         masks, iou_scores = self.mask_decoder(
             image_embeddings=image_embeddings,
-            image_positional_embeddings=self.get_image_wide_positional_embeddings().repeat(batch, 1, 1, 1),
+            image_positional_embeddings=self.get_image_wide_positional_embeddings(),
             sparse_prompt_embeddings=sparse.flatten(1, 2),
             dense_prompt_embeddings=dense_embeddings,
-            multimask_output=False,
         )
-        shape = (prompts, samples)
-        masks = masks[:, :, 0].unflatten(1, shape).float()
+        masks = masks.unflatten(1, (prompts, samples)).float()
         draws = latents[..., 0, None, None] > 0
-        return torch.where(draws, masks, EMPTY_LOGIT), iou_scores[:, :, 0].unflatten(1, shape)
+        return torch.where(draws, masks, EMPTY_LOGIT), iou_scores.unflatten(1, (prompts, samples))
 
     def forward(
         self,

@@ -1,0 +1,196 @@
+"""Image embeddings of augmented views, computed once and read from disk: what makes training cheap on a laptop.
+
+The vision encoder is frozen while the latent space is trained, so its output for a view of a slice never changes. A view
+is a window around the union of the readers' masks, turned, mirrored, shifted, zoomed and with another contrast; its
+parameters follow from (seed, row, view), so that only embeddings are stored and prompts and masks are cut to fit.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm.auto import tqdm
+
+from .data import make_prompt
+from .data.rows import decode_image, decode_masks
+from .modeling_probabilistic_sam import ProbabilisticSamModel
+from .processing_probabilistic_sam import ProbabilisticSamProcessor, cut, to_grey_or_rgb
+
+CACHE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class View:
+    """One way to look at a slice: first turn (quarter turns) and mirror, then the window (x, y, side) and contrast."""
+
+    turns: int
+    mirror: bool
+    window: tuple[int, int, int]
+    gamma: float
+
+    def turn(self, array: np.ndarray) -> np.ndarray:
+        """Turn and mirror the last two axes."""
+        array = np.rot90(array, self.turns, axes=(-2, -1))
+        return np.ascontiguousarray(array[..., ::-1] if self.mirror else array)
+
+
+def plain_view(masks: np.ndarray, processor: ProbabilisticSamProcessor) -> View:
+    """What the processor itself would cut around the tight box of all readers' masks (R, H, W)."""
+    return View(0, False, prompt_window(masks, processor), 1.0)
+
+
+def random_view(masks: np.ndarray, processor: ProbabilisticSamProcessor, rng: np.random.Generator, max_shift: float,
+                max_zoom: float, max_gamma: float) -> View:
+    """A random view: any of the 8 symmetries, shifted up to `max_shift` px, zoomed and gamma-corrected up to exp(max)."""
+    view = View(int(rng.integers(4)), bool(rng.integers(2)), (0, 0, 0), math.exp(rng.uniform(-max_gamma, max_gamma)))
+    x, y, side = prompt_window(view.turn(masks), processor)
+    new_side = max(2, round(side * math.exp(rng.uniform(-max_zoom, max_zoom))))
+    corner = (side - new_side) / 2
+    x, y = (round(value + corner + rng.uniform(-max_shift, max_shift)) for value in (x, y))
+    return View(view.turns, view.mirror, (x, y, new_side), view.gamma)
+
+
+def prompt_window(masks: np.ndarray, processor: ProbabilisticSamProcessor) -> tuple[int, int, int]:
+    """The processor's window for the tight box of the union of masks (R, H, W)."""
+    rows, columns = np.nonzero(masks.any(axis=0))
+    box = torch.tensor([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1], dtype=torch.float32)
+    return processor.window(*masks.shape[-2:], {"input_boxes": [box]})
+
+
+def view_pixel_values(image: np.ndarray, view: View, processor: ProbabilisticSamProcessor) -> torch.Tensor:
+    """(3, S, S) of a view of an image (H, W)."""
+    image = view.turn(image).astype(np.float32)
+    low, high = float(image.min()), float(image.max())
+    if view.gamma != 1.0 and high > low:
+        image = ((image - low) / (high - low)) ** view.gamma
+    return processor.pixel_values(to_grey_or_rgb(image), view.window)
+
+
+def view_masks(masks: np.ndarray, view: View, size: int) -> torch.Tensor:
+    """Readers' masks (R, H, W) in a view, (R, size, size) boolean."""
+    window = cut(torch.from_numpy(view.turn(masks)).float(), view.window, fill=0.0)
+    if window.shape[-1] == size:
+        return window > 0.5
+    return F.interpolate(window[None], size=(size, size), mode="bilinear", antialias=True)[0] >= 0.5
+
+
+def view_prompt(masks: np.ndarray, view: View, name: str, rng: np.random.Generator, image_size: int) -> dict:
+    """A prompt of protocol `name` in the model's coordinates of a view: `input_boxes` (4,) or `input_points` (2,)."""
+    prompt = make_prompt(view.turn(masks), name, rng)
+    x, y, side = view.window
+    key = "input_boxes" if "input_boxes" in prompt else "input_points"
+    values = np.asarray(prompt[key], dtype=np.float32).reshape(-1, 2) - (x, y)
+    return {key: torch.from_numpy((values * (image_size / side)).astype(np.float32).ravel())}
+
+
+class EmbeddingCache:
+    """Embeddings (rows, views, C, g, g) in float16, memory-mapped, and the packed masks of the rows in memory.
+
+    Args:
+        model, processor: whose embeddings; the cache is keyed by their weights and settings.
+        dataset: rows with `image` and `masks` of one split.
+        num_views: augmented views a row; 0 stores the plain view only, as the processor cuts it.
+        seed: of the views.
+        cache_dir: folder for all caches; one file each, named by its key.
+        augmentation: `max_shift` (px), `max_zoom`, `max_gamma` of `random_view`.
+        rank, world_size, barrier: the processes that share the work, and how they wait for each other.
+        batch_size: images encoded at once.
+        bf16: encode in bfloat16.
+    """
+
+    def __init__(
+        self,
+        model: ProbabilisticSamModel,
+        processor: ProbabilisticSamProcessor,
+        dataset: datasets.Dataset,
+        num_views: int,
+        seed: int,
+        cache_dir: str | os.PathLike,
+        augmentation: dict[str, float] | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        barrier: Callable[[], None] = lambda: None,
+        batch_size: int = 16,
+        bf16: bool = False,
+    ):
+        self.processor, self.seed, self.num_views = processor, seed, num_views
+        self.augmentation = augmentation or {}
+        self.masks: list[tuple[np.ndarray, tuple[int, ...]]] = []
+        images = hashlib.sha256()
+        for row in dataset.select_columns(["image", "masks"]).with_format(None):
+            masks = decode_masks(row)
+            self.masks.append((np.packbits(masks), masks.shape))
+            images.update(decode_image(row).tobytes())
+            images.update(self.masks[-1][0].tobytes())
+        vision = hashlib.sha256()
+        for name, value in sorted(model.vision_encoder.state_dict().items()):
+            vision.update(name.encode() + value.detach().cpu().float().numpy().tobytes())
+        key = {
+            "version": CACHE_VERSION, "vision_encoder": vision.hexdigest(), "data": images.hexdigest(),
+            "processor": processor.to_dict(), "num_views": num_views, "seed": seed, "augmentation": augmentation, "bf16": bf16,
+        }
+        name = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:20]
+        self.path = Path(cache_dir).expanduser() / f"embeddings-{name}.npy"
+        grid = model.config.prompt_encoder_config.image_embedding_size
+        channels = model.config.vision_config.output_channels
+        shape = (len(dataset), max(num_views, 1), channels, grid, grid)
+        if not self.path.exists():
+            self._build(model, dataset, shape, rank, world_size, barrier, batch_size, bf16)
+        self.embeddings = np.load(self.path, mmap_mode="r")
+
+    def __len__(self) -> int:
+        return len(self.masks)
+
+    def row_masks(self, index: int) -> np.ndarray:
+        """Readers' masks (R, H, W) of a row at the image's size."""
+        packed, shape = self.masks[index]
+        return np.unpackbits(packed, count=math.prod(shape)).reshape(shape).astype(bool)
+
+    def view(self, index: int, view: int, masks: np.ndarray | None = None) -> View:
+        """The parameters of a view of a row."""
+        masks = self.row_masks(index) if masks is None else masks
+        if self.num_views == 0:
+            return plain_view(masks, self.processor)
+        return random_view(masks, self.processor, np.random.default_rng((self.seed, index, view)), **self.augmentation)
+
+    def _build(self, model, dataset, shape, rank, world_size, barrier, batch_size, bf16) -> None:
+        """Encode every view; each process writes its rows into one file, which gets its name when all are done."""
+        part = self.path.with_suffix(".part")
+        if rank == 0:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            np.lib.format.open_memmap(part, mode="w+", dtype=np.float16, shape=shape).flush()
+        barrier()
+        target = np.lib.format.open_memmap(part, mode="r+")
+        jobs = [(index, view) for index in range(rank, shape[0], world_size) for view in range(shape[1])]
+        progress = tqdm(total=len(jobs), desc="encoding views", unit="view", disable=rank != 0)
+        was_training = model.training
+        model.eval()
+        images = dataset.select_columns(["image"])
+        cached: tuple[int, np.ndarray] | None = None
+        for start in range(0, len(jobs), batch_size):
+            batch, pixels = jobs[start : start + batch_size], []
+            for index, view in batch:
+                if cached is None or cached[0] != index:
+                    cached = (index, decode_image(images[index]))
+                pixels.append(view_pixel_values(cached[1], self.view(index, view), self.processor))
+            with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=bf16):
+                embeddings = model.get_image_embeddings(torch.stack(pixels).to(model.device)).float().cpu().numpy()
+            for (index, view), embedding in zip(batch, embeddings, strict=True):
+                target[index, view] = embedding
+            progress.update(len(batch))
+        target.flush()
+        progress.close()
+        model.train(was_training)
+        barrier()
+        if rank == 0:
+            os.replace(part, self.path)
+            print(f"wrote {self.path}: {shape[0]} rows x {shape[1]} views, {self.path.stat().st_size / 2**20:.0f} MiB")
+        barrier()

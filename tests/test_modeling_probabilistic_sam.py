@@ -1,0 +1,345 @@
+"""The model: shapes, samples, latents, losses by hand, warm start and round trips, on tiny configurations."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForMaskGeneration, AutoProcessor, SamConfig, SamModel
+from transformers.models.sam.modeling_sam import SamMaskDecoder
+
+from probabilistic_sam import ProbabilisticSamConfig, ProbabilisticSamModel, ProbabilisticSamProcessor
+from probabilistic_sam.modeling_probabilistic_sam import (
+    EMPTY_LOGIT,
+    box_map,
+    energy_distance,
+    gaussian_kl,
+    log_probability_of_drawing,
+    point_maps,
+    soft_jaccard_distance,
+    truncated_normal,
+)
+
+SIZE, GRID = 32, 2
+
+
+def sam_parts(image_size=SIZE):
+    """Sub-configurations of a SAM with some thousand weights."""
+    vision = {
+        "hidden_size": 16, "output_channels": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": image_size,
+        "mlp_dim": 32, "window_size": 2, "global_attn_indexes": [1], "num_pos_feats": 8, "initializer_range": 0.02,
+    }  # fmt: skip
+    prompt = {"hidden_size": 16, "image_size": image_size, "mask_input_channels": 4}
+    decoder = {"hidden_size": 16, "mlp_dim": 32, "num_attention_heads": 2, "iou_head_hidden_dim": 16}
+    return {"vision_config": vision, "prompt_encoder_config": prompt, "mask_decoder_config": decoder}
+
+
+def tiny_vit_parts(image_size=SIZE):
+    """The same with a TinyViT encoder."""
+    vision = {
+        "model_type": "tiny_vit_vision_model", "image_size": image_size, "embed_dims": [8, 8, 8, 16], "depths": [1, 1, 1, 1],
+        "num_heads": [1, 1, 2, 2], "window_sizes": [2, 2, 2, 2], "output_channels": 16, "num_pos_feats": 8,
+    }  # fmt: skip
+    return {**sam_parts(image_size), "vision_config": vision}
+
+
+def tiny_model(parts=sam_parts, seed=0, **kwargs):
+    """A model with random weights."""
+    torch.manual_seed(seed)
+    fields = {"latent_dim": 4, "latent_hidden_size": 16, **kwargs}
+    return ProbabilisticSamModel(ProbabilisticSamConfig(**parts(), **fields)).eval()
+
+
+@pytest.fixture(params=[sam_parts, tiny_vit_parts], ids=["vit", "tiny_vit"])
+def model(request):
+    return tiny_model(request.param)
+
+
+@pytest.fixture
+def inputs():
+    generator = torch.Generator().manual_seed(1)
+    boxes = torch.tensor([[[4.0, 4, 20, 20], [8, 8, 30, 30], [0, 0, 9, 9]]] * 2)
+    return {"pixel_values": torch.randn(2, 3, SIZE, SIZE, generator=generator), "input_boxes": boxes}
+
+
+def test_samples_have_the_documented_shapes(model, inputs):
+    output = model.sample(**inputs, num_samples=5)
+    assert output.pred_masks.shape == (2, 3, 5, 4 * GRID, 4 * GRID)
+    assert output.iou_scores.shape == (2, 3, 5)
+    assert output.latents.shape == (2, 3, 5, 4)
+    assert output.prior_mean.shape == output.prior_log_std.shape == (2, 3, 4)
+    assert output.loss is None and output.posterior_mean is None
+
+
+def test_same_seed_same_samples_other_seed_other_samples(model, inputs):
+    first, second, other = (
+        model.sample(**inputs, num_samples=4, generator=torch.Generator().manual_seed(seed)) for seed in (3, 3, 4)
+    )
+    assert torch.equal(first.pred_masks, second.pred_masks)
+    assert not torch.equal(first.latents, other.latents)
+
+
+def test_samples_change_with_the_outline_and_vanish_with_the_drawing_coordinate(model, inputs):
+    latents = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 5
+    latents[..., 0] = torch.tensor([1.0, 1.0, -1.0, 0.5])
+    masks = model(**inputs, latents=latents).pred_masks
+    assert not torch.allclose(masks[:, :, 0], masks[:, :, 1], atol=1e-6)
+    assert (masks[:, :, 2] == EMPTY_LOGIT).all() and (masks[:, :, (0, 1, 3)] != EMPTY_LOGIT).all()
+
+
+def test_samples_depend_on_image_and_prompt(model, inputs):
+    latents = torch.ones(2, 3, 1, 4)
+    masks = model(**inputs, latents=latents).pred_masks
+    other_image = model(pixel_values=inputs["pixel_values"].flip(0), input_boxes=inputs["input_boxes"], latents=latents)
+    assert not torch.allclose(masks, other_image.pred_masks, atol=1e-6)
+    assert not torch.allclose(masks[:, 0], masks[:, 1], atol=1e-6)
+    prior = model(**inputs).prior_mean
+    assert not torch.allclose(prior[:, 0], prior[:, 1], atol=1e-6)
+
+
+def test_prompts_of_an_image_and_images_of_a_batch_do_not_mix(model, inputs):
+    latents = torch.randn(2, 3, 2, 4, generator=torch.Generator().manual_seed(0)).abs()
+    masks = model(**inputs, latents=latents).pred_masks
+    alone = model(
+        pixel_values=inputs["pixel_values"][1:], input_boxes=inputs["input_boxes"][1:, 2:], latents=latents[1:, 2:]
+    ).pred_masks
+    assert torch.allclose(masks[1:, 2:], alone, atol=1e-5)
+
+
+def test_image_embeddings_serve_instead_of_pixel_values(model, inputs):
+    embeddings = model.get_image_embeddings(inputs["pixel_values"])
+    latents = torch.ones(2, 3, 2, 4)
+    from_pixels = model(**inputs, latents=latents).pred_masks
+    from_embeddings = model(image_embeddings=embeddings, input_boxes=inputs["input_boxes"], latents=latents).pred_masks
+    assert torch.equal(from_pixels, from_embeddings)
+
+
+def test_chunks_of_samples_change_nothing(monkeypatch, inputs):
+    model = tiny_model()
+    latents = torch.randn(2, 3, 7, 4, generator=torch.Generator().manual_seed(0))
+    whole = model(**inputs, latents=latents).pred_masks
+    monkeypatch.setattr("probabilistic_sam.modeling_probabilistic_sam.MAX_DECODED", 12)  # two samples a call
+    assert torch.allclose(model(**inputs, latents=latents).pred_masks, whole, atol=1e-6)
+
+
+def test_points_and_masks_are_prompts_too(model, inputs):
+    pixels = inputs["pixel_values"]
+    points = torch.tensor([[[[10.0, 10], [20, 20]]]] * 2)
+    labels = torch.tensor([[[1, 0]]] * 2)
+    one = model.sample(pixels, input_points=points, input_labels=labels, num_samples=3)
+    assert one.pred_masks.shape == (2, 1, 3, 8, 8)
+    both = model.sample(pixels, input_points=points, input_boxes=inputs["input_boxes"][:, :1], num_samples=3)
+    assert both.pred_masks.shape == (2, 1, 3, 8, 8)
+    masks = torch.full((2, 1, 8, 8), -10.0)
+    masks[..., 2:6, 2:6] = 10.0
+    drawn = model.sample(pixels, input_masks=masks, num_samples=3)
+    assert drawn.pred_masks.shape == (2, 1, 3, 8, 8)
+    assert not torch.allclose(drawn.prior_mean, model.sample(pixels, input_masks=-masks).prior_mean)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pixel_values": None}, "Exactly one of pixel_values"),
+        ({"image_embeddings": torch.zeros(2, 16, 2, 2)}, "Exactly one of pixel_values"),
+        ({"input_boxes": None}, "A prompt must be provided"),
+        ({"input_boxes": torch.zeros(2, 4)}, r"input_boxes must have the shape \(B, P, 4\), got \(2, 4\)"),
+        ({"input_boxes": torch.zeros(3, 1, 4)}, "input_boxes are for 3 images, but there are 2"),
+        ({"input_points": torch.zeros(2, 1, 1, 2)}, "as many prompts an image, got 1 and 3"),
+        ({"num_samples": 0}, "num_samples must be at least 1, got 0"),
+        ({"latents": torch.zeros(2, 3, 1, 5)}, r"latents must have the shape \(2, 3, 'S', 4\), got \(2, 3, 1, 5\)"),
+        ({"labels": torch.zeros(2, 2, 4, 8, 8)}, r"labels must have the shape"),
+    ],
+)
+def test_wrong_arguments_are_named(inputs, change, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_model()(**{**inputs, **change})
+
+
+@pytest.mark.parametrize("field", [{"latent_dim": 1}, {"latent_injection": "dense"}, {"latent_dim": "x"}])
+def test_configuration_refuses_wrong_fields(field):
+    with pytest.raises(Exception, match="latent"):
+        ProbabilisticSamConfig(**sam_parts(), **field)
+
+
+@pytest.mark.parametrize("injection", ["sparse", "token"])
+def test_training_reaches_every_latent_weight_and_the_encoder(injection, inputs):
+    model = tiny_model(energy_weight=1.0, latent_injection=injection).train()
+    labels = torch.zeros(2, 3, 4, 8, 8, dtype=torch.bool)
+    labels[:, :, 0, 2:5, 2:5] = labels[:, :, 2, 1:6, 2:6] = True
+    output = model(**inputs, labels=labels)
+    output.loss.backward()
+    assert output.pred_masks.shape == (2, 3, 4, 8, 8)
+    assert output.posterior_mean.shape == output.posterior_log_std.shape == output.kl_divergence.shape == (2, 3, 4, 4)
+    for name, parameter in model.named_parameters():
+        if name.startswith((*model.latent_modules, "vision_encoder.layers", "mask_decoder.transformer")):
+            assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+    for part in (*model.latent_modules, "vision_encoder"):
+        gradients = [p.grad.abs().sum() for n, p in model.named_parameters() if n.startswith(part) and p.grad is not None]
+        assert sum(gradients) > 0, part
+
+
+def test_readers_who_drew_nothing_have_the_prior_over_outlines(inputs):
+    labels = torch.zeros(2, 3, 2, 8, 8)
+    labels[:, :, 0, 2:5, 2:5] = 1
+    output = tiny_model()(**inputs, labels=labels)
+    assert torch.equal(output.kl_divergence[:, :, 1, 1:], torch.zeros(2, 3, 3))
+    assert (output.pred_masks[:, :, 1] == EMPTY_LOGIT).all()
+    log_draws, log_empty = log_probability_of_drawing(output.prior_mean[..., 0])
+    assert torch.allclose(output.kl_divergence[:, :, 0, 0], -log_draws)
+    assert torch.allclose(output.kl_divergence[:, :, 1, 0], -log_empty)
+    assert (output.latents[:, :, 0, 0] > 0).all() and (output.latents[:, :, 1, 0] < 0).all()
+
+
+def test_loss_is_the_sum_of_its_documented_parts(inputs):
+    labels = torch.zeros(2, 3, 2, 8, 8)
+    labels[:, :, :, 2:5, 2:5] = 1
+    model = tiny_model(kl_weight=0.5, energy_weight=3.0, num_energy_samples=2, bce_weight=2.0, dice_weight=4.0)
+    output = model(**inputs, labels=labels, generator=torch.Generator().manual_seed(0))
+    probability, pixels = output.pred_masks.double().sigmoid(), (-2, -1)
+    bce = -(labels * probability.log() + (1 - labels) * (1 - probability).log()).sum(dim=pixels)
+    dice = 1 - (2 * (probability * labels).sum(pixels) + 1) / (probability.sum(pixels) + labels.sum(pixels) + 1)
+    assert output.reconstruction_loss.item() == pytest.approx((2 * bce + 4 * dice).mean().item(), rel=1e-5)
+    kl = output.kl_divergence
+    expected = (
+        output.reconstruction_loss + 0.5 * kl[..., 1:].sum(-1).mean() + kl[..., 0].mean() + 3 * output.energy_distance
+    )
+    assert output.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_labels_of_the_image_size_are_resized(inputs):
+    small = torch.zeros(2, 3, 2, 8, 8)
+    small[..., 2:5, 2:6] = 1
+    large = small.repeat_interleave(4, -1).repeat_interleave(4, -2)
+    model = tiny_model()
+    losses = [model(**inputs, labels=x, generator=torch.Generator().manual_seed(0)).loss for x in (small, large)]
+    assert torch.equal(*losses)
+
+
+# ------------------------------------------------------------------------------------------------ formulas by hand
+
+
+def test_box_map_covers_cells_by_their_share():
+    cover = box_map(torch.tensor([[[4.0, 0.0, 8.0, 12.0]]]), image_size=16, grid=2)  # cells of 8 px
+    assert torch.allclose(cover, torch.tensor([[[[0.5, 0.0], [0.25, 0.0]]]]))
+
+
+def test_point_maps_tell_inside_from_outside_and_leave_padding_out():
+    points = torch.tensor([[[[4.0, 4.0], [12.0, 12.0], [4.0, 12.0]]]])
+    maps = point_maps(points, torch.tensor([[[1, 0, -10]]]), image_size=16, grid=2)
+    step = math.exp(-0.5)
+    assert torch.allclose(maps[0, 0, 0], torch.tensor([[1.0, step], [step, step**2]]))
+    assert torch.allclose(maps[0, 0, 1], torch.tensor([[step**2, step], [step, 1.0]]))
+
+
+def test_probability_of_drawing_sums_to_one():
+    log_draws, log_empty = log_probability_of_drawing(torch.tensor([0.0, 1.0, -30.0]))
+    assert torch.allclose(log_draws.exp() + log_empty.exp(), torch.ones(3))
+    assert log_draws[0].item() == pytest.approx(math.log(0.5))
+    assert torch.isfinite(log_draws).all()
+
+
+def test_truncated_normal_agrees_with_draws():
+    draws = torch.randn(400_000, generator=torch.Generator().manual_seed(0)).double() + 0.7
+    for positive in (True, False):
+        kept = draws[(draws > 0) == positive]
+        mean, log_std = truncated_normal(torch.tensor([0.7]).double(), torch.tensor([positive]))
+        assert mean.item() == pytest.approx(kept.mean().item(), abs=5e-3)
+        assert log_std.exp().item() == pytest.approx(kept.std().item(), abs=5e-3)
+
+
+def test_gaussian_kl_by_hand():
+    zero, one = torch.tensor(0.0), torch.tensor(1.0)
+    assert gaussian_kl(zero, zero, zero, zero).item() == 0
+    assert gaussian_kl(one, zero, zero, zero).item() == pytest.approx(0.5)
+    expected = 0.5 * (math.exp(2) - 1) - 1
+    assert gaussian_kl(zero, one, zero, zero).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_soft_jaccard_distance_is_a_metric_on_soft_masks():
+    generator = torch.Generator().manual_seed(0)
+    a, b, c = torch.rand(3, 500, 20, generator=generator)
+    distance = soft_jaccard_distance
+    assert torch.allclose(distance(a, a), torch.zeros(500), atol=1e-6)
+    assert torch.allclose(distance(a, b), distance(b, a))
+    assert (distance(a, c) <= distance(a, b) + distance(b, c) + 1e-6).all()
+    left, right = torch.tensor([1.0, 1, 0, 0]), torch.tensor([0.0, 1, 1, 1])
+    assert distance(left, right, smooth=0).item() == pytest.approx(1 - 1 / 4)
+
+
+def test_energy_distance_by_hand_leaves_out_what_does_not_count():
+    a, b = torch.tensor([1.0, 1, 0, 0]), torch.tensor([0.0, 0, 1, 1])
+    samples, readers = torch.stack([a, b, a]), torch.stack([a, b])
+    yes, d = torch.tensor, 1 - 1 / 5  # disjoint masks of 2 px: (0 + 1) / (4 + 1) shared
+    value = energy_distance(samples, yes([True, True, False]), readers, yes([True, False]))
+    assert value.item() == pytest.approx(2 * (0 + d) / 2 - d)
+    assert energy_distance(samples, yes([True] * 3), readers, yes([False, False])).item() == 0
+
+
+# ------------------------------------------------------------------------------------------- other people's weights
+
+
+def test_decoder_equals_that_of_sam():
+    model = tiny_model()
+    generator = torch.Generator().manual_seed(0)
+    image, dense = torch.randn(2, 2, 16, 2, 2, generator=generator)
+    sparse = torch.randn(2, 5, 3, 16, generator=generator)
+    positions = model.get_image_wide_positional_embeddings()
+    with torch.no_grad():
+        masks, scores = model.mask_decoder(image, positions, sparse, dense)
+        expected, expected_scores = SamMaskDecoder.forward(
+            model.mask_decoder, image, positions.repeat(2, 1, 1, 1), sparse, dense, multimask_output=False
+        )
+    assert torch.allclose(masks, expected[:, :, 0], atol=1e-6)
+    assert torch.allclose(scores, expected_scores[:, :, 0], atol=1e-6)
+
+
+def test_warm_start_from_a_sam_directory_leaves_only_the_latent_networks_new(tmp_path):
+    torch.manual_seed(0)
+    sam = SamModel(SamConfig(**sam_parts()))
+    sam.save_pretrained(tmp_path)
+    model, info = ProbabilisticSamModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert info["missing_keys"] and all(key.startswith(model.latent_modules) for key in info["missing_keys"])
+    assert not info["unexpected_keys"] and not info["mismatched_keys"]
+    own = model.state_dict()
+    assert all(torch.equal(value, own[key]) for key, value in sam.state_dict().items())
+    assert model.config.model_type == "probabilistic_sam"
+    assert all(torch.isfinite(value).all() and value.abs().max() < 1e3 for value in own.values())
+
+
+@pytest.mark.parametrize("parts", [sam_parts, tiny_vit_parts], ids=["vit", "tiny_vit"])
+def test_round_trip_is_bit_equal_and_the_auto_classes_find_it(tmp_path, inputs, parts):
+    model = tiny_model(parts)
+    model.save_pretrained(tmp_path)
+    ProbabilisticSamProcessor(SIZE, 24).save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.bin"))
+    expected = model.sample(**inputs, num_samples=2, generator=torch.Generator().manual_seed(0)).pred_masks
+    for auto in (ProbabilisticSamModel, AutoModel, AutoModelForMaskGeneration):
+        loaded = auto.from_pretrained(tmp_path)
+        assert isinstance(loaded, ProbabilisticSamModel)
+        state = loaded.state_dict()
+        assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+        assert torch.equal(
+            loaded.sample(**inputs, num_samples=2, generator=torch.Generator().manual_seed(0)).pred_masks, expected
+        )
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert config.to_dict() == model.config.to_dict()
+    assert type(config.vision_config) is type(model.config.vision_config)
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    assert isinstance(processor, ProbabilisticSamProcessor) and (processor.image_size, processor.crop_size) == (SIZE, 24)
+
+
+def test_half_precision_weights_load_as_float32_when_the_configuration_says_so(tmp_path):
+    model = tiny_model().half()
+    model.config.dtype = "float32"
+    model.save_pretrained(tmp_path)
+    config = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(config.replace('"float16"', '"float32"'))
+    assert ProbabilisticSamModel.from_pretrained(tmp_path).dtype == torch.float32
+
+
+def test_gradients_flow_to_the_latents(inputs):
+    model = tiny_model()
+    latents = torch.ones(2, 3, 2, 4, requires_grad=True)
+    model(**inputs, latents=latents).pred_masks.sum().backward()
+    assert (latents.grad[..., 1:].abs().sum() > 0) and np.all(latents.grad[..., 0].numpy() == 0)

@@ -1,0 +1,467 @@
+"""Train Probabilistic SAM on a LIDC build, with a frozen vision encoder and cached image embeddings.
+
+    accelerate launch training/train.py --config training/configs/psam_lidc.yaml --dataset LIDC --output_dir RUN
+
+Everything random follows from (seed, step), so a run that was killed and resumed gives the weights of one that was not.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import signal
+import time
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from tqdm.auto import tqdm
+from transformers import AutoConfig, get_cosine_schedule_with_warmup
+
+from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamProcessor
+from probabilistic_sam.conversion import convert_mobile_sam, convert_sam
+from probabilistic_sam.data import make_prompt, row_seed
+from probabilistic_sam.data.rows import load_split
+from probabilistic_sam.embedding_cache import EmbeddingCache, View, view_masks, view_prompt
+from probabilistic_sam.errors import UserError, run
+from probabilistic_sam.metrics import slice_metrics, summarize
+
+TRAINED = ("prior.", "posterior.", "latent_proj.", "mask_decoder.")
+# Heads of SAM's decoder that the single-mask output does not use; left frozen, DDP would wait for their gradients
+UNUSED = ("mask_decoder.iou_prediction_head.", *(f"mask_decoder.output_hypernetworks_mlps.{i}." for i in (1, 2, 3)))
+ACTIVE_UNIT_VARIANCE = 0.01  # of the posterior mean over the data (Burda et al. 2016, arXiv 1509.00519)
+
+
+@dataclass
+class TrainingConfig:
+    """Fields of the YAML file; `model` holds fields of `ProbabilisticSamConfig`."""
+
+    base_model: str  # directory or Hub name of a SAM, or MobileSAM's .pt / .safetensors file
+    image_size: int = 256  # px, the model's input
+    crop_size: int = 64  # px of the image around a prompt
+    model: dict = field(default_factory=dict)
+    seed: int = 0
+    prompts: dict = field(default_factory=lambda: {"union_box": 1.0})  # name -> share of the batches
+    num_views: int = 2  # augmented views of a slice in the cache
+    augmentation: dict = field(default_factory=lambda: {"max_shift": 6.0, "max_zoom": 0.15, "max_gamma": 0.25})
+    batch_size: int = 16  # slices a step, over all processes
+    max_steps: int = 4000
+    learning_rate: float = 2e-4  # of SAM's decoder
+    latent_learning_rate: float = 1e-3  # of the latent networks
+    weight_decay: float = 0.02
+    warmup_steps: int = 100
+    energy_start_step: int = 0  # the energy distance joins the loss from here on...
+    energy_ramp_steps: int = 500  # ... and reaches its weight after so many steps
+    max_grad_norm: float = 5.0
+    ema_decay: float = 0.995  # of the weights that are validated and kept
+    mixed_precision: str = "no"  # or bf16
+    log_every: int = 50
+    eval_every: int = 500
+    eval_slices: int = 300
+    eval_samples: int = 16
+    checkpoint_every: int = 500
+
+
+def parse_args() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="YAML file with the fields of TrainingConfig")
+    parser.add_argument("--dataset", required=True, help="output of training/build_lidc.py")
+    parser.add_argument("--output_dir", required=True, help="run folder: checkpoints, log, and the best model at its top")
+    parser.add_argument("--base_model", help="in place of the configuration's base_model")
+    parser.add_argument("--cache_dir", default="~/.cache/probabilistic_sam", help="folder of the embedding caches")
+    parser.add_argument("--resume_from_checkpoint", help='a checkpoint folder, or "latest"')
+    parser.add_argument("--max_steps", type=int, help="in place of the configuration's max_steps")
+    parser.add_argument("--seed", type=int, help="in place of the configuration's seed")
+    parser.add_argument("--stop_after", type=int, help="end after this step as if killed (for tests of resuming)")
+    return parser.parse_args()
+
+
+def read_config(arguments: argparse.Namespace) -> TrainingConfig:
+    """The YAML file with what the command line replaces."""
+    path = Path(arguments.config)
+    if not path.is_file():
+        raise UserError(f"no configuration file at {path}")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from error
+    known = {item.name for item in fields(TrainingConfig)}
+    if not isinstance(values, dict) or set(values) - known:
+        wrong = sorted(set(values) - known) if isinstance(values, dict) else type(values).__name__
+        raise UserError(f"{path} has unknown fields {wrong}; accepted: {', '.join(sorted(known))}")
+    for name in ("base_model", "max_steps", "seed"):
+        if getattr(arguments, name) is not None:
+            values[name] = getattr(arguments, name)
+    if "base_model" not in values:
+        raise UserError(f"{path} names no base_model, and --base_model is not given")
+    return TrainingConfig(**values)
+
+
+def load_base_model(config: TrainingConfig) -> ProbabilisticSamModel:
+    """The model to start from: a MobileSAM file, a SAM, or a Probabilistic SAM."""
+    base = config.base_model
+    if base.endswith((".pt", ".pth", ".safetensors")):
+        return convert_mobile_sam(base, config.image_size, **config.model)
+    try:
+        kind = AutoConfig.from_pretrained(base).model_type
+    except (OSError, ValueError) as error:
+        raise UserError(f"base_model {base!r} is neither a file (.pt, .safetensors) nor a model directory or Hub name") from error
+    if kind == "sam":
+        return convert_sam(base, config.image_size, **config.model)
+    if kind != "probabilistic_sam":
+        raise UserError(f"base_model {base!r} is a {kind!r} model; accepted: sam, probabilistic_sam, or MobileSAM's file")
+    return ProbabilisticSamModel.from_pretrained(base, dtype=torch.float32, **config.model)
+
+
+def freeze(model: ProbabilisticSamModel) -> None:
+    """Train the latent networks and the part of the mask decoder that is used."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = name.startswith(TRAINED) and not name.startswith(UNUSED)
+
+
+def parameter_groups(model: ProbabilisticSamModel, config: TrainingConfig) -> list[dict]:
+    """Two learning rates; no weight decay on vectors (norms, biases)."""
+    groups: dict[tuple[bool, bool], list] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((name.startswith("mask_decoder."), parameter.ndim > 1), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": config.learning_rate if pretrained else config.latent_learning_rate,
+            "weight_decay": config.weight_decay if decays else 0.0,
+        }
+        for (pretrained, decays), parameters in groups.items()
+    ]
+
+
+class Batches:
+    """The batch of any step, from (seed, step, rank) alone: embeddings, one prompt a slice, and the readers' masks."""
+
+    def __init__(self, cache: EmbeddingCache, config: TrainingConfig, grid: int, rank: int, world_size: int):
+        if config.batch_size % world_size:
+            raise UserError(f"batch_size {config.batch_size} does not divide by {world_size} processes")
+        self.cache, self.config, self.size = cache, config, 4 * grid
+        self.rank, self.share = rank, config.batch_size // world_size
+        self.steps_per_epoch = max(1, len(cache) // config.batch_size)
+        self.epoch, self.order = -1, np.empty(0, dtype=np.int64)
+
+    def __call__(self, step: int) -> dict[str, torch.Tensor]:
+        epoch, offset = divmod(step, self.steps_per_epoch)
+        if epoch != self.epoch:
+            self.epoch = epoch
+            self.order = np.random.default_rng((self.config.seed, 1, epoch)).permutation(len(self.cache))
+        start = offset * self.config.batch_size + self.rank * self.share
+        rng = np.random.default_rng((self.config.seed, 2, step, self.rank))
+        names, shares = zip(*self.config.prompts.items(), strict=True)
+        name = str(rng.choice(names, p=np.asarray(shares) / sum(shares)))
+        items = []
+        for index in self.order[np.arange(start, start + self.share) % len(self.cache)]:
+            index = int(index)
+            view_index = (epoch + index) % max(self.cache.num_views, 1)
+            masks = self.cache.row_masks(index)
+            view = self.cache.view(index, view_index, masks)
+            item = view_prompt(masks, view, name, rng, self.config.image_size)
+            item["labels"] = view_masks(masks, view, self.size)
+            item["image_embeddings"] = torch.from_numpy(np.array(self.cache.embeddings[index, view_index])).float()
+            items.append(item)
+        batch = {key: torch.stack([item[key] for item in items]) for key in items[0] if key != "labels"}
+        most = max(len(item["labels"]) for item in items)
+        batch["labels"] = torch.stack([pad_readers(item["labels"], most) for item in items])[:, None]  # (B, 1, R, h, w)
+        if "input_boxes" in batch:
+            batch["input_boxes"] = batch["input_boxes"][:, None]  # (B, 1, 4)
+        else:
+            batch["input_points"] = batch["input_points"][:, None, None]  # (B, 1, 1, 2)
+        return batch
+
+
+def pad_readers(masks: torch.Tensor, readers: int) -> torch.Tensor:
+    """Readers who are missing drew nothing."""
+    return torch.cat([masks, masks.new_zeros((readers - len(masks), *masks.shape[1:]))])
+
+
+class Ema:
+    """Exponential moving average of the trained weights (Polyak), with a start that forgets the initial ones."""
+
+    def __init__(self, model: torch.nn.Module, decay: float):
+        self.decay = decay
+        self.weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def update(self, model: torch.nn.Module, step: int) -> None:
+        """Move towards the model's weights after `step` (from 1)."""
+        decay = min(self.decay, step / (step + 10))
+        for name, parameter in model.named_parameters():
+            if name in self.weights:
+                self.weights[name].lerp_(parameter.detach(), 1 - decay)
+
+    @torch.no_grad()
+    def swap(self, model: torch.nn.Module) -> None:
+        """Exchange the model's weights and the average; a second call undoes it."""
+        for name, parameter in model.named_parameters():
+            if name in self.weights:
+                kept = parameter.detach().clone()
+                parameter.copy_(self.weights[name])
+                self.weights[name] = kept
+
+
+@torch.no_grad()
+def validate(model, processor, cache, rows, indices, config, accelerator) -> dict:
+    """Metrics of the protocol (union_box) and the state of the latent space over `indices` of the validation rows."""
+    model.eval()
+    results = []
+    for index in indices[accelerator.process_index :: accelerator.num_processes]:
+        masks = cache.row_masks(index)
+        row = rows[index]
+        box = make_prompt(masks, "union_box", np.random.default_rng(row_seed(row, "union_box")))["input_boxes"]
+        x, y, side = processor.window(*masks.shape[-2:], {"input_boxes": [torch.tensor(box)]})
+        cached = cache.view(index, 0, masks)
+        view = View(0, False, cached.window, 1.0)
+        x, y, side = view.window
+        scale = config.image_size / side
+        boxes = (torch.tensor(box, dtype=torch.float32) - torch.tensor([x, y, x, y])) * scale
+        inputs = {
+            "image_embeddings": torch.from_numpy(np.array(cache.embeddings[index, 0])).float()[None].to(accelerator.device),
+            "input_boxes": boxes[None, None].to(accelerator.device),
+        }
+        generator = torch.Generator().manual_seed(row_seed(row, "validation") % 2**63)
+        samples = model.sample(**inputs, num_samples=config.eval_samples, generator=generator)
+        logits = processor.post_process_logits(
+            samples.pred_masks.cpu(), torch.tensor([[x, y, side]]), torch.tensor([masks.shape[-2:]])
+        )[0].numpy()
+        target = view_masks(masks, view, samples.pred_masks.shape[-1])
+        output = model(**inputs, labels=target[None, None].to(accelerator.device), generator=generator)
+        drew = target.flatten(1).any(dim=1).numpy()
+        drawn, truth = (output.pred_masks[0, 0].cpu().numpy() > 0)[drew], target.numpy()[drew]
+        union = np.maximum((drawn | truth).sum(axis=(1, 2)), 1)
+        results.append(
+            {
+                "index": index,
+                "metrics": slice_metrics(logits > 0, 1 / (1 + np.exp(-logits)), masks),
+                "posterior_iou": ((drawn & truth).sum(axis=(1, 2)) / union).mean() if drew.any() else np.nan,
+                "kl": output.kl_divergence[0, 0].cpu().numpy()[drew].mean(axis=0) if drew.any() else None,
+                "posterior_mean": output.posterior_mean[0, 0].cpu().numpy(),
+                "drew": drew,
+            }
+        )
+    results = sorted(gather_object(results), key=lambda item: item["index"])
+    model.train()
+    summary = summarize([item["metrics"] for item in results], [rows[item["index"]]["patient_id"] for item in results])
+    means = np.concatenate([item["posterior_mean"] for item in results])
+    outlines = np.concatenate([item["posterior_mean"][item["drew"]] for item in results])[:, 1:]
+    variance = np.concatenate([means[:, :1].var(axis=0), outlines.var(axis=0)])
+    kl = np.mean([item["kl"] for item in results if item["kl"] is not None], axis=0)
+    scores = {
+        f"{column}/{name}": summary[column][name]["mean"]
+        for column in ("all", "shape", "four_readers")
+        for name in ("ged", "cross_distance", "sample_diversity", "reader_diversity", "hm_iou", "ece")
+        if summary[column][name] is not None
+    }
+    scores |= {f"all/{name}": summary["all"][name]["mean"] for name in ("empty_ece", "empty_correlation", "dice_max_per_reader")}
+    return scores | {
+        "posterior_iou": float(np.nanmean([item["posterior_iou"] for item in results])),
+        "active_units": int((variance > ACTIVE_UNIT_VARIANCE).sum()),
+        "posterior_mean_variance": [round(float(value), 4) for value in variance],
+        "kl_per_dimension": [round(float(value), 4) for value in kl],
+    }
+
+
+class Log:
+    """JSON lines in the run folder, and TensorBoard when it is installed."""
+
+    def __init__(self, directory: Path, resumed_step: int):
+        self.path = directory / "log.jsonl"
+        if self.path.exists():  # lines after the checkpoint will be written again
+            lines = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= resumed_step]
+            self.path.write_text("".join(line + "\n" for line in lines))
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(directory / "tensorboard"), purge_step=resumed_step + 1)
+        except ImportError:
+            self.writer = None
+
+    def __call__(self, step: int, values: dict) -> None:
+        """Write one line."""
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            if self.writer is not None and isinstance(value, (int, float)):
+                self.writer.add_scalar(name, value, step)
+
+
+def save_model(model: ProbabilisticSamModel, processor: ProbabilisticSamProcessor, directory: Path) -> None:
+    """Write model and processor; weights go to a temporary name first."""
+    staging = directory / ".saving"
+    shutil.rmtree(staging, ignore_errors=True)
+    model.save_pretrained(staging)
+    processor.save_pretrained(staging)
+    for path in staging.iterdir():
+        os.replace(path, directory / path.name)
+    staging.rmdir()
+
+
+def save_checkpoint(directory: Path, step: int, model, optimizer, scheduler, ema, best: dict) -> None:
+    """`checkpoint-{step}`: everything that resuming needs, moved into place when it is complete; older ones go."""
+    target, staging = directory / f"checkpoint-{step}", directory / f".checkpoint-{step}"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    state = {
+        "step": step, "best": best, "ema": ema.weights, "optimizer": optimizer.state_dict(),
+        "scheduler": scheduler.state_dict(),
+        "model": {n: p.detach() for n, p in model.named_parameters() if p.requires_grad},
+    }  # fmt: skip
+    torch.save(state, staging / "training_state.pt")
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(staging, target)
+    for old in directory.glob("checkpoint-*"):
+        if old != target:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def find_checkpoint(name: str, directory: Path) -> Path:
+    """The checkpoint folder that `--resume_from_checkpoint` means."""
+    if name == "latest":
+        found = [path for path in directory.glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
+        if not found:
+            raise UserError(f"{directory} holds no checkpoint-* folder to resume from; leave --resume_from_checkpoint out")
+        return max(found, key=lambda path: int(path.name.split("-")[-1]))
+    path = Path(name)
+    if not (path / "training_state.pt").is_file():
+        raise UserError(f'{path} is no checkpoint: accepted are "latest" and a checkpoint-* folder of a run')
+    return path
+
+
+def load_checkpoint(path: Path, model, optimizer, scheduler, ema) -> tuple[int, dict]:
+    """Restore a checkpoint; returns its step and the best scores so far."""
+    try:
+        state = torch.load(path / "training_state.pt", map_location="cpu", weights_only=True)
+        parameters = dict(model.named_parameters())
+        if set(state["model"]) != {name for name, p in parameters.items() if p.requires_grad}:
+            raise ValueError("its weights are of another model")
+        with torch.no_grad():
+            for name, value in state["model"].items():
+                parameters[name].copy_(value)
+        for name, value in state["ema"].items():
+            ema.weights[name].copy_(value)
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+        return state["step"], state["best"]
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
+        raise UserError(f"{path} cannot be resumed from: {error}") from error
+
+
+def main() -> None:
+    """Train."""
+    arguments = parse_args()
+    config = read_config(arguments)
+    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    directory = Path(arguments.output_dir)
+    checkpoint = find_checkpoint(arguments.resume_from_checkpoint, directory) if arguments.resume_from_checkpoint else None
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if accelerator.is_main_process:
+            (directory / "training_config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+    except OSError as error:
+        raise UserError(f"--output_dir {directory} cannot be written: {error.strerror}") from error
+
+    train_rows, validation_rows = (load_split(arguments.dataset, split) for split in ("train", "validation"))
+    torch.manual_seed(config.seed)
+    model = load_base_model(config)
+    processor = ProbabilisticSamProcessor(config.image_size, config.crop_size)
+    freeze(model)
+    model.to(accelerator.device)
+
+    shared = {
+        "cache_dir": arguments.cache_dir, "rank": accelerator.process_index, "world_size": accelerator.num_processes,
+        "barrier": accelerator.wait_for_everyone, "bf16": config.mixed_precision == "bf16",
+    }  # fmt: skip
+    cache = EmbeddingCache(model, processor, train_rows, config.num_views, config.seed, augmentation=config.augmentation, **shared)
+    validation_cache = EmbeddingCache(model, processor, validation_rows, 0, 0, **shared)
+    order = sorted(range(len(validation_rows)), key=lambda i: row_seed(validation_rows[i], "subset"))
+    indices = sorted(order[: config.eval_slices])
+
+    grid = model.config.prompt_encoder_config.image_embedding_size
+    batches = Batches(cache, config, grid, accelerator.process_index, accelerator.num_processes)
+    optimizer = torch.optim.AdamW(parameter_groups(model, config), betas=(0.9, 0.98))
+    scheduler = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, config.max_steps)
+    ema = Ema(model, config.ema_decay)
+    energy_weight = model.config.energy_weight
+    step, best = load_checkpoint(checkpoint, model, optimizer, scheduler, ema) if checkpoint else (0, {})
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    if accelerator.is_main_process:
+        log = Log(directory, step)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        print(f"{len(cache)} training slices, {trained / 1e6:.2f} M trained weights, {batches.steps_per_epoch} steps an epoch")
+
+    model.train()
+    running: dict[str, list[float]] = {}
+    started = time.time()
+    progress = tqdm(total=config.max_steps, initial=step, desc="training", disable=not accelerator.is_main_process)
+    while step < config.max_steps:
+        batch = {key: value.to(accelerator.device) for key, value in batches(step).items()}
+        # Noise and dropout of a step follow from its number, so nothing random needs to be stored
+        torch.manual_seed(hash((config.seed, step, accelerator.process_index)) % 2**63)
+        ramp = (step + 1 - config.energy_start_step) / max(config.energy_ramp_steps, 1)
+        model.config.energy_weight = energy_weight * min(max(ramp, 0.0), 1.0)
+        output = wrapped(**batch)
+        accelerator.backward(output.loss)
+        norm = accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], config.max_grad_norm)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        step += 1
+        ema.update(model, step)
+        progress.update()
+
+        drew = batch["labels"].flatten(3).any(dim=-1)
+        outline_kl = (output.kl_divergence[..., 1:].sum(dim=-1) * drew).sum() / drew.sum().clamp(min=1)
+        values = {
+            "loss": output.loss, "reconstruction_loss": output.reconstruction_loss, "outline_kl": outline_kl,
+            "drawing_nll": output.kl_divergence[..., 0].mean(), "energy_distance": output.energy_distance, "grad_norm": norm,
+        }  # fmt: skip
+        for name, value in values.items():
+            if value is not None:
+                running.setdefault(name, []).append(float(value.detach()))
+        if not math.isfinite(running["loss"][-1]):
+            raise UserError(f"the loss is not finite at step {step}; lower the learning rates or use mixed_precision: no")
+        if step % config.log_every == 0 and accelerator.is_main_process:
+            line = {name: round(float(np.mean(items)), 5) for name, items in running.items()}
+            log(step, line | {"lr": scheduler.get_last_lr()[0], "seconds": round(time.time() - started, 1)})
+            progress.set_postfix({name: f"{line[name]:.3g}" for name in ("loss", "outline_kl") if name in line})
+            running.clear()
+        if step % config.eval_every == 0 or step == config.max_steps:
+            ema.swap(model)
+            model.config.energy_weight = energy_weight
+            scores = validate(model, processor, validation_cache, validation_rows, indices, config, accelerator)
+            if accelerator.is_main_process:
+                log(step, {f"validation/{name}": value for name, value in scores.items()})
+                progress.write(
+                    f"step {step}: GED all {scores['all/ged']:.4f}, shape {scores['shape/ged']:.4f}, HM-IoU "
+                    f"{scores['all/hm_iou']:.4f}, active units {scores['active_units']}, posterior IoU {scores['posterior_iou']:.3f}"
+                )
+                if scores["all/ged"] < best.get("all/ged", math.inf):
+                    best = {"step": step, **scores}
+                    save_model(model, processor, directory)
+            ema.swap(model)
+        if step % config.checkpoint_every == 0 or step == config.max_steps:
+            if accelerator.is_main_process:
+                save_checkpoint(directory, step, model, optimizer, scheduler, ema, best)
+            accelerator.wait_for_everyone()
+        if arguments.stop_after == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+    progress.close()
+    if accelerator.is_main_process:
+        (directory / "best.json").write_text(json.dumps(best, indent=2) + "\n")
+        print(f"wrote {directory}: the best model (step {best['step']}, GED {best['all/ged']:.4f} on {len(indices)} slices), log.jsonl")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,202 @@
+"""A trained run to a Hub folder: half-size weights, processor, results, and a card whose numbers come from them.
+
+    python training/make_card.py --model RUN --results r.json --output model_cards/psam-lidc
+
+Without --model the folder's weights stay and only card and README tables are written again. The table between the
+markers of the project's README comes from the same file; `--check` fails when either is out of date.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from safetensors.torch import save_file
+
+from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamProcessor
+from probabilistic_sam.errors import UserError, run
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+BEGIN, END = "<!-- results:begin (training/make_card.py writes what follows) -->", "<!-- results:end -->"
+TABLE = {  # metric -> how a reader of the table knows it
+    "ged": "GED ↓", "cross_distance": "cross distance ↓", "sample_diversity": "sample diversity",
+    "reader_diversity": "reader diversity", "hm_iou": "HM-IoU ↑", "dice_max_per_reader": "best Dice a reader ↑",
+    "dice_mean": "Dice of the mean ↑", "ece": "ECE ↓", "empty_ece": "ECE of emptiness ↓",
+    "empty_correlation": "correlation of emptiness ↑",
+}  # fmt: skip
+COLUMNS = ("all", "four_readers", "shape")
+
+
+def parse_args() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="run folder of training/train.py whose weights to take")
+    parser.add_argument("--results", nargs="*", default=[], help="results files of training/evaluate.py to take; the first is the table's")
+    parser.add_argument("--output", default=str(ROOT / "model_cards" / "psam-lidc"))
+    parser.add_argument("--check", action="store_true", help="write nothing; fail when card or README are out of date")
+    return parser.parse_args()
+
+
+def export_weights(source: str, output: Path) -> None:
+    """Write weights as float16 that load as float32 (a float16 model is slow on a CPU), and the processor."""
+    model = ProbabilisticSamModel.from_pretrained(source, dtype=torch.float32)
+    tied = set(model.all_tied_weights_keys)
+    weights = {name: value.half().contiguous() for name, value in model.state_dict().items() if name not in tied}
+    save_file(weights, output / ".model.safetensors", metadata={"format": "pt"})
+    (output / ".model.safetensors").replace(output / "model.safetensors")
+    model.config.dtype = "float32"
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(output)
+    ProbabilisticSamProcessor.from_pretrained(source).save_pretrained(output)
+
+
+def results_table(result: dict) -> str:
+    """Markdown table of one results file, means with 95 % intervals."""
+    columns = result["results"]
+    lines = ["| | " + " | ".join(f"`{name}` ({columns[name]['count']:,})" for name in COLUMNS) + " |"]
+    lines.append("|---" * (len(COLUMNS) + 1) + "|")
+    for metric, title in TABLE.items():
+        cells = []
+        for name in COLUMNS:
+            entry = columns[name][metric]
+            skip = entry["mean"] is None or (metric.startswith("empty") and name != "all")
+            cells.append("" if skip else f"{entry['mean']:.3f} [{entry['ci95'][0]:.3f}, {entry['ci95'][1]:.3f}]")
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def results_section(result: dict, name: str) -> str:
+    """Table and the words without which its numbers mean nothing."""
+    seeds = result["seed"] if isinstance(result["seed"], list) else [result["seed"]]
+    return (
+        f"{result['split'].capitalize()} split, {result['num_slices']:,} slices of {result['num_patients']} patients, prompt "
+        f"`{result['prompt']}`, {result['num_samples']} independent samples, mean over evaluation seeds "
+        f"{', '.join(map(str, seeds))}; in brackets 95 % intervals from a bootstrap over patients. These patients chose "
+        f"the checkpoint; they were not trained on.\n\n{results_table(result)}\n\n"
+        f"`all`: at least one reader drew. `four_readers`: all four drew. `shape`: at least two drew, non-empty masks only. "
+        f"From `{name}`, commit `{result['commit'][:12]}`, written by\n\n```\n{result['command']}\n```"
+    )
+
+
+def card(result: dict, name: str, training: str) -> ModelCard:
+    """The model card."""
+    shape, everything = result["results"]["shape"], result["results"]["all"]
+    dataset = {"dataset_name": "LIDC-IDRI", "dataset_type": "lidc-idri", "dataset_split": result["split"]}
+    data = ModelCardData(
+        license="apache-2.0",
+        library_name="transformers",
+        pipeline_tag="mask-generation",
+        tags=["medical", "ct", "lung-nodule", "uncertainty", "segment-anything", "probabilistic-segmentation"],
+        model_name="psam-lidc",
+        eval_results=[
+            EvalResult(
+                task_type="mask-generation", metric_type=metric, metric_name=title, metric_value=round(column[metric]["mean"], 4),
+                metric_args={"prompt": result["prompt"], "num_samples": result["num_samples"]}, **dataset,
+            )
+            for title, metric, column in (
+                ("GED16, all", "ged", everything), ("GED16, shape", "ged", shape), ("HM-IoU16, all", "hm_iou", everything),
+            )
+        ],
+    )  # fmt: skip
+    text = f"""---
+{data.to_yaml()}
+---
+
+# psam-lidc: Probabilistic SAM for lung nodules on CT
+
+One CT slice and one prompt (box or point) give a *distribution* of masks: each sample is the outline that one more expert
+might have drawn, or no outline at all. The model is MobileSAM (TinyViT encoder, SAM's prompt encoder and mask decoder) with a
+latent space after Ward and Imran (arXiv 2509.05809), trained on the readers of LIDC-IDRI.
+
+**For research only. It is no medical device and must not be used for diagnosis.**
+
+## Use
+
+```python
+import torch
+from PIL import Image
+from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamProcessor
+
+model = ProbabilisticSamModel.from_pretrained("model_cards/psam-lidc")
+processor = ProbabilisticSamProcessor.from_pretrained("model_cards/psam-lidc")
+image = Image.open("slice.png")  # one axial CT slice
+inputs = processor(image, input_boxes=[[[52, 50, 78, 80]]])  # x1, y1, x2, y2 in pixels
+windows = {{key: inputs.pop(key) for key in ("windows", "original_sizes")}}
+samples = model.sample(**inputs, num_samples=16, generator=torch.Generator().manual_seed(0))
+result = processor.post_process_samples(samples.pred_masks, **windows)[0]
+print(result["area_quantiles"], result["empty_share"])  # result["masks"], ["mean"], ["entropy"] are maps
+```
+
+The weights are stored as float16 and load as float32.
+
+## Intended use and limits
+
+- Axial CT slices at the scan's own resolution (0.46 to 0.98 mm a pixel) with a box or point on one lung nodule. The processor
+  cuts a window of 64 pixels around the prompt; other organs, modalities or resolutions were not tried.
+- It answers for one slice, not for a volume: samples of neighbouring slices are independent.
+- It saw slices that at least one reader had marked. It does not detect nodules and does not say whether a prompt points at one.
+- Emptiness ("this reader draws nothing here") is a share among LIDC's readers, not a probability of absence of disease.
+
+## Training data
+
+LIDC-IDRI (Armato et al. 2011, The Cancer Imaging Archive, doi 10.7937/K9/TCIA.2015.LO9QL9SX, CC BY 3.0): 10,964 slices of
+1,878 nodules of 613 patients, 128x128 pixel crops with the masks of up to four readers. Patients are split by
+`int(sha256(patient_id).hexdigest(), 16) % 100`: below 70 train, 70-79 validation, 80 and above test (never used).
+
+## Training
+
+{training}
+
+## Results
+
+{results_section(result, name)}
+
+## Licence and attribution
+
+Apache-2.0. Initialised from MobileSAM (Zhang et al. 2023, Apache-2.0), which distils SAM (Kirillov et al. 2023, Apache-2.0).
+Data: LIDC-IDRI, CC BY 3.0.
+"""
+    return ModelCard(text)
+
+
+def fill_readme(section: str) -> str:
+    """The project's README with the results between its markers."""
+    text = README.read_text()
+    if BEGIN not in text or END not in text:
+        raise UserError(f"README.md lacks the markers {BEGIN!r} and {END!r}")
+    return f"{text.split(BEGIN)[0]}{BEGIN}\n{section}\n{END}{text.split(END)[1]}"
+
+
+def main() -> None:
+    """Export, then write or check the generated texts."""
+    arguments = parse_args()
+    output = Path(arguments.output)
+    folder = output / "results"
+    if not arguments.check:
+        folder.mkdir(parents=True, exist_ok=True)
+        if arguments.model:
+            export_weights(arguments.model, output)
+        for path in map(Path, arguments.results):
+            if path.resolve() != (folder / path.name).resolve():
+                shutil.copyfile(path, folder / path.name)
+    main_result = folder / "validation.json"
+    if not main_result.is_file():
+        raise UserError(f"{main_result} is missing: give it with --results")
+    result = json.loads(main_result.read_text())
+    name = f"model_cards/{output.name}/results/{main_result.name}"
+    training = (output / "TRAINING.md").read_text().strip()
+    texts = {output / "README.md": card(result, name, training).content, README: fill_readme(results_section(result, name))}
+    for path, text in texts.items():
+        if arguments.check:
+            if not path.is_file() or path.read_text() != text:
+                raise UserError(f"{path} is out of date; run python training/make_card.py")
+        else:
+            path.write_text(text)
+    print("card and README are up to date" if arguments.check else f"wrote {output}: weights, card, {len(list(folder.iterdir()))} results files")
+
+
+if __name__ == "__main__":
+    run(main)

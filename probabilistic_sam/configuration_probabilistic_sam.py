@@ -1,13 +1,14 @@
 """Configuration of Probabilistic SAM and of its light vision encoder."""
 
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, SamConfig
 
 
 @strict
 class TinyViTVisionConfig(PreTrainedConfig):
-    r"""
-    MobileSAM's image encoder (TinyViT-5M): a convolutional stage and three stages of windowed attention.
+    r"""MobileSAM's image encoder (TinyViT-5M): a convolutional stage and three stages of windowed attention.
 
     Args:
         image_size (`int`, defaults to 1024): side of the square input in pixels, a multiple of `patch_size`.
@@ -50,25 +51,25 @@ class TinyViTVisionConfig(PreTrainedConfig):
 
 @strict
 class ProbabilisticSamConfig(SamConfig):
-    r"""
-    SAM's configuration and the latent space's.
+    r"""SAM's configuration and the latent space's.
 
     The latent of one sample has `latent_dim` coordinates. The first one decides whether this reader draws anything
     (he draws when it is positive), the others shape the outline.
 
     Args:
-        vision_config: SAM's own ViT (`SamVisionConfig`) or MobileSAM's TinyViT (`TinyViTVisionConfig`); a dictionary is
-            read by its `model_type`.
+        vision_config: SAM's own ViT (`SamVisionConfig`) or MobileSAM's TinyViT (`TinyViTVisionConfig`); a dictionary
+            is read by its `model_type`.
         latent_dim (`int`, defaults to 9): coordinates of the latent, the drawing coordinate included; at least 2.
         latent_hidden_size (`int`, defaults to 128): width of the prior and posterior networks.
         latent_injection (`str`, defaults to `"sparse"`): where the latent enters the decoder. `"sparse"` adds one
-            projection to each sparse prompt embedding (the paper's way), `"token"` appends it as a prompt token of its own.
+            projection to each sparse prompt embedding (the paper's way), `"token"` appends it as a prompt token of its
+            own.
         latent_dropout (`float`, defaults to 0.1): dropout in the heads of the prior and posterior networks.
-        bce_weight, dice_weight (`float`): weights of the reconstruction: binary cross-entropy **summed over the pixels of
-            the low-resolution mask** and soft Dice loss (between 0 and 1).
-        kl_weight (`float`, defaults to 1): weight of the KL divergence (nats, summed over latent coordinates) against that
-            sum. Against a mean over pixels the same number would weigh some 4,000 times as much and the posterior would
-            collapse.
+        bce_weight, dice_weight (`float`): weights of the reconstruction: binary cross-entropy **summed over the pixels
+            of the low-resolution mask** and soft Dice loss (between 0 and 1).
+        kl_weight (`float`, defaults to 1): weight of the KL divergence (nats, summed over latent coordinates) against
+            that sum. Against a mean over pixels the same number would weigh some 4,000 times as much and the posterior
+            would collapse.
         free_bits (`float`, defaults to 0): nats a latent coordinate may spend without being penalised.
         energy_weight (`float`, defaults to 0): weight of the energy distance between samples of the prior and readers.
         num_energy_samples (`int`, defaults to 4): samples of the prior decoded in a training step for that distance.
@@ -91,16 +92,20 @@ class ProbabilisticSamConfig(SamConfig):
     def from_dict(cls, config_dict, **kwargs):
         """Read a dictionary; that of a plain SAM becomes a Probabilistic SAM with default latent fields."""
         if config_dict.get("model_type") == SamConfig.model_type:
-            config_dict = {key: value for key, value in config_dict.items() if key not in ("model_type", "architectures")}
+            others = ("model_type", "architectures")
+            config_dict = {key: value for key, value in config_dict.items() if key not in others}
         return super().from_dict(config_dict, **kwargs)
 
     def __post_init__(self, **kwargs):
         if self.latent_dim < 2:
-            raise ValueError(f"latent_dim must be at least 2 (one coordinate decides whether to draw), got {self.latent_dim}")
+            raise ValueError(
+                f"latent_dim must be at least 2 (one coordinate decides whether to draw), got {self.latent_dim}"
+            )
         if self.latent_injection not in ("sparse", "token"):
             raise ValueError(f'latent_injection must be "sparse" or "token", got "{self.latent_injection}"')
-        if isinstance(self.vision_config, dict) and self.vision_config.get("model_type") == TinyViTVisionConfig.model_type:
-            self.vision_config = TinyViTVisionConfig(**self.vision_config)
+        vision: Any = self.vision_config  # type: ignore[has-type]
+        if isinstance(vision, dict) and vision.get("model_type") == TinyViTVisionConfig.model_type:
+            self.vision_config = TinyViTVisionConfig(**vision)
         super().__post_init__(**kwargs)
 
 

@@ -1,5 +1,7 @@
 """Other people's checkpoints to ours: MobileSAM's original state dict, and SAM at another image size.
 
+From the command line, for MobileSAM:
+
     python -m probabilistic_sam.conversion mobile_sam.pt OUTPUT_DIR --image_size 256
 """
 
@@ -61,25 +63,28 @@ def load_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
             return load_file(path)
         state_dict = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-        raise UserError(f"{path} is not a readable checkpoint ({type(error).__name__}); a .pt or .safetensors file is expected") from error
+        raise UserError(
+            f"{path} is not a readable checkpoint ({type(error).__name__}); a .pt or .safetensors file is expected"
+        ) from error
     if not isinstance(state_dict, dict) or not all(isinstance(value, torch.Tensor) for value in state_dict.values()):
         raise UserError(f"{path} holds no plain state dict (names to tensors)")
     return state_dict
 
 
 def fold_batch_norm(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Replace each `x.c.weight` with its `x.bn.*` by one convolution: w g / s and b - m g / s, with s = sqrt(var + eps)."""
+    """Replace each `x.c.weight` and its `x.bn.*` by one convolution: w g / s and b - m g / s, s = sqrt(var + eps)."""
     folded = {key: value for key, value in state_dict.items() if ".bn." not in key}
     for name in (key.removesuffix(".bn.weight") for key in state_dict if key.endswith(".bn.weight")):
-        norm = {part: state_dict[f"{name}.bn.{part}"].double() for part in ("weight", "bias", "running_mean", "running_var")}
-        scale = norm["weight"] / torch.sqrt(norm["running_var"] + BATCH_NORM_EPS)
+        parts = ("weight", "bias", "running_mean", "running_var")
+        gain, bias, mean, variance = (state_dict[f"{name}.bn.{part}"].double() for part in parts)
+        scale = gain / torch.sqrt(variance + BATCH_NORM_EPS)
         folded[f"{name}.c.weight"] = (state_dict[f"{name}.c.weight"].double() * scale[:, None, None, None]).float()
-        folded[f"{name}.c.bias"] = (norm["bias"] - norm["running_mean"] * scale).float()
+        folded[f"{name}.c.bias"] = (bias - mean * scale).float()
     return folded
 
 
 def convert_mobile_sam_state_dict(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """MobileSAM's original keys to those of `ProbabilisticSamModel` (float32); the latent networks are not among them."""
+    """MobileSAM's original keys to those of `ProbabilisticSamModel` (float32), the latent networks not among them."""
     converted = {}
     for key, value in fold_batch_norm(state_dict).items():
         for pattern, replacement in MOBILE_SAM_KEYS:
@@ -123,17 +128,17 @@ def convert_mobile_sam(path: str | Path, image_size: int = 1024, **kwargs) -> Pr
 def interpolate_vit_positions(state_dict: dict[str, torch.Tensor], grid: int) -> dict[str, torch.Tensor]:
     """SAM's ViT for a `grid` x `grid` patch map: absolute positions bicubic, global layers' relative positions linear.
 
-    Windowed layers keep their positions, for the window does not change. A state dict without `pos_embed` is returned as
-    it is.
+    Windowed layers keep their positions, for the window does not change. A state dict without `pos_embed` is returned
+    as it is.
     """
     positions = state_dict.get("vision_encoder.pos_embed")
     if positions is None or positions.shape[1] == grid:
         return state_dict
     result = dict(state_dict)
     old = positions.shape[1]
-    result["vision_encoder.pos_embed"] = F.interpolate(
-        positions.permute(0, 3, 1, 2).float(), size=(grid, grid), mode="bicubic", antialias=True, align_corners=False
-    ).permute(0, 2, 3, 1).to(positions.dtype)
+    channels_first = positions.permute(0, 3, 1, 2).float()
+    resized = F.interpolate(channels_first, size=(grid, grid), mode="bicubic", antialias=True, align_corners=False)
+    result["vision_encoder.pos_embed"] = resized.permute(0, 2, 3, 1).to(positions.dtype)
     for key, value in state_dict.items():
         if ".rel_pos_" in key and value.shape[0] == 2 * old - 1:
             resized = F.interpolate(value.float().T[None], size=2 * grid - 1, mode="linear", align_corners=False)
@@ -168,8 +173,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Convert MobileSAM's original checkpoint to a ProbabilisticSamModel.")
     parser.add_argument("checkpoint", help="mobile_sam.pt, or the same tensors as .safetensors")
     parser.add_argument("output", help="directory to write")
-    parser.add_argument("--image_size", type=int, default=256, help="side of the model's input in pixels (default 256)")
-    parser.add_argument("--crop_size", type=int, default=64, help="window around the prompt in image pixels (default 64)")
+    parser.add_argument("--image_size", type=int, default=256, help="side of the model's input, default 256 px")
+    parser.add_argument("--crop_size", type=int, default=64, help="window around the prompt, default 64 image px")
     arguments = parser.parse_args()
     model = convert_mobile_sam(arguments.checkpoint, arguments.image_size)
     model.save_pretrained(arguments.output)

@@ -1,8 +1,8 @@
 """Image embeddings of augmented views, computed once and read from disk: what makes training cheap on a laptop.
 
-The vision encoder is frozen while the latent space is trained, so its output for a view of a slice never changes. A view
-is a window around the union of the readers' masks, turned, mirrored, shifted, zoomed and with another contrast; its
-parameters follow from (seed, row, view), so that only embeddings are stored and prompts and masks are cut to fit.
+The vision encoder is frozen while the latent space is trained, so its output for a view of a slice never changes. A
+view is a window around the union of the readers' masks, turned, mirrored, shifted, zoomed and with another contrast;
+its parameters follow from (seed, row, view), so that only embeddings are stored and prompts and masks are cut to fit.
 """
 
 import hashlib
@@ -47,9 +47,15 @@ def plain_view(masks: np.ndarray, processor: ProbabilisticSamProcessor) -> View:
     return View(0, False, prompt_window(masks, processor), 1.0)
 
 
-def random_view(masks: np.ndarray, processor: ProbabilisticSamProcessor, rng: np.random.Generator, max_shift: float,
-                max_zoom: float, max_gamma: float) -> View:
-    """A random view: any of the 8 symmetries, shifted up to `max_shift` px, zoomed and gamma-corrected up to exp(max)."""
+def random_view(
+    masks: np.ndarray,
+    processor: ProbabilisticSamProcessor,
+    rng: np.random.Generator,
+    max_shift: float,
+    max_zoom: float,
+    max_gamma: float,
+) -> View:
+    """Any of the 8 symmetries, shifted by up to `max_shift` px, zoomed and gamma-corrected by up to exp(max)."""
     view = View(int(rng.integers(4)), bool(rng.integers(2)), (0, 0, 0), math.exp(rng.uniform(-max_gamma, max_gamma)))
     x, y, side = prompt_window(view.turn(masks), processor)
     new_side = max(2, round(side * math.exp(rng.uniform(-max_zoom, max_zoom))))
@@ -62,7 +68,8 @@ def prompt_window(masks: np.ndarray, processor: ProbabilisticSamProcessor) -> tu
     """The processor's window for the tight box of the union of masks (R, H, W)."""
     rows, columns = np.nonzero(masks.any(axis=0))
     box = torch.tensor([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1], dtype=torch.float32)
-    return processor.window(*masks.shape[-2:], {"input_boxes": [box]})
+    height, width = masks.shape[-2:]
+    return processor.window(height, width, {"input_boxes": [box]})
 
 
 def view_pixel_values(image: np.ndarray, view: View, processor: ProbabilisticSamProcessor) -> torch.Tensor:
@@ -134,8 +141,14 @@ class EmbeddingCache:
         for name, value in sorted(model.vision_encoder.state_dict().items()):
             vision.update(name.encode() + value.detach().cpu().float().numpy().tobytes())
         key = {
-            "version": CACHE_VERSION, "vision_encoder": vision.hexdigest(), "data": images.hexdigest(),
-            "processor": processor.to_dict(), "num_views": num_views, "seed": seed, "augmentation": augmentation, "bf16": bf16,
+            "version": CACHE_VERSION,
+            "vision_encoder": vision.hexdigest(),
+            "data": images.hexdigest(),
+            "processor": processor.to_dict(),
+            "num_views": num_views,
+            "seed": seed,
+            "augmentation": augmentation,
+            "bf16": bf16,
         }
         name = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:20]
         self.path = Path(cache_dir).expanduser() / f"embeddings-{name}.npy"

@@ -1,10 +1,10 @@
 """Probabilistic SAM: Segment Anything with a latent space, so that a prompt gives a distribution of masks.
 
-Shapes: B images, P prompts an image, S samples, R readers, L latent coordinates, g = image_size / 16 (grid of the image
-embeddings), h = w = image_size / 4 (low-resolution masks).
+Shapes: B images, P prompts an image, S samples, R readers, L latent coordinates, g = image_size / 16 (grid of the
+image embeddings), h = w = image_size / 4 (low-resolution masks).
 
-The latent of a sample is Gaussian. Its first coordinate decides whether the reader draws at all: a mask is empty when it
-is not positive. The others shape the outline and enter SAM's mask decoder with the prompt.
+The latent of a sample is Gaussian. Its first coordinate decides whether the reader draws at all: a mask is empty when
+it is not positive. The others shape the outline and enter SAM's mask decoder with the prompt.
 """
 
 import math
@@ -34,11 +34,13 @@ class ProbabilisticSamOutput(ModelOutput):
     """Output of `ProbabilisticSamModel`.
 
     Args:
-        loss (`torch.Tensor` of shape `(1,)`): reconstruction + `kl_weight` KL + `energy_weight` energy distance; with labels.
-        reconstruction_loss (`torch.Tensor` of shape `(1,)`): BCE summed over pixels and Dice of the readers who drew, the
+        loss (`torch.Tensor`, a scalar): reconstruction + `kl_weight` KL of the outline + -log P(drew or not) +
+            `energy_weight` energy distance; with labels.
+        reconstruction_loss (`torch.Tensor`, a scalar): BCE summed over pixels and Dice of the readers who drew, the
             mean over all readers; with labels.
-        energy_distance (`torch.Tensor` of shape `(1,)`): soft energy distance of prior samples to the readers who drew.
-        kl_divergence (`torch.Tensor` of shape `(B, P, R, L)`): nats by coordinate; coordinate 0 is -log P(drew or not).
+        energy_distance (`torch.Tensor`, a scalar): soft energy distance of prior samples to the readers who drew.
+        kl_divergence (`torch.Tensor` of shape `(B, P, R, L)`): nats by coordinate; coordinate 0 is
+            -log P(drew or not).
         pred_masks (`torch.Tensor` of shape `(B, P, S, h, w)`): logits; with labels S = R, decoded from the posterior.
         iou_scores (`torch.Tensor` of shape `(B, P, S)`): SAM's own quality estimate, not trained further.
         latents (`torch.Tensor` of shape `(B, P, S, L)`).
@@ -74,7 +76,8 @@ def box_map(boxes: torch.Tensor, image_size: int, grid: int) -> torch.Tensor:
 def point_maps(points: torch.Tensor, labels: torch.Tensor, image_size: int, grid: int) -> torch.Tensor:
     """A bump of one cell's width at each point: points (B, P, K, 2), labels (B, P, K) to (B, P, 2, g, g).
 
-    Channel 0 holds the positive points (label 1), channel 1 the negative ones (label 0); padding (-1, -10) is left out.
+    Channel 0 holds the positive points (label 1), channel 1 the negative ones (label 0); padding (-1, -10) is left
+    out.
     """
     centres = torch.arange(grid, device=points.device, dtype=points.dtype) + 0.5
     distance = points[..., None] * (grid / image_size) - centres  # (B, P, K, 2, g)
@@ -103,7 +106,7 @@ class LatentBlock(nn.Module):
 
 
 class LatentNetwork(nn.Module):
-    """Prior or posterior: image embeddings, prompt maps and, for the posterior, readers' masks to Gaussian parameters."""
+    """Prior or posterior: image embeddings, prompt maps and (posterior only) readers' masks to Gaussian parameters."""
 
     PROMPT_CHANNELS = 4  # box, positive points, negative points, mask
 
@@ -125,7 +128,7 @@ class LatentNetwork(nn.Module):
     def forward(
         self, image_embeddings: torch.Tensor, prompt_maps: torch.Tensor, masks: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, C, g, g), (B, P, 4, g, g) and masks (B, P, R, h, w) in 0..1 to mean and log std, (B, P, L) or (B, P, R, L)."""
+        """(B, C, g, g), (B, P, 4, g, g), masks (B, P, R, h, w) in 0..1 to mean, log std (B, P, L) or (B, P, R, L)."""
         batch, prompts, _, grid, _ = prompt_maps.shape
         hidden = self.image_proj(image_embeddings)[:, None] + self.prompt_proj(prompt_maps.flatten(0, 1)).unflatten(
             0, (batch, prompts)
@@ -176,8 +179,8 @@ def gaussian_kl(
 def soft_jaccard_distance(a: torch.Tensor, b: torch.Tensor, smooth: float = 1.0) -> torch.Tensor:
     """1 - sum min(a, b) / sum max(a, b) over the last axis, both sums `smooth` pixels larger.
 
-    On binary masks it is 1 - IoU; on soft ones it stays a metric, d(a, a) = 0, which the usual soft IoU is not (Wang et
-    al. 2023, arXiv 2302.05666), so that its energy distance cannot be lowered by blurring.
+    On binary masks it is 1 - IoU; on soft ones it stays a metric, d(a, a) = 0, which the usual soft IoU is not (Wang
+    et al. 2023, arXiv 2302.05666), so that its energy distance cannot be lowered by blurring.
     """
     gap = (a - b).abs().sum(dim=-1)
     total = a.sum(dim=-1) + b.sum(dim=-1)
@@ -208,17 +211,17 @@ def energy_distance(
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, num_heads: int) -> torch.Tensor:
     """Multi-head attention of (B, N, length, C) tensors that are projected already."""
     lead = query.shape[:2]
-    query, key, value = (item.flatten(0, 1).unflatten(-1, (num_heads, -1)).transpose(1, 2) for item in (query, key, value))
-    context = F.scaled_dot_product_attention(query, key, value)
+    heads = [item.flatten(0, 1).unflatten(-1, (num_heads, -1)).transpose(1, 2) for item in (query, key, value)]
+    context = F.scaled_dot_product_attention(*heads)
     return context.transpose(1, 2).flatten(-2).unflatten(0, lead)
 
 
 class ProbabilisticSamMaskDecoder(SamMaskDecoder):
     """SAM's mask decoder, same weights and same masks, for many prompts of one image at a fraction of the cost.
 
-    What all prompts of an image share is computed once: until the end of the first layer the image is the same for each
-    of them. Projections of the image that read the same tensor are one matrix product, the transposed convolutions of
-    stride 2 are products as well, and only the mask token that is used is upscaled.
+    What all prompts of an image share is computed once: until the end of the first layer the image is the same for
+    each of them. Projections of the image that read the same tensor are one matrix product, the transposed
+    convolutions of stride 2 are products as well, and only the mask token that is used is upscaled.
     """
 
     def forward(
@@ -231,9 +234,10 @@ class ProbabilisticSamMaskDecoder(SamMaskDecoder):
         """Decode N prompts of each image.
 
         Args:
-            image_embeddings, dense_prompt_embeddings: `(B, C, g, g)`.
+            image_embeddings: `(B, C, g, g)`.
             image_positional_embeddings: `(1, C, g, g)`.
             sparse_prompt_embeddings: `(B, N, T, C)`.
+            dense_prompt_embeddings: `(B, C, g, g)`.
 
         Returns:
             Logits `(B, N, 4g, 4g)` of SAM's single-mask token, and its iou scores `(B, N)`.
@@ -260,7 +264,8 @@ class ProbabilisticSamMaskDecoder(SamMaskDecoder):
         hidden = self.activation(F.layer_norm(hidden, norm.normalized_shape, norm.weight, norm.bias, norm.eps))
         hidden = self.activation(self.upscale(hidden, self.upscale_conv2))  # (B, N, G, 4, 4, C / 8)
         masks = (hidden.flatten(2, 4) @ hyper[..., None].to(hidden.dtype))[..., 0]  # (B, N, G * 16)
-        masks = masks.view(batch, prompts, grid, grid, 2, 2, 2, 2)  # y, x, then the rows and columns of both upscalings
+        # y, x, then the rows and columns of both upscalings
+        masks = masks.view(batch, prompts, grid, grid, 2, 2, 2, 2)
         masks = masks.permute(0, 1, 2, 4, 6, 3, 5, 7).reshape(batch, prompts, 4 * grid, 4 * grid)
         return masks, self.iou_prediction_head(tokens[:, :, 0])[..., 0]
 
@@ -280,7 +285,8 @@ class ProbabilisticSamMaskDecoder(SamMaskDecoder):
             image, positions, (to_image.k_proj, True), (to_image.v_proj, False), (to_token.q_proj, True)
         )
         query = to_image.q_proj(tokens + prompt_tokens)
-        shared = query.reshape(*image.shape[:2], -1, query.shape[-1])  # while K = 1, all prompts' tokens in one sequence
+        # While K = 1, the tokens of all prompts are one sequence
+        shared = query.reshape(*image.shape[:2], -1, query.shape[-1])
         context = attend(shared, key, value, to_image.num_attention_heads).view_as(query)
         tokens = layer.layer_norm2(tokens + to_image.out_proj(context))
         tokens = layer.layer_norm3(tokens + layer.mlp(tokens))
@@ -303,9 +309,10 @@ class ProbabilisticSamMaskDecoder(SamMaskDecoder):
 
     @staticmethod
     def upscale(hidden: torch.Tensor, conv: nn.ConvTranspose2d) -> torch.Tensor:
-        """A transposed convolution of kernel and stride 2, channels last: (..., C) to (..., 4, C'), 4 = rows x columns."""
+        """A transposed convolution of kernel and stride 2, channels last: (..., C) to (..., rows x columns, C')."""
         weight = conv.weight.permute(2, 3, 1, 0).reshape(-1, conv.in_channels)
-        return F.linear(hidden, weight, conv.bias.repeat(4)).unflatten(-1, (4, conv.out_channels))
+        bias = None if conv.bias is None else conv.bias.repeat(4)
+        return F.linear(hidden, weight, bias).unflatten(-1, (4, conv.out_channels))
 
 
 # ----------------------------------------------------------------------------------------------------------- model
@@ -339,7 +346,7 @@ class ProbabilisticSamModel(SamModel):
         self.post_init()
 
     def get_prompt_maps(self, batch_size, input_points, input_labels, input_boxes, input_masks) -> torch.Tensor:
-        """Prompts as maps on the grid of the image embeddings: (B, P, 4, g, g), zeros where a kind of prompt is absent."""
+        """Prompts as maps on the grid of the image embeddings: (B, P, 4, g, g), zeros for a kind that is absent."""
         size = self.config.prompt_encoder_config.image_size
         grid = self.config.prompt_encoder_config.image_embedding_size
         prompt = next(item for item in (input_boxes, input_points, input_masks) if item is not None)
@@ -364,7 +371,8 @@ class ProbabilisticSamModel(SamModel):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One decoder call for all latents (B, P, S, L): logits (B, P, S, h, w) and iou scores (B, P, S)."""
         _, prompts, samples, _ = latents.shape
-        latent_embeddings = self.latent_proj(latents[..., 1:].to(dense_embeddings.dtype))[:, :, :, None]  # (B, P, S, 1, C)
+        latent_embeddings = self.latent_proj(latents[..., 1:].to(dense_embeddings.dtype))
+        latent_embeddings = latent_embeddings[:, :, :, None]  # (B, P, S, 1, C)
         if sparse_embeddings is None:  # a mask is the only prompt
             sparse = latent_embeddings
         elif self.config.latent_injection == "sparse":
@@ -400,11 +408,12 @@ class ProbabilisticSamModel(SamModel):
         """Draw masks, or with `labels` compute the loss.
 
         Args:
-            pixel_values: `(B, 3, image_size, image_size)`; or `image_embeddings` `(B, C, g, g)` in its place.
-            input_points, input_labels: `(B, P, K, 2)` in pixels of the model's input (x, y), and `(B, P, K)`: 1 inside,
-                0 outside, -10 padding.
+            pixel_values: `(B, 3, image_size, image_size)`.
+            input_points: `(B, P, K, 2)`, x and y in pixels of the model's input.
+            input_labels: `(B, P, K)`: 1 inside, 0 outside, -10 padding; all inside when left out.
             input_boxes: `(B, P, 4)`, x1, y1, x2, y2 in pixels of the model's input.
             input_masks: `(B, 1, h, w)` logits, shared by the prompts of an image, as in SAM.
+            image_embeddings: `(B, C, g, g)` in place of `pixel_values`.
             labels: `(B, P, R, H, W)` readers' masks, boolean or 0..1; resized to h x w when they are larger. A reader
                 who drew nothing has an empty mask.
             num_samples: samples a prompt when neither `labels` nor `latents` are given.
@@ -430,7 +439,8 @@ class ProbabilisticSamModel(SamModel):
         if image_embeddings is None:
             image_embeddings = self.vision_encoder(pixel_values, **kwargs).last_hidden_state
         batch_size = image_embeddings.shape[0]
-        for name, prompt in (("input_points", input_points), ("input_boxes", input_boxes), ("input_masks", input_masks)):
+        prompts = {"input_points": input_points, "input_boxes": input_boxes, "input_masks": input_masks}
+        for name, prompt in prompts.items():
             if prompt is not None and prompt.shape[0] != batch_size:
                 raise ValueError(f"{name} are for {prompt.shape[0]} images, but there are {batch_size}.")
         if input_points is not None and input_boxes is not None and input_points.shape[1] != input_boxes.shape[1]:
@@ -489,7 +499,7 @@ class ProbabilisticSamModel(SamModel):
         labels: torch.Tensor,
         generator: torch.Generator | None,
     ) -> ProbabilisticSamOutput:
-        """Loss of all readers (B, P, R, H, W) in one decoder call: the negative evidence lower bound, and energy distance.
+        """Loss of all readers (B, P, R, H, W) in one decoder call: negative evidence lower bound and energy distance.
 
         For a reader who drew: BCE + Dice of the mask decoded from the posterior, and KL(posterior, prior) over the
         coordinates of the outline. For every reader: -log P(drew or not), the KL of the drawing coordinate between the
@@ -504,8 +514,8 @@ class ProbabilisticSamModel(SamModel):
         readers = labels.shape[2]
         targets = labels.float()
         if targets.shape[-2:] != (size, size):
-            targets = F.interpolate(targets.flatten(0, 1), size=(size, size), mode="area").unflatten(0, labels.shape[:2])
-            targets = (targets >= 0.5).float()
+            targets = F.interpolate(targets.flatten(0, 1), size=(size, size), mode="area")
+            targets = (targets >= 0.5).float().unflatten(0, labels.shape[:2])
         drew = targets.flatten(3).any(dim=-1)  # (B, P, R)
 
         mean, log_std = self.posterior(embeddings[0], prompt_maps, targets.to(prompt_maps.dtype))  # (B, P, R, L)
@@ -527,7 +537,8 @@ class ProbabilisticSamModel(SamModel):
         noise = self.draw_noise(tuple(slot_mean.shape), generator)
         outline = slot_mean + torch.exp(slot_log_std) * noise
         always = torch.ones_like(outline[..., :1])  # decode every slot: emptiness has its own exact likelihood
-        masks, iou_scores = self.decode(*embeddings, torch.cat([always, outline[..., 1:]], dim=-1))  # (B, P, R + E, h, w)
+        slots = torch.cat([always, outline[..., 1:]], dim=-1)  # (B, P, R + E, L)
+        masks, iou_scores = self.decode(*embeddings, slots)
 
         logits = masks[:, :, :readers]
         bce = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(dim=(-2, -1))
@@ -572,10 +583,13 @@ class ProbabilisticSamModel(SamModel):
         input_labels: torch.Tensor | None = None,
         input_masks: torch.Tensor | None = None,
         image_embeddings: torch.Tensor | None = None,
+        windows: torch.Tensor | None = None,
+        original_sizes: torch.Tensor | None = None,
     ) -> ProbabilisticSamOutput:
         """Draw `num_samples` masks a prompt: `forward` without labels and without gradients.
 
-        Arguments and shapes are those of `forward`. One encoder pass serves all samples.
+        Arguments and shapes are those of `forward`; one encoder pass serves all samples. `windows` and
+        `original_sizes` are not used: with them `sample(**inputs)` takes all that the processor gives.
         """
         return self(
             pixel_values=pixel_values,

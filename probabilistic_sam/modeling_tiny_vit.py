@@ -34,9 +34,8 @@ class TinyViTPatchEmbeddings(nn.Module):
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         height, width = pixel_values.shape[-2:]
         if (height, width) != (self.config.image_size, self.config.image_size):
-            raise ValueError(
-                f"Input image size ({height}*{width}) doesn't match model ({self.config.image_size}*{self.config.image_size})."
-            )
+            size = self.config.image_size
+            raise ValueError(f"Input image size ({height}*{width}) doesn't match model ({size}*{size}).")
         return self.conv2(self.act(self.conv1(pixel_values)))
 
 
@@ -130,7 +129,7 @@ class TinyViTBlock(nn.Module):
         batch, width, height, length = hidden_states.shape
         size = self.window_size
         tokens = hidden_states.permute(0, 2, 3, 1)  # (B, H, W, C)
-        # MobileSAM pads below and right with zeros and lets the windows attend to the padding: kept, the weights expect it
+        # MobileSAM pads below and right with zeros and lets windows attend to the padding: the weights expect it
         padded = F.pad(tokens, (0, 0, 0, -length % size, 0, -height % size))
         rows, columns = padded.shape[1] // size, padded.shape[2] // size
         windows = padded.view(batch, rows, size, columns, size, width).transpose(2, 3).reshape(-1, size * size, width)

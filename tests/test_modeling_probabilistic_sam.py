@@ -26,8 +26,9 @@ SIZE, GRID = 32, 2
 def sam_parts(image_size=SIZE):
     """Sub-configurations of a SAM with some thousand weights."""
     vision = {
-        "hidden_size": 16, "output_channels": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": image_size,
-        "mlp_dim": 32, "window_size": 2, "global_attn_indexes": [1], "num_pos_feats": 8, "initializer_range": 0.02,
+        "image_size": image_size, "hidden_size": 16, "output_channels": 16, "num_hidden_layers": 2, "mlp_dim": 32,
+        "num_attention_heads": 2, "window_size": 2, "global_attn_indexes": [1], "num_pos_feats": 8,
+        "initializer_range": 0.2,
     }  # fmt: skip
     prompt = {"hidden_size": 16, "image_size": image_size, "mask_input_channels": 4}
     decoder = {"hidden_size": 16, "mlp_dim": 32, "num_attention_heads": 2, "iou_head_hidden_dim": 16}
@@ -37,8 +38,9 @@ def sam_parts(image_size=SIZE):
 def tiny_vit_parts(image_size=SIZE):
     """The same with a TinyViT encoder."""
     vision = {
-        "model_type": "tiny_vit_vision_model", "image_size": image_size, "embed_dims": [8, 8, 8, 16], "depths": [1, 1, 1, 1],
-        "num_heads": [1, 1, 2, 2], "window_sizes": [2, 2, 2, 2], "output_channels": 16, "num_pos_feats": 8,
+        "model_type": "tiny_vit_vision_model", "image_size": image_size, "output_channels": 16, "num_pos_feats": 8,
+        "embed_dims": [8, 8, 8, 16], "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2], "window_sizes": [2, 2, 2, 2],
+        "initializer_range": 0.2,
     }  # fmt: skip
     return {**sam_parts(image_size), "vision_config": vision}
 
@@ -46,7 +48,8 @@ def tiny_vit_parts(image_size=SIZE):
 def tiny_model(parts=sam_parts, seed=0, **kwargs):
     """A model with random weights."""
     torch.manual_seed(seed)
-    fields = {"latent_dim": 4, "latent_hidden_size": 16, **kwargs}
+    # With SAM's usual 0.02 outputs of so few weights differ in the seventh digit
+    fields = {"latent_dim": 4, "latent_hidden_size": 16, "initializer_range": 0.2, **kwargs}
     return ProbabilisticSamModel(ProbabilisticSamConfig(**parts(), **fields)).eval()
 
 
@@ -90,7 +93,9 @@ def test_samples_change_with_the_outline_and_vanish_with_the_drawing_coordinate(
 def test_samples_depend_on_image_and_prompt(model, inputs):
     latents = torch.ones(2, 3, 1, 4)
     masks = model(**inputs, latents=latents).pred_masks
-    other_image = model(pixel_values=inputs["pixel_values"].flip(0), input_boxes=inputs["input_boxes"], latents=latents)
+    other_image = model(
+        pixel_values=inputs["pixel_values"].flip(0), input_boxes=inputs["input_boxes"], latents=latents
+    )
     assert not torch.allclose(masks, other_image.pred_masks, atol=1e-6)
     assert not torch.allclose(masks[:, 0], masks[:, 1], atol=1e-6)
     prior = model(**inputs).prior_mean
@@ -109,9 +114,9 @@ def test_prompts_of_an_image_and_images_of_a_batch_do_not_mix(model, inputs):
 def test_image_embeddings_serve_instead_of_pixel_values(model, inputs):
     embeddings = model.get_image_embeddings(inputs["pixel_values"])
     latents = torch.ones(2, 3, 2, 4)
-    from_pixels = model(**inputs, latents=latents).pred_masks
-    from_embeddings = model(image_embeddings=embeddings, input_boxes=inputs["input_boxes"], latents=latents).pred_masks
-    assert torch.equal(from_pixels, from_embeddings)
+    given = {"image_embeddings": embeddings, "input_boxes": inputs["input_boxes"], "latents": latents}
+    with torch.no_grad():  # as get_image_embeddings: attention has another kernel when gradients are wanted
+        assert torch.equal(model(**inputs, latents=latents).pred_masks, model(**given).pred_masks)
 
 
 def test_chunks_of_samples_change_nothing(monkeypatch, inputs):
@@ -175,7 +180,9 @@ def test_training_reaches_every_latent_weight_and_the_encoder(injection, inputs)
         if name.startswith((*model.latent_modules, "vision_encoder.layers", "mask_decoder.transformer")):
             assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
     for part in (*model.latent_modules, "vision_encoder"):
-        gradients = [p.grad.abs().sum() for n, p in model.named_parameters() if n.startswith(part) and p.grad is not None]
+        gradients = [
+            p.grad.abs().sum() for n, p in model.named_parameters() if n.startswith(part) and p.grad is not None
+        ]
         assert sum(gradients) > 0, part
 
 
@@ -323,10 +330,11 @@ def test_round_trip_is_bit_equal_and_the_auto_classes_find_it(tmp_path, inputs, 
             loaded.sample(**inputs, num_samples=2, generator=torch.Generator().manual_seed(0)).pred_masks, expected
         )
     config = AutoConfig.from_pretrained(tmp_path)
-    assert config.to_dict() == model.config.to_dict()
+    assert config.to_dict() | {"_name_or_path": ""} == model.config.to_dict()
     assert type(config.vision_config) is type(model.config.vision_config)
     processor = AutoProcessor.from_pretrained(tmp_path)
-    assert isinstance(processor, ProbabilisticSamProcessor) and (processor.image_size, processor.crop_size) == (SIZE, 24)
+    assert isinstance(processor, ProbabilisticSamProcessor)
+    assert (processor.image_size, processor.crop_size) == (SIZE, 24)
 
 
 def test_half_precision_weights_load_as_float32_when_the_configuration_says_so(tmp_path):

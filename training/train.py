@@ -2,7 +2,8 @@
 
     accelerate launch training/train.py --config training/configs/psam_lidc.yaml --dataset LIDC --output_dir RUN
 
-Everything random follows from (seed, step), so a run that was killed and resumed gives the weights of one that was not.
+Everything random follows from (seed, step), so a run that was killed and resumed gives the weights of one that was
+not.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamProcessor
 from probabilistic_sam.conversion import convert_mobile_sam, convert_sam
 from probabilistic_sam.data import make_prompt, row_seed
 from probabilistic_sam.data.rows import load_split
-from probabilistic_sam.embedding_cache import EmbeddingCache, View, view_masks, view_prompt
+from probabilistic_sam.embedding_cache import EmbeddingCache, view_masks, view_prompt
 from probabilistic_sam.errors import UserError, run
 from probabilistic_sam.metrics import slice_metrics, summarize
 
@@ -72,7 +73,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="YAML file with the fields of TrainingConfig")
     parser.add_argument("--dataset", required=True, help="output of training/build_lidc.py")
-    parser.add_argument("--output_dir", required=True, help="run folder: checkpoints, log, and the best model at its top")
+    parser.add_argument("--output_dir", required=True, help="run folder: log, checkpoints, the best model at its top")
     parser.add_argument("--base_model", help="in place of the configuration's base_model")
     parser.add_argument("--cache_dir", default="~/.cache/probabilistic_sam", help="folder of the embedding caches")
     parser.add_argument("--resume_from_checkpoint", help='a checkpoint folder, or "latest"')
@@ -111,11 +112,14 @@ def load_base_model(config: TrainingConfig) -> ProbabilisticSamModel:
     try:
         kind = AutoConfig.from_pretrained(base).model_type
     except (OSError, ValueError) as error:
-        raise UserError(f"base_model {base!r} is neither a file (.pt, .safetensors) nor a model directory or Hub name") from error
+        accepted = "MobileSAM's file (.pt, .safetensors), a model directory or a Hub name"
+        raise UserError(f"base_model {base!r} does not open; accepted: {accepted}") from error
     if kind == "sam":
         return convert_sam(base, config.image_size, **config.model)
     if kind != "probabilistic_sam":
-        raise UserError(f"base_model {base!r} is a {kind!r} model; accepted: sam, probabilistic_sam, or MobileSAM's file")
+        raise UserError(
+            f"base_model {base!r} is a {kind!r} model; accepted: sam, probabilistic_sam, or MobileSAM's file"
+        )
     return ProbabilisticSamModel.from_pretrained(base, dtype=torch.float32, **config.model)
 
 
@@ -153,6 +157,7 @@ class Batches:
         self.epoch, self.order = -1, np.empty(0, dtype=np.int64)
 
     def __call__(self, step: int) -> dict[str, torch.Tensor]:
+        """Inputs of the model for this process at `step` (from 0)."""
         epoch, offset = divmod(step, self.steps_per_epoch)
         if epoch != self.epoch:
             self.epoch = epoch
@@ -173,7 +178,8 @@ class Batches:
             items.append(item)
         batch = {key: torch.stack([item[key] for item in items]) for key in items[0] if key != "labels"}
         most = max(len(item["labels"]) for item in items)
-        batch["labels"] = torch.stack([pad_readers(item["labels"], most) for item in items])[:, None]  # (B, 1, R, h, w)
+        labels = torch.stack([pad_readers(item["labels"], most) for item in items])
+        batch["labels"] = labels[:, None]  # (B, 1, R, h, w)
         if "input_boxes" in batch:
             batch["input_boxes"] = batch["input_boxes"][:, None]  # (B, 1, 4)
         else:
@@ -220,16 +226,13 @@ def validate(model, processor, cache, rows, indices, config, accelerator) -> dic
         masks = cache.row_masks(index)
         row = rows[index]
         box = make_prompt(masks, "union_box", np.random.default_rng(row_seed(row, "union_box")))["input_boxes"]
-        x, y, side = processor.window(*masks.shape[-2:], {"input_boxes": [torch.tensor(box)]})
-        cached = cache.view(index, 0, masks)
-        view = View(0, False, cached.window, 1.0)
+        view = cache.view(index, 0, masks)
         x, y, side = view.window
         scale = config.image_size / side
         boxes = (torch.tensor(box, dtype=torch.float32) - torch.tensor([x, y, x, y])) * scale
-        inputs = {
-            "image_embeddings": torch.from_numpy(np.array(cache.embeddings[index, 0])).float()[None].to(accelerator.device),
-            "input_boxes": boxes[None, None].to(accelerator.device),
-        }
+        embeddings = torch.from_numpy(np.array(cache.embeddings[index, 0])).float()
+        inputs = {"image_embeddings": embeddings[None], "input_boxes": boxes[None, None]}
+        inputs = {name: value.to(accelerator.device) for name, value in inputs.items()}
         generator = torch.Generator().manual_seed(row_seed(row, "validation") % 2**63)
         samples = model.sample(**inputs, num_samples=config.eval_samples, generator=generator)
         logits = processor.post_process_logits(
@@ -263,7 +266,10 @@ def validate(model, processor, cache, rows, indices, config, accelerator) -> dic
         for name in ("ged", "cross_distance", "sample_diversity", "reader_diversity", "hm_iou", "ece")
         if summary[column][name] is not None
     }
-    scores |= {f"all/{name}": summary["all"][name]["mean"] for name in ("empty_ece", "empty_correlation", "dice_max_per_reader")}
+    scores |= {
+        f"all/{name}": summary["all"][name]["mean"]
+        for name in ("empty_ece", "empty_correlation", "dice_max_per_reader")
+    }
     return scores | {
         "posterior_iou": float(np.nanmean([item["posterior_iou"] for item in results])),
         "active_units": int((variance > ACTIVE_UNIT_VARIANCE).sum()),
@@ -330,7 +336,9 @@ def find_checkpoint(name: str, directory: Path) -> Path:
     if name == "latest":
         found = [path for path in directory.glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
         if not found:
-            raise UserError(f"{directory} holds no checkpoint-* folder to resume from; leave --resume_from_checkpoint out")
+            raise UserError(
+                f"{directory} holds no checkpoint-* folder to resume from; leave --resume_from_checkpoint out"
+            )
         return max(found, key=lambda path: int(path.name.split("-")[-1]))
     path = Path(name)
     if not (path / "training_state.pt").is_file():
@@ -363,7 +371,9 @@ def main() -> None:
     config = read_config(arguments)
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     directory = Path(arguments.output_dir)
-    checkpoint = find_checkpoint(arguments.resume_from_checkpoint, directory) if arguments.resume_from_checkpoint else None
+    checkpoint = (
+        find_checkpoint(arguments.resume_from_checkpoint, directory) if arguments.resume_from_checkpoint else None
+    )
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if accelerator.is_main_process:
@@ -382,7 +392,9 @@ def main() -> None:
         "cache_dir": arguments.cache_dir, "rank": accelerator.process_index, "world_size": accelerator.num_processes,
         "barrier": accelerator.wait_for_everyone, "bf16": config.mixed_precision == "bf16",
     }  # fmt: skip
-    cache = EmbeddingCache(model, processor, train_rows, config.num_views, config.seed, augmentation=config.augmentation, **shared)
+    cache = EmbeddingCache(
+        model, processor, train_rows, config.num_views, config.seed, augmentation=config.augmentation, **shared
+    )
     validation_cache = EmbeddingCache(model, processor, validation_rows, 0, 0, **shared)
     order = sorted(range(len(validation_rows)), key=lambda i: row_seed(validation_rows[i], "subset"))
     indices = sorted(order[: config.eval_slices])
@@ -398,7 +410,8 @@ def main() -> None:
     if accelerator.is_main_process:
         log = Log(directory, step)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        print(f"{len(cache)} training slices, {trained / 1e6:.2f} M trained weights, {batches.steps_per_epoch} steps an epoch")
+        sizes = f"{len(cache)} training slices, {trained / 1e6:.2f} M trained weights"
+        print(f"{sizes}, {batches.steps_per_epoch} steps an epoch")
 
     model.train()
     running: dict[str, list[float]] = {}
@@ -424,13 +437,16 @@ def main() -> None:
         outline_kl = (output.kl_divergence[..., 1:].sum(dim=-1) * drew).sum() / drew.sum().clamp(min=1)
         values = {
             "loss": output.loss, "reconstruction_loss": output.reconstruction_loss, "outline_kl": outline_kl,
-            "drawing_nll": output.kl_divergence[..., 0].mean(), "energy_distance": output.energy_distance, "grad_norm": norm,
+            "drawing_nll": output.kl_divergence[..., 0].mean(), "energy_distance": output.energy_distance,
+            "grad_norm": norm,
         }  # fmt: skip
         for name, value in values.items():
             if value is not None:
                 running.setdefault(name, []).append(float(value.detach()))
         if not math.isfinite(running["loss"][-1]):
-            raise UserError(f"the loss is not finite at step {step}; lower the learning rates or use mixed_precision: no")
+            raise UserError(
+                f"the loss is not finite at step {step}; lower the learning rates or use mixed_precision: no"
+            )
         if step % config.log_every == 0 and accelerator.is_main_process:
             line = {name: round(float(np.mean(items)), 5) for name, items in running.items()}
             log(step, line | {"lr": scheduler.get_last_lr()[0], "seconds": round(time.time() - started, 1)})
@@ -443,8 +459,9 @@ def main() -> None:
             if accelerator.is_main_process:
                 log(step, {f"validation/{name}": value for name, value in scores.items()})
                 progress.write(
-                    f"step {step}: GED all {scores['all/ged']:.4f}, shape {scores['shape/ged']:.4f}, HM-IoU "
-                    f"{scores['all/hm_iou']:.4f}, active units {scores['active_units']}, posterior IoU {scores['posterior_iou']:.3f}"
+                    f"step {step}: GED all {scores['all/ged']:.4f}, shape {scores['shape/ged']:.4f}, "
+                    f"HM-IoU {scores['all/hm_iou']:.4f}, active units {scores['active_units']}, "
+                    f"posterior IoU {scores['posterior_iou']:.3f}"
                 )
                 if scores["all/ged"] < best.get("all/ged", math.inf):
                     best = {"step": step, **scores}
@@ -459,7 +476,8 @@ def main() -> None:
     progress.close()
     if accelerator.is_main_process:
         (directory / "best.json").write_text(json.dumps(best, indent=2) + "\n")
-        print(f"wrote {directory}: the best model (step {best['step']}, GED {best['all/ged']:.4f} on {len(indices)} slices), log.jsonl")
+        result = f"step {best['step']}, GED {best['all/ged']:.4f} on {len(indices)} slices"
+        print(f"wrote {directory}: the best model ({result}), log.jsonl")
     accelerator.end_training()
 
 

@@ -1,8 +1,8 @@
 """Image and prompt to model input, and logits back to masks, mean, uncertainty and area at the image's own size.
 
-A model trained on zoomed crops must see every image at the same zoom. So the processor cuts a square window around each
-prompt (`crop_size` image pixels, more when the prompt is larger), stretches its grey values, resizes it to the model's
-`image_size`, and pastes the results back.
+A model trained on zoomed crops must see every image at the same zoom. So the processor cuts a square window around
+each prompt (`crop_size` image pixels, more when the prompt is larger), stretches its grey values, resizes it to the
+model's `image_size`, and pastes the results back.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
@@ -18,22 +19,30 @@ IMAGENET_MEAN = (123.675, 116.28, 103.53)  # of 0..255, as SAM was trained
 IMAGENET_STD = (58.395, 57.12, 57.375)
 PROMPT_SHARE = 0.75  # largest share of the window's side that a prompt may take
 OUTSIDE_LOGIT = -30.0  # pixels outside of the window
+PADDING_LABEL = -10  # of a point that is not there, as in SAM
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 class ProbabilisticSamProcessor(ProcessorMixin):
-    r"""
-    Prepares images and prompts for `ProbabilisticSamModel` and turns its logits into masks.
+    r"""Prepares images and prompts for `ProbabilisticSamModel` and turns its logits into masks.
 
     Args:
-        image_size (`int`): side of the model's input in pixels.
-        crop_size (`int`, *optional*): side of the window around a prompt in image pixels; `None` takes the whole image,
-            with all its prompts in one window.
-        stretch_percentiles (`tuple[float, float]`): grey values of the window at these percentiles become black and white.
+        image_size (`int`): side of the model's input in pixels, a multiple of 16.
+        crop_size (`int`, *optional*): side of the window around a prompt in image pixels; `None` takes the whole
+            image, with all its prompts in one window.
+        stretch_percentiles (`tuple[float, float]`): grey values of the window at these percentiles become black and
+            white.
     """
 
     def __init__(self, image_size: int = 256, crop_size: int | None = 64, stretch_percentiles=(0.5, 99.5), **kwargs):
         super().__init__(**kwargs)
+        if image_size < 16 or image_size % 16:
+            raise ValueError(f"image_size must be a positive multiple of 16, got {image_size}")
+        if crop_size is not None and crop_size < 1:
+            raise ValueError(f"crop_size must be at least 1 pixel, or None for the whole image, got {crop_size}")
+        low, high = stretch_percentiles
+        if not 0 <= low < high <= 100:
+            raise ValueError(f"stretch_percentiles must be two ascending numbers in 0..100, got {low} and {high}")
         self.image_size = image_size
         self.crop_size = crop_size
         self.stretch_percentiles = tuple(stretch_percentiles)
@@ -43,62 +52,85 @@ class ProbabilisticSamProcessor(ProcessorMixin):
     def __call__(
         self,
         images: Any,
-        input_boxes: Sequence | None = None,
-        input_points: Sequence | None = None,
-        input_labels: Sequence | None = None,
-        input_masks: Sequence | None = None,
+        input_boxes: Any = None,
+        input_points: Any = None,
+        input_labels: Any = None,
+        input_masks: Any = None,
         return_tensors: str = "pt",
     ) -> BatchFeature:
         """Cut a window for each prompt.
 
+        Prompts are nested lists, arrays or tensors. As with `SamProcessor`, the level `[prompt]` may be left out when
+        each image has one.
+
         Args:
-            images: one or a list of grey `(H, W)` or RGB `(H, W, 3)` arrays, tensors or PIL images of any value range.
+            images: one image or a list of them, PIL, array or tensor, of any value range: grey `(H, W)`, RGB
+                `(H, W, 3)` or `(3, H, W)`. Transparency is dropped.
             input_boxes: `[image][prompt][x1, y1, x2, y2]` in image pixels, measured at the pixels' edges.
             input_points: `[image][prompt][point][x, y]` in image pixels.
-            input_labels: `[image][prompt][point]`: 1 inside, 0 outside; all inside when left out.
+            input_labels: `[image][prompt][point]`: 1 inside, 0 outside, -10 padding; all inside when left out.
             input_masks: `[image][prompt]` boolean arrays `(H, W)`: a rough mask as prompt.
             return_tensors: only `"pt"`.
 
         Returns:
             `BatchFeature` with one item a window (W windows; with `crop_size` each has one prompt, P = 1):
-            `pixel_values (W, 3, S, S)`, `input_boxes (W, P, 4)`, `input_points (W, P, K, 2)`, `input_labels (W, P, K)`,
-            `input_masks (W, 1, S / 4, S / 4)` in the model's coordinates, as far as given; `windows (W, 3)` with x, y of
-            the upper left corner and side in image pixels; `original_sizes (W, 2)` height and width.
+            `pixel_values (W, 3, S, S)`, `input_boxes (W, P, 4)`, `input_points (W, P, K, 2)`, `input_labels
+            (W, P, K)`, `input_masks (W, 1, S / 4, S / 4)` in the model's coordinates, as far as given; `windows
+            (W, 3)` with x, y of the upper left corner and side in image pixels; `original_sizes (W, 2)` height and
+            width. K is the largest number of points; missing ones, and negative points outside of the window, have
+            the label -10, which the model leaves out.
 
         Raises:
             ValueError: no prompt, a prompt outside of its image, or numbers of prompts that do not fit.
         """
         if return_tensors != "pt":
             raise ValueError(f'return_tensors must be "pt", got {return_tensors!r}')
-        images = [to_grey_or_rgb(image) for image in (images if isinstance(images, (list, tuple)) else [images])]
-        given = {"input_boxes": input_boxes, "input_points": input_points, "input_masks": input_masks}
-        given = {name: prompts for name, prompts in given.items() if prompts is not None}
+        if not isinstance(images, (list, tuple)):
+            images = list(images) if getattr(images, "ndim", 0) == 4 else [images]
+        if input_points is None and input_labels is not None:
+            raise ValueError("input_labels are given without input_points")
+        arguments = {
+            "input_boxes": input_boxes,
+            "input_points": input_points,
+            "input_labels": input_labels,
+            "input_masks": input_masks,
+        }
+        given = {name: values for name, values in arguments.items() if values is not None}
         if not given:
             raise ValueError("a prompt must be given: input_boxes, input_points or input_masks")
-        for name, prompts in given.items():
-            if len(prompts) != len(images):
-                raise ValueError(f"{name} are for {len(prompts)} images, but there are {len(images)}")
-        features: dict[str, list] = {}
-        for index, image in enumerate(images):
-            prompts = {name: [as_float(item) for item in values[index]] for name, values in given.items()}
-            if "input_points" in prompts:
-                prompts["input_labels"] = (
-                    [torch.ones(len(points)) for points in prompts["input_points"]]
-                    if input_labels is None
-                    else [as_float(item) for item in input_labels[index]]
-                )
-            if len({len(values) for values in prompts.values()}) != 1:
-                counts = {name: len(values) for name, values in prompts.items()}
+        for name, values in given.items():
+            if len(values) != len(images):
+                raise ValueError(f"{name} are for {len(values)} images, but there are {len(images)}")
+
+        windows: list[dict[str, torch.Tensor]] = []
+        for index, item in enumerate(images):
+            image = to_grey_or_rgb(item)
+            prompts = {name: to_prompts(values[index], name) for name, values in given.items()}
+            counts = {name: len(values) for name, values in prompts.items()}
+            if len(set(counts.values())) != 1:
                 raise ValueError(f"image {index} has different numbers of prompts: {counts}")
-            count = len(next(iter(prompts.values())))
+            count = next(iter(counts.values()))
+            if not count:
+                raise ValueError(f"image {index} has no prompt")
+            if "input_points" in prompts and "input_labels" not in prompts:
+                prompts["input_labels"] = [torch.ones(len(points)) for points in prompts["input_points"]]
             groups = [range(count)] if self.crop_size is None else [range(i, i + 1) for i in range(count)]
             for group in groups:
-                chosen = {name: [values[i] for i in group] for name, values in prompts.items()}
-                for name, value in self.window_features(image, chosen).items():
-                    features.setdefault(name, []).append(value)
-        if len({value.shape for value in features.get("input_boxes", features.get("input_points", []))}) > 1:
-            raise ValueError("every window of a batch must have as many prompts and points")
-        return BatchFeature({name: torch.stack(values) for name, values in features.items()})
+                windows.append(self.window_features(image, {k: [v[i] for i in group] for k, v in prompts.items()}))
+
+        most = max((window["input_points"].shape[1] for window in windows if "input_points" in window), default=0)
+        for window in windows:
+            if "input_points" in window:
+                missing = most - window["input_points"].shape[1]
+                window["input_points"] = F.pad(window["input_points"], (0, 0, 0, missing), value=PADDING_LABEL)
+                window["input_labels"] = F.pad(window["input_labels"], (0, missing), value=PADDING_LABEL)
+        for name in given:
+            if len({len(window[name]) for window in windows}) > 1:
+                counts_text = ", ".join(str(len(window[name])) for window in windows)
+                raise ValueError(
+                    f"without a crop_size every image needs as many {name} as the others, got {counts_text}"
+                )
+        return BatchFeature({name: torch.stack([window[name] for window in windows]) for name in windows[0]})
 
     def window_features(self, image: torch.Tensor, prompts: dict[str, list[torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Features of one window of `image` (C, H, W) that holds `prompts`."""
@@ -114,8 +146,13 @@ class ProbabilisticSamProcessor(ProcessorMixin):
         if "input_boxes" in prompts:
             features["input_boxes"] = (torch.stack(prompts["input_boxes"]) - corner.repeat(2)) * scale
         if "input_points" in prompts:
-            features["input_points"] = (torch.stack(prompts["input_points"]) - corner) * scale
-            features["input_labels"] = torch.stack(prompts["input_labels"]).long()
+            points = pad_sequence(prompts["input_points"], batch_first=True)  # (P, K, 2)
+            points = (points - corner) * scale
+            labels = pad_sequence(prompts["input_labels"], batch_first=True, padding_value=PADDING_LABEL)
+            # A negative point may lie far from the others: outside of the window it has nothing to say
+            counts = ((points >= 0) & (points <= self.image_size)).all(dim=-1) & (labels != PADDING_LABEL)
+            features["input_points"] = torch.where(counts[..., None], points, PADDING_LABEL)
+            features["input_labels"] = torch.where(counts, labels, PADDING_LABEL).long()
         if "input_masks" in prompts:
             if len(prompts["input_masks"]) > 1:
                 raise ValueError("a window takes one mask prompt: give a crop_size, or one mask an image")
@@ -126,7 +163,7 @@ class ProbabilisticSamProcessor(ProcessorMixin):
 
     def window(self, height: int, width: int, prompts: dict[str, list[torch.Tensor]]) -> tuple[int, int, int]:
         """Upper left corner (x, y) and side, in image pixels, of the window for prompts of one image (H, W)."""
-        corners = []
+        corners, outer = [], []  # what the window is laid around; what must lie in the image
         for box in prompts.get("input_boxes", []):
             if box.shape != (4,) or not torch.isfinite(box).all():
                 raise ValueError(f"a box must be four finite numbers x1, y1, x2, y2, got {box.tolist()}")
@@ -134,21 +171,31 @@ class ProbabilisticSamProcessor(ProcessorMixin):
                 raise ValueError(f"box {box.tolist()} has no area: x2 must exceed x1 and y2 must exceed y1")
             corners += [box[:2], box[2:]]
         for points, labels in zip(prompts.get("input_points", []), prompts.get("input_labels", []), strict=True):
-            if points.ndim != 2 or points.shape[-1] != 2 or not torch.isfinite(points).all():
-                raise ValueError(f"points must be finite pairs x, y, got {points.tolist()}")
+            if points.ndim != 2 or points.shape[-1] != 2 or not len(points) or not torch.isfinite(points).all():
+                raise ValueError(f"points must be finite pairs x, y, at least one, got {points.tolist()}")
+            if labels.shape != points.shape[:1]:
+                raise ValueError(f"{len(points)} points need as many labels, got {labels.tolist()}")
+            if not torch.isin(labels, torch.tensor([0.0, 1.0, PADDING_LABEL])).all():
+                raise ValueError(f"labels must be 1 (inside), 0 (outside) or -10 (padding), got {labels.tolist()}")
+            points = points[labels != PADDING_LABEL]
+            labels = labels[labels != PADDING_LABEL]
+            outer += list(points)
             corners += list(points[labels == 1] if (labels == 1).any() else points)
         for mask in prompts.get("input_masks", []):
             if mask.shape != (height, width):
-                raise ValueError(f"a mask prompt must have the image's size {(height, width)}, got {tuple(mask.shape)}")
+                raise ValueError(f"a mask prompt must have the image's size {height, width}, got {tuple(mask.shape)}")
             where = torch.nonzero(mask > 0)
             if not len(where):
                 raise ValueError("a mask prompt must not be empty")
             corners += [where.amin(dim=0).flip(0).float(), where.amax(dim=0).flip(0).float() + 1]
+        if not corners:
+            raise ValueError("every point is padding: a prompt needs a box, a mask or a point")
+        for x, y in torch.stack(corners + outer).tolist():
+            if not (0 <= x <= width and 0 <= y <= height):
+                raise ValueError(
+                    f"x {x:g}, y {y:g} of a prompt lies outside of the image of {width} x {height} pixels"
+                )
         low, high = torch.stack(corners).amin(dim=0), torch.stack(corners).amax(dim=0)
-        if (low < 0).any() or high[0] > width or high[1] > height:
-            raise ValueError(
-                f"prompt from {low.tolist()} to {high.tolist()} (x, y) lies outside of the image of {width} x {height} pixels"
-            )
         if self.crop_size is None:
             side = max(height, width)
             return 0, 0, side
@@ -177,7 +224,8 @@ class ProbabilisticSamProcessor(ProcessorMixin):
         for masks, (x, y, side), (height, width) in zip(
             pred_masks, windows.tolist(), original_sizes.tolist(), strict=True
         ):
-            resized = F.interpolate(masks.float(), size=(side, side), mode="bilinear", antialias=side < masks.shape[-1])
+            shrinks = side < masks.shape[-1]
+            resized = F.interpolate(masks.float(), size=(side, side), mode="bilinear", antialias=shrinks)
             canvas = torch.full((*masks.shape[:2], height, width), OUTSIDE_LOGIT, device=masks.device)
             top, left, bottom, right = max(y, 0), max(x, 0), min(y + side, height), min(x + side, width)
             canvas[..., top:bottom, left:right] = resized[..., top - y : bottom - y, left - x : right - x]
@@ -195,20 +243,31 @@ class ProbabilisticSamProcessor(ProcessorMixin):
 
         Args:
             pred_masks: logits (W, P, N, h, w).
-            windows, original_sizes: of the processor's output.
+            windows: (W, 3), of the processor's output.
+            original_sizes: (W, 2), of the processor's output.
             pixel_spacing_mm: side of a pixel, one number or one a prompt; areas are then in mm^2.
 
         Returns:
-            `masks` (N, H, W) boolean, `mean` (H, W) probability averaged over samples, `entropy` (H, W) of that mean in
-            bits, `areas` (N,), `area_quantiles` by level, `area_unit` ("px" or "mm2"), `empty_share` of the samples.
+            `masks` (N, H, W) boolean, `mean` (H, W) probability averaged over samples, `entropy` (H, W) of that mean
+            in bits, `areas` (N,), `area_quantiles` by level, `area_unit` ("px" or "mm2"), `empty_share` of the
+            samples.
+
+        Raises:
+            ValueError: a spacing that is not positive, or not one a prompt.
         """
         logits = self.post_process_logits(pred_masks, windows, original_sizes)
-        spacings = list(pixel_spacing_mm) if isinstance(pixel_spacing_mm, Sequence) else [pixel_spacing_mm] * len(logits)
+        unit = "px" if pixel_spacing_mm is None else "mm2"
+        spacings = np.asarray(1.0 if pixel_spacing_mm is None else pixel_spacing_mm, dtype=float).reshape(-1)
+        if len(spacings) not in (1, len(logits)) or not (np.isfinite(spacings) & (spacings > 0)).all():
+            raise ValueError(
+                f"pixel_spacing_mm must be one positive number, or one for each of {len(logits)} prompts, got "
+                f"{pixel_spacing_mm}"
+            )
         results = []
-        for item, spacing in zip(logits, spacings, strict=True):
+        for item, spacing in zip(logits, np.broadcast_to(spacings, len(logits)).tolist(), strict=True):
             masks = item > 0
             mean = item.sigmoid().mean(dim=0)
-            areas = masks.sum(dim=(-2, -1)).float() * (1.0 if spacing is None else spacing**2)
+            areas = masks.sum(dim=(-2, -1)).float() * spacing**2
             quantiles = torch.quantile(areas, torch.tensor(QUANTILES, device=areas.device)).tolist()
             results.append(
                 {
@@ -217,7 +276,7 @@ class ProbabilisticSamProcessor(ProcessorMixin):
                     "entropy": binary_entropy(mean),
                     "areas": areas,
                     "area_quantiles": {str(level): value for level, value in zip(QUANTILES, quantiles, strict=True)},
-                    "area_unit": "px" if spacing is None else "mm2",
+                    "area_unit": unit,
                     "empty_share": (areas == 0).float().mean().item(),
                 }
             )
@@ -231,19 +290,36 @@ def binary_entropy(probability: torch.Tensor) -> torch.Tensor:
 
 
 def as_float(value: Any) -> torch.Tensor:
-    """Any nested list, array or tensor as a float32 tensor."""
-    return torch.as_tensor(np.asarray(value, dtype=np.float32))
+    """Any nested list, array or tensor as a float32 tensor on the CPU."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu().float()
+    return torch.from_numpy(np.array(value, dtype=np.float32))
+
+
+def to_prompts(values: Any, name: str) -> list[torch.Tensor]:
+    """One image's prompts of a kind, one tensor a prompt; a single prompt may come without the level of prompts."""
+    ndim = {"input_boxes": 1, "input_points": 2, "input_labels": 1, "input_masks": 2}[name]
+    try:
+        prompts = [as_float(value) for value in values]
+        if prompts and all(prompt.ndim == ndim - 1 for prompt in prompts):
+            prompts = [torch.stack(prompts)]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} must be nested lists of numbers, arrays or tensors, got {values!r}") from error
+    return prompts
 
 
 def to_grey_or_rgb(image: Any) -> torch.Tensor:
     """A grey or RGB image of any kind as float (1 or 3, H, W)."""
-    array = np.asarray(image)
+    if hasattr(image, "getbands") and image.mode not in ("RGB", "L", "F", "I") and not image.mode.startswith("I;16"):
+        grey = image.mode in ("1", "LA", "La")
+        image = image.convert("L" if grey else "RGB")  # palettes, transparency, CMYK and the like
+    array = as_float(image).numpy() if isinstance(image, torch.Tensor) else np.asarray(image)
     if array.ndim == 3 and array.shape[-1] in (1, 3):
         array = np.moveaxis(array, -1, 0)
     elif array.ndim == 2:
         array = array[None]
-    else:
-        raise ValueError(f"an image must have the shape (H, W) or (H, W, 3), got {array.shape}")
+    if array.ndim != 3 or array.shape[0] not in (1, 3) or not array.size:
+        raise ValueError(f"an image must have the shape (H, W), (H, W, 3) or (3, H, W), got {np.shape(image)}")
     tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
     if not torch.isfinite(tensor).all():
         raise ValueError("an image must hold finite numbers only")

@@ -420,7 +420,7 @@ class ProbabilisticSamModel(SamModel):
             latents: `(B, P, S, L)`, to decode instead of drawing them.
             generator: source of the noise; the same seed gives the same samples.
             return_dict: `False` for a plain tuple.
-            kwargs: passed to the vision encoder.
+            kwargs: not used; `windows` and `original_sizes` of the processor's output may be passed.
 
         Raises:
             ValueError: neither or both of image and embeddings, no prompt, or shapes that do not fit.
@@ -437,7 +437,7 @@ class ProbabilisticSamModel(SamModel):
             raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
 
         if image_embeddings is None:
-            image_embeddings = self.vision_encoder(pixel_values, **kwargs).last_hidden_state
+            image_embeddings = self.vision_encoder(pixel_values).last_hidden_state
         batch_size = image_embeddings.shape[0]
         prompts = {"input_points": input_points, "input_boxes": input_boxes, "input_masks": input_masks}
         for name, prompt in prompts.items():

@@ -34,7 +34,7 @@ def parse_args() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="run folder of training/train.py whose weights to take")
-    parser.add_argument("--results", nargs="*", default=[], help="results files of training/evaluate.py to take; the first is the table's")
+    parser.add_argument("--results", nargs="*", default=[], help="results files of training/evaluate.py to take")
     parser.add_argument("--output", default=str(ROOT / "model_cards" / "psam-lidc"))
     parser.add_argument("--check", action="store_true", help="write nothing; fail when card or README are out of date")
     return parser.parse_args()
@@ -72,11 +72,12 @@ def results_section(result: dict, name: str) -> str:
     """Table and the words without which its numbers mean nothing."""
     seeds = result["seed"] if isinstance(result["seed"], list) else [result["seed"]]
     return (
-        f"{result['split'].capitalize()} split, {result['num_slices']:,} slices of {result['num_patients']} patients, prompt "
-        f"`{result['prompt']}`, {result['num_samples']} independent samples, mean over evaluation seeds "
-        f"{', '.join(map(str, seeds))}; in brackets 95 % intervals from a bootstrap over patients. These patients chose "
-        f"the checkpoint; they were not trained on.\n\n{results_table(result)}\n\n"
-        f"`all`: at least one reader drew. `four_readers`: all four drew. `shape`: at least two drew, non-empty masks only. "
+        f"{result['split'].capitalize()} split, {result['num_slices']:,} slices of {result['num_patients']} patients, "
+        f"prompt `{result['prompt']}`, {result['num_samples']} independent samples, mean over evaluation seeds "
+        f"{', '.join(map(str, seeds))}; in brackets 95 % intervals from a bootstrap over patients. These patients "
+        f"chose the checkpoint; they were not trained on.\n\n{results_table(result)}\n\n"
+        "`all`: at least one reader drew. `four_readers`: all four drew. `shape`: at least two drew, non-empty masks "
+        "only. "
         f"From `{name}`, commit `{result['commit'][:12]}`, written by\n\n```\n{result['command']}\n```"
     )
 
@@ -93,23 +94,29 @@ def card(result: dict, name: str, training: str) -> ModelCard:
         model_name="psam-lidc",
         eval_results=[
             EvalResult(
-                task_type="mask-generation", metric_type=metric, metric_name=title, metric_value=round(column[metric]["mean"], 4),
-                metric_args={"prompt": result["prompt"], "num_samples": result["num_samples"]}, **dataset,
+                task_type="mask-generation",
+                metric_type=metric,
+                metric_name=title,
+                metric_value=round(column[metric]["mean"], 4),
+                metric_args={"prompt": result["prompt"], "num_samples": result["num_samples"]},
+                **dataset,
             )
             for title, metric, column in (
-                ("GED16, all", "ged", everything), ("GED16, shape", "ged", shape), ("HM-IoU16, all", "hm_iou", everything),
+                ("GED, all", "ged", everything),
+                ("GED, shape", "ged", shape),
+                ("HM-IoU, all", "hm_iou", everything),
             )
         ],
-    )  # fmt: skip
+    )
     text = f"""---
 {data.to_yaml()}
 ---
 
 # psam-lidc: Probabilistic SAM for lung nodules on CT
 
-One CT slice and one prompt (box or point) give a *distribution* of masks: each sample is the outline that one more expert
-might have drawn, or no outline at all. The model is MobileSAM (TinyViT encoder, SAM's prompt encoder and mask decoder) with a
-latent space after Ward and Imran (arXiv 2509.05809), trained on the readers of LIDC-IDRI.
+One CT slice and one prompt (box or point) give a *distribution* of masks: each sample is the outline that one more
+expert might have drawn, or no outline at all. The model is MobileSAM (TinyViT encoder, SAM's prompt encoder and mask
+decoder) with a latent space after Ward and Imran (arXiv 2509.05809), trained on the readers of LIDC-IDRI.
 
 **For research only. It is no medical device and must not be used for diagnosis.**
 
@@ -124,9 +131,8 @@ model = ProbabilisticSamModel.from_pretrained("model_cards/psam-lidc")
 processor = ProbabilisticSamProcessor.from_pretrained("model_cards/psam-lidc")
 image = Image.open("slice.png")  # one axial CT slice
 inputs = processor(image, input_boxes=[[[52, 50, 78, 80]]])  # x1, y1, x2, y2 in pixels
-windows = {{key: inputs.pop(key) for key in ("windows", "original_sizes")}}
 samples = model.sample(**inputs, num_samples=16, generator=torch.Generator().manual_seed(0))
-result = processor.post_process_samples(samples.pred_masks, **windows)[0]
+result = processor.post_process_samples(samples.pred_masks, inputs["windows"], inputs["original_sizes"])[0]
 print(result["area_quantiles"], result["empty_share"])  # result["masks"], ["mean"], ["entropy"] are maps
 ```
 
@@ -134,16 +140,17 @@ The weights are stored as float16 and load as float32.
 
 ## Intended use and limits
 
-- Axial CT slices at the scan's own resolution (0.46 to 0.98 mm a pixel) with a box or point on one lung nodule. The processor
-  cuts a window of 64 pixels around the prompt; other organs, modalities or resolutions were not tried.
+- Axial CT slices at the scan's own resolution (0.46 to 0.98 mm a pixel) with a box or point on one lung nodule. The
+  processor cuts a window of 64 pixels around the prompt; other organs, modalities or resolutions were not tried.
 - It answers for one slice, not for a volume: samples of neighbouring slices are independent.
-- It saw slices that at least one reader had marked. It does not detect nodules and does not say whether a prompt points at one.
-- Emptiness ("this reader draws nothing here") is a share among LIDC's readers, not a probability of absence of disease.
+- It saw slices that at least one reader had marked. It does not detect nodules and does not say whether a prompt
+  points at one.
+- Emptiness ("this reader draws nothing here") is a share among LIDC's readers, not the probability of disease.
 
 ## Training data
 
-LIDC-IDRI (Armato et al. 2011, The Cancer Imaging Archive, doi 10.7937/K9/TCIA.2015.LO9QL9SX, CC BY 3.0): 10,964 slices of
-1,878 nodules of 613 patients, 128x128 pixel crops with the masks of up to four readers. Patients are split by
+LIDC-IDRI (Armato et al. 2011, The Cancer Imaging Archive, doi 10.7937/K9/TCIA.2015.LO9QL9SX, CC BY 3.0): 10,964 slices
+of 1,878 nodules of 613 patients, 128x128 pixel crops with the masks of up to four readers. Patients are split by
 `int(sha256(patient_id).hexdigest(), 16) % 100`: below 70 train, 70-79 validation, 80 and above test (never used).
 
 ## Training
@@ -156,8 +163,8 @@ LIDC-IDRI (Armato et al. 2011, The Cancer Imaging Archive, doi 10.7937/K9/TCIA.2
 
 ## Licence and attribution
 
-Apache-2.0. Initialised from MobileSAM (Zhang et al. 2023, Apache-2.0), which distils SAM (Kirillov et al. 2023, Apache-2.0).
-Data: LIDC-IDRI, CC BY 3.0.
+Apache-2.0. Initialised from MobileSAM (Zhang et al. 2023, Apache-2.0), which distils SAM (Kirillov et al. 2023,
+Apache-2.0). Data: LIDC-IDRI, CC BY 3.0.
 """
     return ModelCard(text)
 
@@ -188,14 +195,20 @@ def main() -> None:
     result = json.loads(main_result.read_text())
     name = f"model_cards/{output.name}/results/{main_result.name}"
     training = (output / "TRAINING.md").read_text().strip()
-    texts = {output / "README.md": card(result, name, training).content, README: fill_readme(results_section(result, name))}
+    texts = {
+        output / "README.md": card(result, name, training).content,
+        README: fill_readme(results_section(result, name)),
+    }
     for path, text in texts.items():
         if arguments.check:
             if not path.is_file() or path.read_text() != text:
                 raise UserError(f"{path} is out of date; run python training/make_card.py")
         else:
             path.write_text(text)
-    print("card and README are up to date" if arguments.check else f"wrote {output}: weights, card, {len(list(folder.iterdir()))} results files")
+    if arguments.check:
+        print("card and README are up to date")
+    else:
+        print(f"wrote {output}: weights, card, {len(list(folder.iterdir()))} results files")
 
 
 if __name__ == "__main__":

@@ -30,12 +30,11 @@ from probabilistic_sam.data import make_prompt, row_seed
 from probabilistic_sam.data.rows import load_split
 from probabilistic_sam.embedding_cache import EmbeddingCache, view_masks, view_prompt
 from probabilistic_sam.errors import UserError, run
-from probabilistic_sam.metrics import slice_metrics, summarize
+from probabilistic_sam.metrics import slice_collapse, slice_metrics, summarize, summarize_collapse
 
 TRAINED = ("prior.", "posterior.", "latent_proj.", "mask_decoder.")
 # Heads of SAM's decoder that the single-mask output does not use; left frozen, DDP would wait for their gradients
 UNUSED = ("mask_decoder.iou_prediction_head.", *(f"mask_decoder.output_hypernetworks_mlps.{i}." for i in (1, 2, 3)))
-ACTIVE_UNIT_VARIANCE = 0.01  # of the posterior mean over the data (Burda et al. 2016, arXiv 1509.00519)
 
 
 @dataclass
@@ -240,42 +239,28 @@ def validate(model, processor, cache, rows, indices, config, accelerator) -> dic
         )[0].numpy()
         target = view_masks(masks, view, samples.pred_masks.shape[-1])
         output = model(**inputs, labels=target[None, None].to(accelerator.device), generator=generator)
-        drew = target.flatten(1).any(dim=1).numpy()
-        drawn, truth = (output.pred_masks[0, 0].cpu().numpy() > 0)[drew], target.numpy()[drew]
-        union = np.maximum((drawn | truth).sum(axis=(1, 2)), 1)
+        latent = (output.kl_divergence, output.posterior_mean, output.pred_masks > 0)
         results.append(
             {
                 "index": index,
                 "metrics": slice_metrics(logits > 0, 1 / (1 + np.exp(-logits)), masks),
-                "posterior_iou": ((drawn & truth).sum(axis=(1, 2)) / union).mean() if drew.any() else np.nan,
-                "kl": output.kl_divergence[0, 0].cpu().numpy()[drew].mean(axis=0) if drew.any() else None,
-                "posterior_mean": output.posterior_mean[0, 0].cpu().numpy(),
-                "drew": drew,
+                "collapse": slice_collapse(*(item[0, 0].cpu().numpy() for item in latent), target.numpy()),
             }
         )
     results = sorted(gather_object(results), key=lambda item: item["index"])
     model.train()
     summary = summarize([item["metrics"] for item in results], [rows[item["index"]]["patient_id"] for item in results])
-    means = np.concatenate([item["posterior_mean"] for item in results])
-    outlines = np.concatenate([item["posterior_mean"][item["drew"]] for item in results])[:, 1:]
-    variance = np.concatenate([means[:, :1].var(axis=0), outlines.var(axis=0)])
-    kl = np.mean([item["kl"] for item in results if item["kl"] is not None], axis=0)
     scores = {
         f"{column}/{name}": summary[column][name]["mean"]
         for column in ("all", "shape", "four_readers")
         for name in ("ged", "cross_distance", "sample_diversity", "reader_diversity", "hm_iou", "ece")
-        if summary[column][name] is not None
+        if summary[column][name]["mean"] is not None
     }
     scores |= {
         f"all/{name}": summary["all"][name]["mean"]
         for name in ("empty_ece", "empty_correlation", "dice_max_per_reader")
     }
-    return scores | {
-        "posterior_iou": float(np.nanmean([item["posterior_iou"] for item in results])),
-        "active_units": int((variance > ACTIVE_UNIT_VARIANCE).sum()),
-        "posterior_mean_variance": [round(float(value), 4) for value in variance],
-        "kl_per_dimension": [round(float(value), 4) for value in kl],
-    }
+    return scores | summarize_collapse([item["collapse"] for item in results])
 
 
 class Log:

@@ -1,9 +1,18 @@
 """Metrics of a set of sampled masks against a set of readers' masks.
 
-The formulas are in `probabilistic_sam.metrics.functional`, the tables over slices and patients in `summary`. `ged.py`
-and `hm_iou.py` are modules for the `evaluate` library, to be opened with `evaluate.load(path)`.
+The formulas are in `probabilistic_sam.metrics.functional`, the tables over slices and patients in `summary`, the state
+of a latent space in `collapse`. `ged.py` and `hm_iou.py` are modules for the `evaluate` library, to be opened with `evaluate.load(path)`.
 """
 
+from .collapse import slice_collapse, summarize_collapse
 from .summary import COLUMNS, METRICS, slice_metrics, summarize, summarize_seeds
 
-__all__ = ["COLUMNS", "METRICS", "slice_metrics", "summarize", "summarize_seeds"]
+__all__ = [
+    "COLUMNS",
+    "METRICS",
+    "slice_collapse",
+    "slice_metrics",
+    "summarize",
+    "summarize_collapse",
+    "summarize_seeds",
+]

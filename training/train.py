@@ -7,24 +7,29 @@ not.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
+import pickle
 import shutil
 import signal
 import time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import AutoConfig, get_cosine_schedule_with_warmup
 
-from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamProcessor
+from probabilistic_sam import ProbabilisticSamConfig, ProbabilisticSamModel, ProbabilisticSamProcessor
 from probabilistic_sam.conversion import convert_mobile_sam, convert_sam
 from probabilistic_sam.data import make_prompt, row_seed
 from probabilistic_sam.data.rows import load_split
@@ -35,6 +40,11 @@ from probabilistic_sam.metrics import slice_collapse, slice_metrics, summarize, 
 TRAINED = ("prior.", "posterior.", "latent_proj.", "mask_decoder.")
 # Heads of SAM's decoder that the single-mask output does not use; left frozen, DDP would wait for their gradients
 UNUSED = ("mask_decoder.iou_prediction_head.", *(f"mask_decoder.output_hypernetworks_mlps.{i}." for i in (1, 2, 3)))
+TRAINING_PROMPTS = ("union_box", "center_box", "center_point")
+AUGMENTATIONS = ("max_shift", "max_zoom", "max_gamma")
+MINIMA = dict.fromkeys(("crop_size", "batch_size", "max_steps", "log_every", "eval_every", "eval_slices"), 1) | {
+    "eval_samples": 1, "checkpoint_every": 1, "seed": 0, "num_views": 0, "warmup_steps": 0,
+}  # fmt: skip
 
 
 @dataclass
@@ -78,48 +88,79 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--resume_from_checkpoint", help='a checkpoint folder, or "latest"')
     parser.add_argument("--max_steps", type=int, help="in place of the configuration's max_steps")
     parser.add_argument("--seed", type=int, help="in place of the configuration's seed")
-    parser.add_argument("--stop_after", type=int, help="end after this step as if killed (for tests of resuming)")
+    # For tests of resuming: the process kills itself after this step
+    parser.add_argument("--stop_after", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def read_config(arguments: argparse.Namespace) -> TrainingConfig:
     """The YAML file with what the command line replaces."""
     path = Path(arguments.config)
-    if not path.is_file():
-        raise UserError(f"no configuration file at {path}")
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"no configuration file at {path}: {error}") from error
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {error}") from error
-    known = {item.name for item in fields(TrainingConfig)}
-    if not isinstance(values, dict) or set(values) - known:
-        wrong = sorted(set(values) - known) if isinstance(values, dict) else type(values).__name__
-        raise UserError(f"{path} has unknown fields {wrong}; accepted: {', '.join(sorted(known))}")
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no fields; accepted: lines such as `batch_size: 16`")
     for name in ("base_model", "max_steps", "seed"):
         if getattr(arguments, name) is not None:
             values[name] = getattr(arguments, name)
     if "base_model" not in values:
         raise UserError(f"{path} names no base_model, and --base_model is not given")
-    return TrainingConfig(**values)
+    config = TrainingConfig(**typed(values, {item.name: item.type for item in fields(TrainingConfig)}, str(path)))
+    config.model = typed(config.model, ProbabilisticSamConfig.__annotations__, f"{path}, model")
+    config.prompts = typed(config.prompts, dict.fromkeys(TRAINING_PROMPTS, float), f"{path}, prompts")
+    config.augmentation = typed(config.augmentation, dict.fromkeys(AUGMENTATIONS, float), f"{path}, augmentation")
+    for name, least in MINIMA.items():
+        if getattr(config, name) < least:
+            raise UserError(f"{path}: {name} is {getattr(config, name)}; accepted: {least} or more")
+    if not config.prompts or min(config.prompts.values()) <= 0:
+        raise UserError(f"{path}: prompts are {config.prompts}; accepted: names with shares above 0")
+    if config.num_views and set(config.augmentation) != set(AUGMENTATIONS):
+        raise UserError(f"{path}: augmentation is {config.augmentation}; accepted: all of {', '.join(AUGMENTATIONS)}")
+    if config.mixed_precision not in ("no", "bf16"):
+        raise UserError(f"{path}: mixed_precision is {config.mixed_precision!r}; accepted: no, bf16")
+    return config
+
+
+def typed(values: dict, types: dict[str, Any], where: str) -> dict:
+    """Check names and types; what YAML reads as int (1) or text (1e-3) becomes float where that is declared."""
+    result = {}
+    for name, value in values.items():
+        if name not in types:
+            raise UserError(f"{where}: unknown field {name!r}; accepted: {', '.join(sorted(types))}")
+        if types[name] is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+            with contextlib.suppress(ValueError):
+                value = float(value)
+        infinite = isinstance(value, float) and not math.isfinite(value)
+        if not isinstance(value, types[name]) or isinstance(value, bool) or infinite:
+            raise UserError(f"{where}: {name} is {value!r}; accepted: a value of type {types[name].__name__}")
+        result[name] = value
+    return result
 
 
 def load_base_model(config: TrainingConfig) -> ProbabilisticSamModel:
     """The model to start from: a MobileSAM file, a SAM, or a Probabilistic SAM."""
-    base = config.base_model
-    if base.endswith((".pt", ".pth", ".safetensors")):
-        return convert_mobile_sam(base, config.image_size, **config.model)
+    base, accepted = config.base_model, "MobileSAM's file (.pt, .safetensors), or directory or Hub name of a SAM"
     try:
+        if base.endswith((".pt", ".pth", ".safetensors")):
+            return convert_mobile_sam(base, config.image_size, **config.model)
         kind = AutoConfig.from_pretrained(base).model_type
-    except (OSError, ValueError) as error:
-        accepted = "MobileSAM's file (.pt, .safetensors), a model directory or a Hub name"
-        raise UserError(f"base_model {base!r} does not open; accepted: {accepted}") from error
-    if kind == "sam":
-        return convert_sam(base, config.image_size, **config.model)
-    if kind != "probabilistic_sam":
-        raise UserError(
-            f"base_model {base!r} is a {kind!r} model; accepted: sam, probabilistic_sam, or MobileSAM's file"
-        )
-    return ProbabilisticSamModel.from_pretrained(base, dtype=torch.float32, **config.model)
+        if kind == "sam":
+            return convert_sam(base, config.image_size, **config.model)
+        if kind != "probabilistic_sam":
+            raise UserError(f"base_model {base!r} is a {kind!r} model; accepted: {accepted}")
+        model = ProbabilisticSamModel.from_pretrained(base, dtype=torch.float32, **config.model)
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError, StrictDataclassError) as error:
+        raise UserError(f"base_model {base!r} does not open ({error}); accepted: {accepted}") from error
+    if model.config.vision_config.image_size != config.image_size:
+        size = model.config.vision_config.image_size
+        raise UserError(f"base_model {base!r} is for image_size {size}, the configuration for {config.image_size}")
+    return model
 
 
 def freeze(model: ProbabilisticSamModel) -> None:
@@ -239,12 +280,16 @@ def validate(model, processor, cache, rows, indices, config, accelerator) -> dic
         )[0].numpy()
         target = view_masks(masks, view, samples.pred_masks.shape[-1])
         output = model(**inputs, labels=target[None, None].to(accelerator.device), generator=generator)
-        latent = (output.kl_divergence, output.posterior_mean, output.pred_masks > 0)
         results.append(
             {
                 "index": index,
                 "metrics": slice_metrics(logits > 0, 1 / (1 + np.exp(-logits)), masks),
-                "collapse": slice_collapse(*(item[0, 0].cpu().numpy() for item in latent), target.numpy()),
+                "collapse": slice_collapse(
+                    output.kl_divergence[0, 0].cpu().numpy(),
+                    output.posterior_mean[0, 0].cpu().numpy(),
+                    output.pred_masks[0, 0].cpu().numpy() > 0,
+                    target.numpy(),
+                ),
             }
         )
     results = sorted(gather_object(results), key=lambda item: item["index"])
@@ -263,18 +308,28 @@ def validate(model, processor, cache, rows, indices, config, accelerator) -> dic
     return scores | summarize_collapse([item["collapse"] for item in results])
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
 class Log:
     """JSON lines in the run folder, and TensorBoard when it is installed."""
 
     def __init__(self, directory: Path, resumed_step: int):
         self.path = directory / "log.jsonl"
         if self.path.exists():  # lines after the checkpoint will be written again
-            lines = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= resumed_step]
-            self.path.write_text("".join(line + "\n" for line in lines))
+            kept = []
+            for line in self.path.read_text().splitlines():
+                with contextlib.suppress(json.JSONDecodeError):  # the kill may have cut the last line
+                    kept += [line] if json.loads(line)["step"] <= resumed_step else []
+            write_text(self.path, "".join(line + "\n" for line in kept))
         try:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(str(directory / "tensorboard"), purge_step=resumed_step + 1)
+            self.writer: Any = SummaryWriter(str(directory / "tensorboard"), purge_step=resumed_step + 1)
         except ImportError:
             self.writer = None
 
@@ -298,13 +353,13 @@ def save_model(model: ProbabilisticSamModel, processor: ProbabilisticSamProcesso
     staging.rmdir()
 
 
-def save_checkpoint(directory: Path, step: int, model, optimizer, scheduler, ema, best: dict) -> None:
+def save_checkpoint(directory: Path, step: int, model, optimizer, scheduler, ema, best: dict, log: dict) -> None:
     """`checkpoint-{step}`: everything that resuming needs, moved into place when it is complete; older ones go."""
     target, staging = directory / f"checkpoint-{step}", directory / f".checkpoint-{step}"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
     state = {
-        "step": step, "best": best, "ema": ema.weights, "optimizer": optimizer.state_dict(),
+        "step": step, "best": best, "log": log, "ema": ema.weights, "optimizer": optimizer.state_dict(),
         "scheduler": scheduler.state_dict(),
         "model": {n: p.detach() for n, p in model.named_parameters() if p.requires_grad},
     }  # fmt: skip
@@ -331,8 +386,8 @@ def find_checkpoint(name: str, directory: Path) -> Path:
     return path
 
 
-def load_checkpoint(path: Path, model, optimizer, scheduler, ema) -> tuple[int, dict]:
-    """Restore a checkpoint; returns its step and the best scores so far."""
+def load_checkpoint(path: Path, model, optimizer, scheduler, ema) -> dict:
+    """Restore a checkpoint; returns its `step`, the `best` scores so far, and `log`, what its next line began with."""
     try:
         state = torch.load(path / "training_state.pt", map_location="cpu", weights_only=True)
         parameters = dict(model.named_parameters())
@@ -345,8 +400,8 @@ def load_checkpoint(path: Path, model, optimizer, scheduler, ema) -> tuple[int, 
             ema.weights[name].copy_(value)
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
-        return state["step"], state["best"]
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
+        return {"step": state["step"], "best": state["best"], "log": state.get("log", {})}
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(f"{path} cannot be resumed from: {error}") from error
 
 
@@ -359,14 +414,19 @@ def main() -> None:
     checkpoint = (
         find_checkpoint(arguments.resume_from_checkpoint, directory) if arguments.resume_from_checkpoint else None
     )
+    if checkpoint is None and any(directory.glob("checkpoint-*")):
+        raise UserError(
+            f"--output_dir {directory} holds checkpoints of an earlier run; accepted: a new folder, or "
+            "--resume_from_checkpoint latest to go on with it"
+        )
+    train_rows, validation_rows = (load_split(arguments.dataset, split) for split in ("train", "validation"))
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if accelerator.is_main_process:
-            (directory / "training_config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+            write_text(directory / "training_config.yaml", yaml.safe_dump(asdict(config), sort_keys=False))
     except OSError as error:
         raise UserError(f"--output_dir {directory} cannot be written: {error.strerror}") from error
 
-    train_rows, validation_rows = (load_split(arguments.dataset, split) for split in ("train", "validation"))
     torch.manual_seed(config.seed)
     model = load_base_model(config)
     processor = ProbabilisticSamProcessor(config.image_size, config.crop_size)
@@ -390,7 +450,8 @@ def main() -> None:
     scheduler = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, config.max_steps)
     ema = Ema(model, config.ema_decay)
     energy_weight = model.config.energy_weight
-    step, best = load_checkpoint(checkpoint, model, optimizer, scheduler, ema) if checkpoint else (0, {})
+    state = load_checkpoint(checkpoint, model, optimizer, scheduler, ema) if checkpoint else {}
+    step, best, unlogged = state.get("step", 0), state.get("best", {}), state.get("log", {})
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     if accelerator.is_main_process:
         log = Log(directory, step)
@@ -399,8 +460,8 @@ def main() -> None:
         print(f"{sizes}, {batches.steps_per_epoch} steps an epoch")
 
     model.train()
-    running: dict[str, list[float]] = {}
-    started = time.time()
+    running: dict[str, list[float]] = unlogged.get("running", {})  # values of the steps since the last line of the log
+    started = time.time() - unlogged.get("seconds", 0.0)
     progress = tqdm(total=config.max_steps, initial=step, desc="training", disable=not accelerator.is_main_process)
     while step < config.max_steps:
         batch = {key: value.to(accelerator.device) for key, value in batches(step).items()}
@@ -428,39 +489,39 @@ def main() -> None:
         for name, value in values.items():
             if value is not None:
                 running.setdefault(name, []).append(float(value.detach()))
-        if not math.isfinite(running["loss"][-1]):
-            raise UserError(
-                f"the loss is not finite at step {step}; lower the learning rates or use mixed_precision: no"
-            )
-        if step % config.log_every == 0 and accelerator.is_main_process:
+        # The norm is that of the processes' mean gradient, so all of them stop together
+        if not math.isfinite(running["loss"][-1]) or not math.isfinite(running["grad_norm"][-1]):
+            advice = "lower the learning rates or use mixed_precision: no"
+            raise UserError(f"the loss or its gradient is not finite at step {step}; {advice}")
+        if step % config.log_every == 0:
             line = {name: round(float(np.mean(items)), 5) for name, items in running.items()}
-            log(step, line | {"lr": scheduler.get_last_lr()[0], "seconds": round(time.time() - started, 1)})
-            progress.set_postfix({name: f"{line[name]:.3g}" for name in ("loss", "outline_kl") if name in line})
             running.clear()
+            if accelerator.is_main_process:
+                log(step, line | {"lr": scheduler.get_last_lr()[0], "seconds": round(time.time() - started, 1)})
+                progress.set_postfix({name: f"{line[name]:.3g}" for name in ("loss", "outline_kl") if name in line})
         if step % config.eval_every == 0 or step == config.max_steps:
             ema.swap(model)
             model.config.energy_weight = energy_weight
             scores = validate(model, processor, validation_cache, validation_rows, indices, config, accelerator)
             if accelerator.is_main_process:
                 log(step, {f"validation/{name}": value for name, value in scores.items()})
-                progress.write(
-                    f"step {step}: GED all {scores['all/ged']:.4f}, shape {scores['shape/ged']:.4f}, "
-                    f"HM-IoU {scores['all/hm_iou']:.4f}, active units {scores['active_units']}, "
-                    f"posterior IoU {scores['posterior_iou']:.3f}"
-                )
+                shown = ("all/ged", "shape/ged", "all/hm_iou", "active_units", "posterior_iou")
+                known = [f"{name} {scores[name]:.4g}" for name in shown if scores.get(name) is not None]
+                progress.write(f"step {step}: {', '.join(known)}")
                 if scores["all/ged"] < best.get("all/ged", math.inf):
                     best = {"step": step, **scores}
                     save_model(model, processor, directory)
             ema.swap(model)
         if step % config.checkpoint_every == 0 or step == config.max_steps:
             if accelerator.is_main_process:
-                save_checkpoint(directory, step, model, optimizer, scheduler, ema, best)
+                unlogged = {"running": running, "seconds": time.time() - started}
+                save_checkpoint(directory, step, model, optimizer, scheduler, ema, best, unlogged)
             accelerator.wait_for_everyone()
         if arguments.stop_after == step:
             os.kill(os.getpid(), signal.SIGKILL)
     progress.close()
     if accelerator.is_main_process:
-        (directory / "best.json").write_text(json.dumps(best, indent=2) + "\n")
+        write_text(directory / "best.json", json.dumps(best, indent=2) + "\n")
         result = f"step {best['step']}, GED {best['all/ged']:.4f} on {len(indices)} slices"
         print(f"wrote {directory}: the best model ({result}), log.jsonl")
     accelerator.end_training()

@@ -1,7 +1,8 @@
 """Metrics of a set of sampled masks against a set of readers' masks.
 
 The formulas are in `probabilistic_sam.metrics.functional`, the tables over slices and patients in `summary`, the state
-of a latent space in `collapse`. `ged.py` and `hm_iou.py` are modules for the `evaluate` library, to be opened with `evaluate.load(path)`.
+of a latent space in `collapse`. `ged.py` and `hm_iou.py` are modules for the `evaluate` library, to be opened with
+`evaluate.load(path)`.
 """
 
 from .collapse import slice_collapse, summarize_collapse

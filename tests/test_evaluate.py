@@ -198,6 +198,27 @@ def test_samples_that_cannot_be_scored_are_refused(script, dataset):
         run(script, model, dataset)
 
 
+def test_looking_into_the_latent_space_leaves_the_samples_alone(script, model_dir, dataset):
+    from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamProcessor
+
+    model, processor = ProbabilisticSamModel.from_pretrained(model_dir), ProbabilisticSamProcessor(32, 24)
+    rows = [dataset[index] for index in range(2)]
+    (first, second), _ = script.evaluate_rows(model.eval(), processor, rows, "union_box", 3, (0, 1))
+    assert "collapse" not in second  # once is enough: only the noise of the reconstructions would differ
+    state = first.pop("collapse")
+    assert state["kl"].shape == state["posterior_mean"].shape == (4, 3)
+    assert state["drew"].tolist() == decode_masks(rows[0]).any(axis=(1, 2)).tolist()
+    assert len(state["iou"]) == state["drew"].sum()
+
+    (leaking,), _ = script.evaluate_rows(model, processor, rows, "reader_box", 3, (0,))
+    assert "collapse" not in leaking
+    del model.posterior
+    (alone, _), _ = script.evaluate_rows(model, processor, rows, "union_box", 3, (0, 1))
+    assert "collapse" not in alone
+    assert alone["all"].pop("calibration").tolist() == first["all"].pop("calibration").tolist()
+    assert alone["all"] == first["all"]
+
+
 def test_max_slices_takes_a_fixed_subset(script, dataset):
     def identity(chosen):
         return [(row["patient_id"], row["slice_index"]) for row in chosen]
@@ -277,6 +298,7 @@ def test_results_file(script, model_dir, dataset_dir, tmp_path, capsys, monkeypa
             assert set(column) == {"count", "num_patients", *METRICS}
     means = [content["per_seed"][seed]["all"]["ged"]["mean"] for seed in ("0", "1")]
     assert content["results"]["all"]["ged"]["mean"] == pytest.approx(np.mean(means), abs=2e-6)
+    assert len(content["collapse"]["kl_per_dimension"]) == 3  # latent_dim
     assert list(output.parent.iterdir()) == [output]  # nothing temporary is left
     printed = capsys.readouterr().out
     assert "four_readers (" in printed
@@ -337,7 +359,7 @@ def test_two_processes_give_the_same_results(model_dir, dataset_dir, tmp_path):
         assert finished.stdout.count("wrote ") == 1
         content = json.loads(output.read_text())
         assert content["num_processes"] == count
-        results[count] = content["results"]
+        results[count] = content["results"] | {"collapse": content["collapse"]}
     assert results[1] == results[2]
     assert results[1]["all"]["count"] == 3 * len(PATIENTS)
 

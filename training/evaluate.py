@@ -7,7 +7,8 @@ batches are the same whatever the number of processes, and each slice's samples 
 slice and `--seed`. The metrics are those of `probabilistic_sam.metrics`.
 
 A model is anything that `AutoModel.from_pretrained` opens and that has `sample(pixel_values, input_boxes, num_samples,
-generator)`; its processor comes from the same place.
+generator)`; its processor comes from the same place. When it has a `posterior` too, the state of its latent space is
+reported under "collapse": see `probabilistic_sam.metrics.collapse`.
 """
 
 import argparse
@@ -37,8 +38,17 @@ from transformers import AutoModel, AutoProcessor
 import probabilistic_sam  # noqa: F401  (registers our models for AutoModel and AutoProcessor)
 from probabilistic_sam.data import PROMPTS, make_prompt, row_seed
 from probabilistic_sam.data.rows import decode_image, decode_masks, load_split
+from probabilistic_sam.embedding_cache import View, view_masks
 from probabilistic_sam.errors import UserError, run
-from probabilistic_sam.metrics import COLUMNS, METRICS, slice_metrics, summarize, summarize_seeds
+from probabilistic_sam.metrics import (
+    COLUMNS,
+    METRICS,
+    slice_collapse,
+    slice_metrics,
+    summarize,
+    summarize_collapse,
+    summarize_seeds,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "numpy", "scipy")
@@ -139,7 +149,7 @@ def evaluate_rows(
 
     Args:
         model: has `sample(pixel_values, input_boxes, num_samples, generator)`; with `get_image_embeddings` also
-            `sample(image_embeddings=...)`.
+            `sample(image_embeddings=...)`; with `posterior` takes `labels` as `ProbabilisticSamModel` does.
         processor: `ProbabilisticSamProcessor` or one that works like it.
         rows: of a dataset build.
         prompt: one of `probabilistic_sam.data.PROMPTS`. With `reader_box` `num_samples` samples are drawn with each
@@ -149,7 +159,8 @@ def evaluate_rows(
         device: where the model is.
 
     Returns:
-        For each row, for each seed what `slice_metrics` returns.
+        For each row, for each seed what `slice_metrics` returns. With the first seed there is also `collapse`, what
+        `slice_collapse` returns, if the model has a `posterior` and the prompt is one for all readers.
     """
     all_masks = [decode_masks(row) for row in rows]
     prompts = []  # (row, reader whose box it is or None, features of one window), one or `readers` a row
@@ -160,12 +171,14 @@ def evaluate_rows(
             prompts.append((index, reader, processor(images=[image], return_tensors="pt", **nest_prompt(drawn))))
 
     results: list[list[dict]] = [[] for _ in rows]
+    looks_inside = hasattr(model, "posterior") and prompt != "reader_box"
     with torch.inference_mode():
         name, images = "pixel_values", torch.cat([item["pixel_values"] for _, _, item in prompts]).to(device)
         if hasattr(model, "get_image_embeddings"):
             name, images = "image_embeddings", model.get_image_embeddings(images)
         for seed in seeds:
             logits: list[list[torch.Tensor]] = [[] for _ in rows]
+            latent_spaces: list[dict | None] = [None for _ in rows]
             for window, (index, reader, item) in enumerate(prompts):
                 inputs = {key: value.to(device) for key, value in item.items() if key.startswith("input_")}
                 inputs[name] = images[window : window + 1]
@@ -179,12 +192,37 @@ def evaluate_rows(
                 logits[index] += processor.post_process_logits(
                     output.pred_masks, item["windows"], item["original_sizes"]
                 )
+                if looks_inside and seed == seeds[0]:  # after the samples, whose noise must not depend on it
+                    targets = window_masks(all_masks[index], item["windows"], output.pred_masks.shape[-1])
+                    latent_spaces[index] = look_inside(model, inputs, targets, generator)
             for index, masks in enumerate(all_masks):
                 drawn_logits = torch.cat(logits[index]).float()  # (N, H, W), N for each reader with reader_box
                 samples, probabilities = (drawn_logits > 0).cpu().numpy(), drawn_logits.sigmoid().cpu().numpy()
                 owners = np.repeat(np.arange(len(masks)), num_samples) if prompt == "reader_box" else None
-                results[index].append(slice_metrics(samples, probabilities, masks, owners))
+                scores: dict[str, Any] = slice_metrics(samples, probabilities, masks, owners)
+                latent_space = latent_spaces[index]
+                results[index].append(scores if latent_space is None else scores | {"collapse": latent_space})
     return results
+
+
+def window_masks(masks: np.ndarray, windows: torch.Tensor, size: int) -> torch.Tensor:
+    """The readers' masks (R, H, W) as the model sees them in its window (1, 3): (R, size, size) bool."""
+    x, y, side = windows[0].tolist()
+    return view_masks(masks, View(0, False, (x, y, side), 1.0), size)
+
+
+def look_inside(
+    model: Any, inputs: Mapping[str, Any], targets: torch.Tensor, generator: torch.Generator
+) -> dict[str, Any]:
+    """What the readers' masks (R, h, w) of one window become in the model's latent space."""
+    labels = targets[None, None].to(model.device)
+    output = model(**inputs, labels=labels, generator=generator)
+    return slice_collapse(
+        output.kl_divergence[0, 0].cpu().numpy(),
+        output.posterior_mean[0, 0].cpu().numpy(),
+        (output.pred_masks[0, 0] > 0).cpu().numpy(),
+        targets.numpy(),
+    )
 
 
 def nest_prompt(prompt: Mapping[str, Any]) -> dict[str, list]:
@@ -310,6 +348,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             "num_patients": len(set(patients)),
             "results": summarize_seeds(runs, patients),
         }
+        latent_spaces = [scores["collapse"] for scores in runs[0] if "collapse" in scores]
+        if latent_spaces:
+            content["collapse"] = summarize_collapse(latent_spaces)
         if len(args.seeds) > 1:
             content["per_seed"] = {
                 str(seed): summarize(run, patients) for seed, run in zip(args.seeds, runs, strict=True)

@@ -490,7 +490,7 @@ def main() -> None:
             if value is not None:
                 running.setdefault(name, []).append(float(value.detach()))
         # The norm is that of the processes' mean gradient, so all of them stop together
-        if not math.isfinite(running["loss"][-1]) or not math.isfinite(running["grad_norm"][-1]):
+        if not all(math.isfinite(items[-1]) for items in running.values()):
             advice = "lower the learning rates or use mixed_precision: no"
             raise UserError(f"the loss or its gradient is not finite at step {step}; {advice}")
         if step % config.log_every == 0:

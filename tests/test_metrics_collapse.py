@@ -1,0 +1,71 @@
+"""The state of a latent space, by hand."""
+
+import json
+
+import numpy as np
+import pytest
+
+from probabilistic_sam.metrics import slice_collapse, summarize_collapse
+
+
+def masks(*rows):
+    """Masks of one row of pixels each."""
+    return np.array(rows, dtype=bool)[:, None]
+
+
+def make_slice(kl, means, reconstructions, targets):
+    arrays = (np.array(kl, dtype=np.float32), np.array(means, dtype=np.float32))
+    return slice_collapse(*arrays, masks(*reconstructions), masks(*targets))
+
+
+# Two readers, three coordinates. In the first slice the second reader drew nothing.
+FIRST = make_slice(
+    kl=[[0.5, 2, 0], [1.5, 9, 9]], means=[[1, 0, 5], [-1, 7, 7]],
+    reconstructions=[[1, 1, 0, 0], [1, 1, 1, 1]], targets=[[1, 1, 1, 1], [0, 0, 0, 0]],
+)  # fmt: skip
+SECOND = make_slice(
+    kl=[[0, 4, 0], [0, 2, 0]], means=[[1, 2, 5], [1, 4, 5.1]],
+    reconstructions=[[1, 0, 0, 0], [0, 0, 0, 0]], targets=[[1, 0, 0, 0], [1, 0, 0, 0]],
+)  # fmt: skip
+
+
+def test_one_slice():
+    assert FIRST["drew"].tolist() == [True, False]
+    assert FIRST["iou"].tolist() == [0.5]
+    assert SECOND["iou"].tolist() == [1.0, 0.0]
+
+
+def test_summary_counts_outlines_of_those_who_drew_only():
+    state = summarize_collapse([FIRST, SECOND])
+    # Coordinate 0: (0.5 + 1.5) / 2 and 0. Coordinate 1: 2 and (4 + 2) / 2; the 9 of the empty mask does not count.
+    assert state["kl_per_dimension"] == [0.5, 2.5, 0.0]
+    # Coordinate 0: 1, -1, 1, 1; coordinate 1: 0, 2, 4; coordinate 2: 5, 5, 5.1
+    assert state["posterior_mean_variance"] == pytest.approx([0.75, 8 / 3, 0.01 * 2 / 9], abs=1e-6)
+    assert state["active_units"] == 2
+    assert state["posterior_iou"] == 0.5
+    assert json.loads(json.dumps(state, allow_nan=False)) == state
+
+
+def test_collapsed_posterior_has_no_active_unit():
+    collapsed = make_slice(np.zeros((2, 3)), np.ones((2, 3)), [[1, 0], [1, 0]], [[1, 0], [0, 1]])
+    state = summarize_collapse([collapsed, collapsed])
+    assert (state["active_units"], state["kl_per_dimension"]) == (0, [0, 0, 0])
+
+
+def test_where_nobody_drew_the_outline_is_unknown():
+    nobody = make_slice([[0.25, 1], [0.75, 1]], [[0, 0], [1, 0]], [[0, 0], [0, 0]], [[0, 0], [0, 0]])
+    assert summarize_collapse([nobody]) == {
+        "kl_per_dimension": [0.5, None],
+        "posterior_mean_variance": [0.25, None],
+        "active_units": 1,
+        "posterior_iou": None,
+    }
+
+
+def test_wrong_shapes_are_named():
+    with pytest.raises(ValueError, match="must have one shape"):
+        make_slice(np.zeros((2, 3)), np.zeros((2, 2)), [[1]] * 2, [[1]] * 2)
+    with pytest.raises(ValueError, match=r"must be \(R, h, w\)"):
+        make_slice(np.zeros((2, 3)), np.zeros((2, 3)), [[1]], [[1]])
+    with pytest.raises(ValueError, match="no slice"):
+        summarize_collapse([])

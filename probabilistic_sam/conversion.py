@@ -6,9 +6,9 @@ From the command line, for MobileSAM:
 """
 
 import argparse
-import pickle
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,19 +53,31 @@ MOBILE_SAM_KEYS = [
 ]
 
 
+def load_torch_file(path: str | Path) -> Any:
+    """What `torch.save` wrote: tensors, containers and numbers; code in the file is refused, never run.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged bytes make the unpickler raise almost anything
+        raise UserError(f"{path} is not a readable torch file ({type(error).__name__})") from error
+
+
 def load_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
-    """Tensors of a `.safetensors` file or of a torch file, which is read with `weights_only=True`."""
+    """Tensors of a `.safetensors` file or of a torch file.
+
+    Raises:
+        UserError: there is no such file, it cannot be read, or it holds something else.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}: give MobileSAM's mobile_sam.pt or the same tensors as .safetensors")
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state_dict = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-        raise UserError(
-            f"{path} is not a readable checkpoint ({type(error).__name__}); a .pt or .safetensors file is expected"
-        ) from error
+        state_dict = load_file(path) if path.suffix == ".safetensors" else load_torch_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a readable safetensors file ({error})") from error
     if not isinstance(state_dict, dict) or not all(isinstance(value, torch.Tensor) for value in state_dict.values()):
         raise UserError(f"{path} holds no plain state dict (names to tensors)")
     return state_dict

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from tiny import GRID, SIZE, sam_parts, tiny_model, tiny_vit_parts
 from transformers import AutoConfig, AutoModel, AutoModelForMaskGeneration, AutoProcessor, SamConfig, SamModel
 from transformers.models.sam.modeling_sam import SamMaskDecoder
 
@@ -19,38 +20,6 @@ from probabilistic_sam.modeling_probabilistic_sam import (
     soft_jaccard_distance,
     truncated_normal,
 )
-
-SIZE, GRID = 32, 2
-
-
-def sam_parts(image_size=SIZE):
-    """Sub-configurations of a SAM with some thousand weights."""
-    vision = {
-        "image_size": image_size, "hidden_size": 16, "output_channels": 16, "num_hidden_layers": 2, "mlp_dim": 32,
-        "num_attention_heads": 2, "window_size": 2, "global_attn_indexes": [1], "num_pos_feats": 8,
-        "initializer_range": 0.2,
-    }  # fmt: skip
-    prompt = {"hidden_size": 16, "image_size": image_size, "mask_input_channels": 4}
-    decoder = {"hidden_size": 16, "mlp_dim": 32, "num_attention_heads": 2, "iou_head_hidden_dim": 16}
-    return {"vision_config": vision, "prompt_encoder_config": prompt, "mask_decoder_config": decoder}
-
-
-def tiny_vit_parts(image_size=SIZE):
-    """The same with a TinyViT encoder."""
-    vision = {
-        "model_type": "tiny_vit_vision_model", "image_size": image_size, "output_channels": 16, "num_pos_feats": 8,
-        "embed_dims": [8, 8, 8, 16], "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2], "window_sizes": [2, 2, 2, 2],
-        "initializer_range": 0.2,
-    }  # fmt: skip
-    return {**sam_parts(image_size), "vision_config": vision}
-
-
-def tiny_model(parts=sam_parts, seed=0, **kwargs):
-    """A model with random weights."""
-    torch.manual_seed(seed)
-    # With SAM's usual 0.02 outputs of so few weights differ in the seventh digit
-    fields = {"latent_dim": 4, "latent_hidden_size": 16, "initializer_range": 0.2, **kwargs}
-    return ProbabilisticSamModel(ProbabilisticSamConfig(**parts(), **fields)).eval()
 
 
 @pytest.fixture(params=[sam_parts, tiny_vit_parts], ids=["vit", "tiny_vit"])

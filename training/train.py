@@ -11,7 +11,6 @@ import contextlib
 import json
 import math
 import os
-import pickle
 import shutil
 import signal
 import time
@@ -30,7 +29,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, get_cosine_schedule_with_warmup
 
 from probabilistic_sam import ProbabilisticSamConfig, ProbabilisticSamModel, ProbabilisticSamProcessor
-from probabilistic_sam.conversion import convert_mobile_sam, convert_sam
+from probabilistic_sam.conversion import convert_mobile_sam, convert_sam, load_torch_file
 from probabilistic_sam.data import make_prompt, row_seed
 from probabilistic_sam.data.rows import load_split
 from probabilistic_sam.embedding_cache import EmbeddingCache, view_masks, view_prompt
@@ -152,15 +151,18 @@ def load_base_model(config: TrainingConfig) -> ProbabilisticSamModel:
             return convert_sam(base, config.image_size, **config.model)
         if kind != "probabilistic_sam":
             raise UserError(f"base_model {base!r} is a {kind!r} model; accepted: {accepted}")
-        model = ProbabilisticSamModel.from_pretrained(base, dtype=torch.float32, **config.model)
+        given = ProbabilisticSamConfig.from_pretrained(base)
+        wanted = ProbabilisticSamConfig.from_dict(given.to_dict() | config.model)  # checks the fields anew
+        sizes = {name: (getattr(given, name), getattr(wanted, name)) for name in ("latent_dim", "latent_hidden_size")}
+        sizes["image_size"] = (given.vision_config.image_size, config.image_size)
+        for name, (old, new) in sizes.items():
+            if old != new:
+                raise UserError(f"base_model {base!r} has {name} {old}, the configuration {new}; accepted: {old}")
+        return ProbabilisticSamModel.from_pretrained(base, config=wanted, dtype=torch.float32)
     except UserError:
         raise
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError, StrictDataclassError) as error:
         raise UserError(f"base_model {base!r} does not open ({error}); accepted: {accepted}") from error
-    if model.config.vision_config.image_size != config.image_size:
-        size = model.config.vision_config.image_size
-        raise UserError(f"base_model {base!r} is for image_size {size}, the configuration for {config.image_size}")
-    return model
 
 
 def freeze(model: ProbabilisticSamModel) -> None:
@@ -389,7 +391,7 @@ def find_checkpoint(name: str, directory: Path) -> Path:
 def load_checkpoint(path: Path, model, optimizer, scheduler, ema) -> dict:
     """Restore a checkpoint; returns its `step`, the `best` scores so far, and `log`, what its next line began with."""
     try:
-        state = torch.load(path / "training_state.pt", map_location="cpu", weights_only=True)
+        state = load_torch_file(path / "training_state.pt")
         parameters = dict(model.named_parameters())
         if set(state["model"]) != {name for name, p in parameters.items() if p.requires_grad}:
             raise ValueError("its weights are of another model")
@@ -401,7 +403,7 @@ def load_checkpoint(path: Path, model, optimizer, scheduler, ema) -> dict:
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
         return {"step": state["step"], "best": state["best"], "log": state.get("log", {})}
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be resumed from: {error}") from error
 
 

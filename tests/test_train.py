@@ -1,0 +1,387 @@
+"""training/train.py: a run of eight steps, resuming after a kill, faults in one line."""
+
+import importlib.util
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from tiny import SIZE, tiny_model, tiny_rows, tiny_vit_parts
+from transformers import AutoModel, AutoProcessor
+
+pytest.importorskip("accelerate")
+pytest.importorskip("datasets")
+
+from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamProcessor
+from probabilistic_sam.data.rows import write_dataset
+from probabilistic_sam.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "training" / "train.py"
+ENVIRONMENT = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+# Three steps an epoch; neither checkpoints nor validation fall on the end of one, nor on a line of the log.
+CONFIG = {
+    "image_size": SIZE, "crop_size": 24, "batch_size": 4, "max_steps": 8, "warmup_steps": 1, "log_every": 3,
+    "eval_every": 4, "eval_slices": 5, "eval_samples": 3, "checkpoint_every": 4, "energy_ramp_steps": 4,
+    "model": {"energy_weight": 5, "num_energy_samples": 2, "latent_dropout": 0.5},
+    "prompts": {"union_box": 0.5, "center_box": 0.25, "center_point": 0.25},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("training_train", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """A base model, a dataset and a configuration."""
+    path = tmp_path_factory.mktemp("training")
+    tiny_model(tiny_vit_parts).save_pretrained(path / "base")
+    write_dataset(tiny_rows({"train": 4, "validation": 2}), path / "lidc", "Made for a test.")
+    (path / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"base_model": str(path / "base")}))
+    return path
+
+
+def arguments(workspace, output, *more):
+    given = {"config": "config.yaml", "dataset": "lidc", "cache_dir": "cache"}
+    named = [part for name, value in given.items() for part in (f"--{name}", str(workspace / value))]
+    return [str(SCRIPT), *named, "--output_dir", str(output), *map(str, more)]
+
+
+@pytest.fixture
+def train(script, workspace, monkeypatch):
+    """Run the script in this process."""
+
+    def run(output, *more):
+        monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+        monkeypatch.setattr(sys, "argv", arguments(workspace, output, *more))
+        script.main()
+
+    return run
+
+
+def train_apart(workspace, output, *more, processes=1):
+    """Run the script as a user does; with several processes, by torchrun."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *(launcher if processes > 1 else []), *arguments(workspace, output, *more)]
+    return subprocess.run(command, env=ENVIRONMENT, cwd=workspace, capture_output=True, text=True, timeout=570)
+
+
+@pytest.fixture(scope="module")
+def finished(script, workspace):
+    """The folder of a run that nothing interrupted."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        patch.setattr(sys, "argv", arguments(workspace, workspace / "finished"))
+        script.main()
+    return workspace / "finished"
+
+
+def read_log(run):
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+
+
+def assert_same_run(run, expected):
+    """Weights, their average, optimizer, log and best model are equal bit for bit."""
+    states = [torch.load(path / "checkpoint-8" / "training_state.pt") for path in (run, expected)]
+    for part in ("model", "ema"):
+        assert states[0][part].keys() == states[1][part].keys()
+        assert all(torch.equal(value, states[1][part][name]) for name, value in states[0][part].items()), part
+    for index, values in states[0]["optimizer"]["state"].items():
+        other = states[1]["optimizer"]["state"][index]
+        assert all(torch.equal(value, other[name]) for name, value in values.items())
+    assert read_log(run) == read_log(expected)
+    for name in ("model.safetensors", "best.json"):
+        assert (run / name).read_bytes() == (expected / name).read_bytes(), name
+
+
+# ---------------------------------------------------------------------------------------------------------- a run
+
+
+def test_run_folder_opens_as_a_model_with_its_processor(finished, workspace):
+    model, processor = AutoModel.from_pretrained(finished), AutoProcessor.from_pretrained(finished)
+    assert isinstance(model, ProbabilisticSamModel) and isinstance(processor, ProbabilisticSamProcessor)
+    assert (processor.image_size, processor.crop_size) == (SIZE, 24)
+    assert model.config.energy_weight == 5  # that of the configuration, not where the ramp stood
+    inputs = processor(np.arange(40 * 40).reshape(40, 40), input_boxes=[[[4, 4, 12, 12]]])
+    assert model.sample(**inputs, num_samples=2).pred_masks.shape == (1, 1, 2, 8, 8)
+
+    base = ProbabilisticSamModel.from_pretrained(workspace / "base").state_dict()
+    changed = {name.split(".")[0] for name, value in model.state_dict().items() if not torch.equal(value, base[name])}
+    assert changed == {"prior", "posterior", "latent_proj", "mask_decoder"}
+
+
+def test_run_folder_holds_one_checkpoint_the_configuration_and_the_best_scores(finished):
+    names = {path.name for path in finished.iterdir()} - {"tensorboard"}
+    assert names == {
+        "config.json", "model.safetensors", "processor_config.json", "training_config.yaml", "best.json", "log.jsonl",
+        "checkpoint-8",
+    }  # fmt: skip
+    config = yaml.safe_load((finished / "training_config.yaml").read_text())
+    assert config["max_steps"] == 8 and config["ema_decay"] == 0.995
+    best = json.loads((finished / "best.json").read_text())
+    scores = {line["step"]: line["validation/all/ged"] for line in read_log(finished) if "validation/all/ged" in line}
+    assert scores.keys() == {4, 8}
+    assert best["all/ged"] == min(scores.values()) == scores[best["step"]]
+
+
+def test_log_has_the_documented_lines(finished):
+    training = [line for line in read_log(finished) if "loss" in line]
+    assert [line["step"] for line in training] == [3, 6]
+    for line in training:
+        assert line.keys() == {
+            "step", "loss", "reconstruction_loss", "outline_kl", "drawing_nll", "energy_distance", "grad_norm", "lr",
+        }  # fmt: skip
+    validation = [line for line in read_log(finished) if "loss" not in line]
+    assert [line["step"] for line in validation] == [4, 8]
+    for line in validation:
+        assert {"step", "validation/all/ged", "validation/all/hm_iou", "validation/all/sample_diversity"} < line.keys()
+        assert {"validation/active_units", "validation/posterior_iou"} < line.keys()
+        assert len(line["validation/kl_per_dimension"]) == len(line["validation/posterior_mean_variance"]) == 4
+
+
+# -------------------------------------------------------------------------------------------------------- resuming
+
+
+def test_killed_and_resumed_run_equals_one_that_was_not(train, finished, workspace, tmp_path):
+    killed = train_apart(workspace, tmp_path, "--stop_after", 6)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+    assert read_log(tmp_path)[-1]["step"] == 6  # it had gone on, and the lines will be written again
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo')  # a kill may come in the middle of a line
+    train(tmp_path, "--resume_from_checkpoint", "latest")
+    assert_same_run(tmp_path, finished)
+
+
+def test_finished_run_resumes_to_nothing(train, finished, tmp_path):
+    before = (finished / "log.jsonl").read_bytes()
+    train(finished, "--resume_from_checkpoint", finished / "checkpoint-8")
+    assert (finished / "log.jsonl").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_two_processes_killed_and_resumed_equal_two_that_were_not(workspace, tmp_path):
+    whole = train_apart(workspace, tmp_path / "whole", processes=2)
+    assert whole.returncode == 0, whole.stderr
+    assert whole.stdout.count("wrote ") == 1 + len(list((workspace / "cache").glob("*.npy")) * ("MiB" in whole.stdout))
+    killed = train_apart(workspace, tmp_path / "killed", "--stop_after", 6, processes=2)
+    assert killed.returncode != 0
+    assert [path.name for path in (tmp_path / "killed").glob("checkpoint-*")] == ["checkpoint-4"]
+    resumed = train_apart(workspace, tmp_path / "killed", "--resume_from_checkpoint", "latest", processes=2)
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+
+
+# --------------------------------------------------------------------------------------------------------- batches
+
+
+class StubCache:
+    """Rows whose embeddings tell their index."""
+
+    num_views = 2
+    embeddings = np.arange(12, dtype=np.float16)[:, None, None, None, None].repeat(2, axis=1)
+
+    def __len__(self):
+        return 12
+
+    def row_masks(self, index):
+        masks = np.zeros((2 + index % 2, SIZE, SIZE), bool)  # two or three readers
+        masks[:, 8:20, 10:18] = True
+        return masks
+
+    def view(self, index, view, masks):
+        return SimpleNamespace(turn=lambda array: array, window=(2, 2, 24))
+
+
+def make_batches(script, rank=0, world_size=1, **changes):
+    config = script.TrainingConfig(base_model="", image_size=SIZE, batch_size=4, **changes)
+    return script.Batches(StubCache(), config, SIZE // 16, rank, world_size)
+
+
+def rows_of(batch):
+    return batch["image_embeddings"].flatten().tolist()
+
+
+def test_an_epoch_visits_every_row_once_in_another_order(script):
+    batches = make_batches(script)
+    epochs = [sum((rows_of(batches(step)) for step in range(start, start + 3)), []) for start in (0, 3)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(12))
+    assert epochs[0] != epochs[1]
+
+
+def test_batch_follows_from_seed_and_step_alone(script):
+    batch = make_batches(script)(7)
+    again = make_batches(script)
+    again(0)
+    assert all(torch.equal(value, again(7)[name]) for name, value in batch.items())
+    assert rows_of(make_batches(script, seed=1)(7)) != rows_of(batch)
+
+
+def test_processes_share_the_rows_of_a_batch(script):
+    parts = [make_batches(script, rank, 2)(4) for rank in (0, 1)]
+    assert rows_of(parts[0]) + rows_of(parts[1]) == rows_of(make_batches(script)(4))
+    with pytest.raises(UserError, match="batch_size 4 does not divide by 3 processes"):
+        make_batches(script, 0, 3)
+
+
+def test_batch_has_the_shapes_of_the_model(script):
+    batch = make_batches(script, prompts={"union_box": 1.0})(0)
+    assert batch["input_boxes"].shape == (4, 1, 4)
+    assert batch["labels"].shape == (4, 1, 3, 8, 8) and batch["labels"].dtype == torch.bool
+    two = rows_of(batch).index(next(row for row in rows_of(batch) if row % 2 == 0))
+    assert batch["labels"][two, 0].any(dim=(1, 2)).tolist() == [True, True, False]  # a missing reader drew nothing
+    assert make_batches(script, prompts={"center_point": 1.0})(0)["input_points"].shape == (4, 1, 1, 2)
+
+
+def test_average_of_weights(script):
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.constant_(model.weight, 1.0)
+    ema = script.Ema(model, decay=0.995)
+    torch.nn.init.constant_(model.weight, 12.0)
+    ema.update(model, step=1)  # decay 1 / 11: 1 / 11 + 12 * 10 / 11
+    ema.swap(model)
+    assert model.weight.item() == pytest.approx(11.0)
+    ema.swap(model)
+    assert model.weight.item() == 12.0
+
+
+# ---------------------------------------------------------------------------------------------------------- faults
+
+
+def configured(workspace, tmp_path, **changes):
+    values = CONFIG | {"base_model": str(workspace / "base")} | changes
+    path = tmp_path / "changed.yaml"
+    path.write_text(yaml.safe_dump({name: value for name, value in values.items() if value is not None}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batchsize": 3}, "unknown field 'batchsize'; accepted: .*batch_size"),
+        ({"batch_size": 0}, "batch_size is 0; accepted: 1 or more"),
+        ({"batch_size": "many"}, "batch_size is 'many'; accepted: a value of type int"),
+        ({"learning_rate": "fast"}, "learning_rate is 'fast'; accepted: a value of type float"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"base_model": None}, "names no base_model"),
+        ({"base_model": "no/such/model"}, "base_model 'no/such/model' does not open .*accepted: MobileSAM's file"),
+        ({"base_model": "nowhere.pt"}, "no checkpoint at nowhere.pt"),
+        ({"model": {"latent_dims": 3}}, "model: unknown field 'latent_dims'; accepted: .*latent_dim"),
+        ({"model": {"latent_dim": 1}}, "latent_dim must be at least 2"),
+        ({"model": {"latent_dim": 7}}, "has latent_dim 4, the configuration 7; accepted: 4"),
+        ({"image_size": 64}, "has image_size 32, the configuration 64; accepted: 32"),
+        ({"prompts": {"reader_box": 1.0}}, "prompts: unknown field 'reader_box'; accepted: center_box"),
+        ({"prompts": {"union_box": 0}}, "accepted: names with shares above 0"),
+        ({"augmentation": {"max_shift": 1}}, "accepted: all of max_shift, max_zoom, max_gamma"),
+        ({"mixed_precision": "fp8"}, "mixed_precision is 'fp8'; accepted: no, bf16"),
+    ],
+)
+def test_wrong_configuration(train, workspace, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        train(tmp_path / "run", "--config", configured(workspace, tmp_path, **changes))
+
+
+def test_numbers_that_yaml_takes_for_text_or_integers_are_read(script, tmp_path):
+    (tmp_path / "config.yaml").write_text("base_model: x\nlearning_rate: 2e-4\nmodel: {kl_weight: 1}\n")
+    config = script.read_config(
+        SimpleNamespace(config=tmp_path / "config.yaml", base_model=None, max_steps=9, seed=None)
+    )
+    assert (config.learning_rate, config.max_steps, config.seed) == (2e-4, 9, 0)
+    assert isinstance(config.model["kl_weight"], float)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no configuration file"),
+        ("a: [1", "not valid YAML"),
+        ("- 1\n- 2", "holds no fields"),
+        ("", "holds no fields"),
+    ],
+)
+def test_file_that_is_no_configuration(train, tmp_path, content, message):
+    path = tmp_path / "config.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        train(tmp_path / "run", "--config", path)
+    assert not (tmp_path / "run").exists()
+
+
+def test_model_of_another_kind_is_refused(train, workspace, tmp_path):
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(UserError, match="is a 'bert' model; accepted: MobileSAM's file"):
+        train(tmp_path / "run", "--base_model", tmp_path / "bert")
+
+
+def test_missing_data(train, workspace, tmp_path):
+    with pytest.raises(UserError, match="no such directory"):
+        train(tmp_path / "run", "--dataset", tmp_path / "nowhere")
+    write_dataset(tiny_rows({"train": 1}), tmp_path / "lidc", "Made for a test.")
+    with pytest.raises(UserError, match="has no split 'validation'; accepted: train"):
+        train(tmp_path / "run", "--dataset", tmp_path / "lidc")
+    assert not (tmp_path / "run").exists()
+
+
+def test_output_that_cannot_be_written(train, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written: Not a directory"):
+        train(tmp_path / "file" / "run")
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def test_nothing_to_resume_from(train, finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "run"
+    with pytest.raises(UserError, match="holds no checkpoint-.* folder to resume from"):
+        train(run, "--resume_from_checkpoint", "latest")
+    with pytest.raises(UserError, match="is no checkpoint: accepted are"):
+        train(run, "--resume_from_checkpoint", tmp_path)
+    (run / "checkpoint-4").mkdir(parents=True)
+    state = run / "checkpoint-4" / "training_state.pt"
+    whole = (finished / "checkpoint-8" / "training_state.pt").read_bytes()
+    other = torch.load(finished / "checkpoint-8" / "training_state.pt")
+    del other["model"]["latent_proj.0.weight"]
+    torch.save(other, tmp_path / "other.pt")
+    for content in (b"", b"text", whole[:1000], pickle.dumps(Malicious()), (tmp_path / "other.pt").read_bytes()):
+        state.write_bytes(content)
+        with pytest.raises(UserError, match="checkpoint-4 cannot be resumed from"):
+            train(run, "--resume_from_checkpoint", "latest")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_earlier_run_is_not_overwritten(train, finished):
+    with pytest.raises(UserError, match="holds checkpoints of an earlier run; accepted: a new folder"):
+        train(finished)
+
+
+def test_errors_are_one_line_and_exit_code_2(workspace, tmp_path):
+    ended = train_apart(workspace, tmp_path / "run", "--config", tmp_path / "nowhere.yaml")
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: no configuration file") and ended.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_of_two_processes_one_speaks(workspace, tmp_path):
+    ended = train_apart(workspace, tmp_path / "run", "--config", tmp_path / "nowhere.yaml", processes=2)
+    assert ended.returncode != 0
+    assert sum(line.startswith("error: ") for line in ended.stderr.splitlines()) == 1

@@ -6,7 +6,9 @@ From the command line, for MobileSAM:
 """
 
 import argparse
+import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +16,20 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import SamConfig
+from transformers import SamConfig, SamModel
+from transformers.utils import logging
 
 from .configuration_probabilistic_sam import ProbabilisticSamConfig, TinyViTVisionConfig
 from .errors import UserError, run
 from .modeling_probabilistic_sam import ProbabilisticSamModel
 from .processing_probabilistic_sam import ProbabilisticSamProcessor
 
+logger = logging.get_logger(__name__)
+
 BATCH_NORM_EPS = 1e-5  # torch's default, which TinyViT keeps
 
+# TinyViT's classifier, which MobileSAM's file still carries, and indices that follow from the window size
+MOBILE_SAM_UNUSED = re.compile(r"image_encoder\.(norm_head|head)\.|.*\.attention_bias_idxs$")
 # Regular expressions over MobileSAM's keys, applied in order.
 MOBILE_SAM_KEYS = [
     (r"^image_encoder\.", "vision_encoder."),
@@ -99,13 +106,15 @@ def convert_mobile_sam_state_dict(state_dict: dict[str, torch.Tensor]) -> dict[s
     """MobileSAM's original keys to those of `ProbabilisticSamModel` (float32), the latent networks not among them."""
     converted = {}
     for key, value in fold_batch_norm(state_dict).items():
+        if MOBILE_SAM_UNUSED.match(key):
+            continue
         for pattern, replacement in MOBILE_SAM_KEYS:
             key = re.sub(pattern, replacement, key)
         converted[key] = value.float()
     # SAM's positional matrix is one tensor under two names
-    converted["prompt_encoder.shared_embedding.positional_embedding"] = converted[
-        "shared_image_embedding.positional_embedding"
-    ]
+    positions = converted.get("shared_image_embedding.positional_embedding")
+    if positions is not None:
+        converted["prompt_encoder.shared_embedding.positional_embedding"] = positions
     return converted
 
 
@@ -119,49 +128,76 @@ def mobile_sam_config(image_size: int = 1024, **kwargs) -> ProbabilisticSamConfi
     )
 
 
+def with_new_latents(config: ProbabilisticSamConfig, state_dict: dict, origin: str) -> ProbabilisticSamModel:
+    """A float32 model with the weights of `state_dict`, which lacks the latent networks and nothing else.
+
+    Raises:
+        UserError: other weights are missing, left over or of another shape; the message names them.
+    """
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # the report of missing weights would tell what is known, at length
+    try:
+        model, info = ProbabilisticSamModel.from_pretrained(
+            None, config=config, state_dict=state_dict, dtype=torch.float32, output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )  # fmt: skip
+    finally:
+        logging.set_verbosity(verbosity)
+    new = ProbabilisticSamModel.latent_modules
+    wrong = {
+        "missing": sorted(key for key in info["missing_keys"] if not key.startswith(new)),
+        "unexpected": sorted(info["unexpected_keys"]),
+        "of another shape": sorted(key for key, *_ in info["mismatched_keys"]),
+    }
+    if any(wrong.values()):
+        named = "; ".join(f"{len(keys)} {kind}, such as {keys[0]}" for kind, keys in wrong.items() if keys)
+        raise UserError(f"{origin} does not fit: tensors {named}")
+    logger.warning(
+        f"{origin}: all weights are taken over; the latent networks ({', '.join(new)}) are new, to be trained"
+    )
+    return model
+
+
 def convert_mobile_sam(path: str | Path, image_size: int = 1024, **kwargs) -> ProbabilisticSamModel:
     """A `ProbabilisticSamModel` with MobileSAM's weights and fresh latent networks.
 
     Raises:
         UserError: the file is not a MobileSAM checkpoint; the message names the keys.
     """
-    state_dict = convert_mobile_sam_state_dict(load_state_dict(path)) if path else {}
-    config = mobile_sam_config(image_size, **kwargs)
-    model, info = ProbabilisticSamModel.from_pretrained(
-        None, config=config, state_dict=state_dict, output_loading_info=True
-    )
-    missing = sorted(key for key in info["missing_keys"] if not key.startswith(ProbabilisticSamModel.latent_modules))
-    if missing or info["unexpected_keys"] or info["mismatched_keys"]:
-        unexpected = sorted(info["unexpected_keys"])
-        raise UserError(f"{path} is not a MobileSAM checkpoint: missing {missing[:3]}, unexpected {unexpected[:3]}")
-    return model
+    state_dict = convert_mobile_sam_state_dict(load_state_dict(path))
+    return with_new_latents(mobile_sam_config(image_size, **kwargs), state_dict, f"MobileSAM checkpoint {path}")
 
 
-def interpolate_vit_positions(state_dict: dict[str, torch.Tensor], grid: int) -> dict[str, torch.Tensor]:
-    """SAM's ViT for a `grid` x `grid` patch map: absolute positions bicubic, global layers' relative positions linear.
+def interpolate_vit_positions(
+    state_dict: dict[str, torch.Tensor], grid: int, global_layers: Collection[int]
+) -> dict[str, torch.Tensor]:
+    """SAM's ViT for a `grid` x `grid` patch map: absolute positions bicubic, relative positions linear.
 
-    Windowed layers keep their positions, for the window does not change. A state dict without `pos_embed` is returned
-    as it is.
+    Layers other than `global_layers` attend in windows and keep their positions, for the window does not change.
     """
-    positions = state_dict.get("vision_encoder.pos_embed")
-    if positions is None or positions.shape[1] == grid:
-        return state_dict
     result = dict(state_dict)
-    old = positions.shape[1]
-    channels_first = positions.permute(0, 3, 1, 2).float()
-    resized = F.interpolate(channels_first, size=(grid, grid), mode="bicubic", antialias=True, align_corners=False)
-    result["vision_encoder.pos_embed"] = resized.permute(0, 2, 3, 1).to(positions.dtype)
     for key, value in state_dict.items():
-        if ".rel_pos_" in key and value.shape[0] == 2 * old - 1:
+        if key == "vision_encoder.pos_embed" and value.shape[1] != grid:
+            channels_first = value.permute(0, 3, 1, 2).float()
+            resized = F.interpolate(
+                channels_first, size=(grid, grid), mode="bicubic", antialias=True, align_corners=False
+            )
+            result[key] = resized.permute(0, 2, 3, 1).contiguous().to(value.dtype)
+        layer = re.fullmatch(r"vision_encoder\.layers\.(\d+)\.attn\.rel_pos_[hw]", key)
+        if layer and int(layer[1]) in global_layers and len(value) != 2 * grid - 1:
             resized = F.interpolate(value.float().T[None], size=2 * grid - 1, mode="linear", align_corners=False)
             result[key] = resized[0].T.contiguous().to(value.dtype)
     return result
 
 
-def convert_sam(directory: str, image_size: int | None = None, **kwargs) -> ProbabilisticSamModel:
-    """A `ProbabilisticSamModel` with the weights of a `SamModel` (directory or Hub name) at `image_size`.
+def convert_sam(directory: str | Path, image_size: int | None = None, **kwargs) -> ProbabilisticSamModel:
+    """A `ProbabilisticSamModel` with the weights of a `SamModel` (directory or Hub name) at `image_size`, in float32.
 
     Only the latent networks are new. Without `image_size` the checkpoint's own is kept.
+
+    Raises:
+        OSError: transformers finds no model there.
+        UserError: the weights are not those of a SAM.
     """
     config_dict = SamConfig.from_pretrained(directory).to_dict()
     for key in ("model_type", "architectures", "dtype", "transformers_version"):
@@ -171,13 +207,30 @@ def convert_sam(directory: str, image_size: int | None = None, **kwargs) -> Prob
         config_dict["prompt_encoder_config"]["image_size"] = image_size
         config_dict["prompt_encoder_config"].pop("image_embedding_size", None)  # would override the new size
     config = ProbabilisticSamConfig(**{**config_dict, **kwargs})
-    if image_size is None:
-        return ProbabilisticSamModel.from_pretrained(directory, config=config)
-    from transformers import SamModel
-
     state_dict = SamModel.from_pretrained(directory, dtype=torch.float32).state_dict()
-    state_dict = interpolate_vit_positions(state_dict, config.prompt_encoder_config.image_embedding_size)
-    return ProbabilisticSamModel.from_pretrained(None, config=config, state_dict=state_dict)
+    state_dict = interpolate_vit_positions(
+        state_dict, config.prompt_encoder_config.image_embedding_size, config.vision_config.global_attn_indexes
+    )
+    return with_new_latents(config, state_dict, f"SAM {directory}")
+
+
+def save_model(model: ProbabilisticSamModel, processor: ProbabilisticSamProcessor, directory: str | Path) -> None:
+    """Write model and processor; each file takes its place when all are written.
+
+    Raises:
+        UserError: the directory cannot be written.
+    """
+    directory = Path(directory)
+    staging = directory / ".saving"
+    try:
+        staging.mkdir(parents=True, exist_ok=True)
+        model.save_pretrained(staging)
+        processor.save_pretrained(staging)
+        for path in staging.iterdir():
+            os.replace(path, directory / path.name)
+        staging.rmdir()
+    except OSError as error:
+        raise UserError(f"{directory} cannot be written: {error.strerror or error}") from error
 
 
 def main() -> None:
@@ -188,9 +241,11 @@ def main() -> None:
     parser.add_argument("--image_size", type=int, default=256, help="side of the model's input, default 256 px")
     parser.add_argument("--crop_size", type=int, default=64, help="window around the prompt, default 64 image px")
     arguments = parser.parse_args()
-    model = convert_mobile_sam(arguments.checkpoint, arguments.image_size)
-    model.save_pretrained(arguments.output)
-    ProbabilisticSamProcessor(arguments.image_size, arguments.crop_size).save_pretrained(arguments.output)
+    try:
+        processor = ProbabilisticSamProcessor(arguments.image_size, arguments.crop_size)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    save_model(convert_mobile_sam(arguments.checkpoint, arguments.image_size), processor, arguments.output)
     print(f"wrote {arguments.output}: MobileSAM at {arguments.image_size} pixels, latent networks untrained")
 
 

@@ -34,8 +34,8 @@ class ProbabilisticSamOutput(ModelOutput):
     """Output of `ProbabilisticSamModel`.
 
     Args:
-        loss (`torch.Tensor`, a scalar): reconstruction + `kl_weight` KL of the outline + -log P(drew or not) +
-            `energy_weight` energy distance; with labels.
+        loss (`torch.Tensor`, a scalar): reconstruction + `kl_weight` KL of the outline + `drawing_weight`
+            -log P(drew or not) + `energy_weight` energy distance; with labels.
         reconstruction_loss (`torch.Tensor`, a scalar): BCE summed over pixels and Dice of the readers who drew, the
             mean over all readers; with labels.
         energy_distance (`torch.Tensor`, a scalar): soft energy distance of prior samples to the readers who drew.
@@ -109,20 +109,20 @@ class LatentNetwork(nn.Module):
     """Prior or posterior: image embeddings, prompt maps and (posterior only) readers' masks to Gaussian parameters."""
 
     PROMPT_CHANNELS = 4  # box, positive points, negative points, mask
+    PATCH = 4  # side, in pixels of a low-resolution mask, of a cell of the grid
 
     def __init__(self, config: ProbabilisticSamConfig, reads_masks: bool):
         super().__init__()
         width = config.latent_hidden_size
+        extents = self.PROMPT_CHANNELS + reads_masks
         self.image_proj = nn.Conv2d(config.vision_config.output_channels, width, 1)
         self.prompt_proj = nn.Conv2d(self.PROMPT_CHANNELS, width, 1)
         if reads_masks:
-            self.mask_proj = nn.Sequential(
-                nn.Conv2d(1, width // 4, 2, stride=2), nn.GELU(), nn.Conv2d(width // 4, width, 2, stride=2)
-            )
+            self.mask_proj = nn.Conv2d(1, width, self.PATCH, stride=self.PATCH)
         self.blocks = nn.ModuleList([LatentBlock(width), LatentBlock(width)])
-        self.layer_norm = nn.LayerNorm(3 * width + self.PROMPT_CHANNELS)
+        self.layer_norm = nn.LayerNorm(width)
         self.dropout = nn.Dropout(config.latent_dropout)
-        self.lin1 = nn.Linear(3 * width + self.PROMPT_CHANNELS, width)
+        self.lin1 = nn.Linear(3 * width + extents, width)
         self.lin2 = nn.Linear(width, 2 * config.latent_dim)
 
     def forward(
@@ -133,21 +133,26 @@ class LatentNetwork(nn.Module):
         hidden = self.image_proj(image_embeddings)[:, None] + self.prompt_proj(prompt_maps.flatten(0, 1)).unflatten(
             0, (batch, prompts)
         )  # (B, P, H, g, g)
-        lead: tuple[int, ...] = (batch, prompts)
+        inside = prompt_maps[:, :, (0, 1, 3)].amax(dim=2, keepdim=True)  # what the prompt points at
+        extents = prompt_maps.sum(dim=(-2, -1))  # in cells
         if masks is not None:
-            lead = (*lead, masks.shape[2])
-            hidden = hidden[:, :, None] + self.mask_proj(masks.reshape(-1, 1, 4 * grid, 4 * grid)).unflatten(0, lead)
-            prompt_maps = prompt_maps[:, :, None].expand(*lead, -1, -1, -1)
-        hidden = hidden.flatten(0, len(lead) - 1)
+            lead = (batch, prompts, masks.shape[2])
+            side = self.PATCH * grid
+            hidden = hidden[:, :, None] + self.mask_proj(masks.reshape(-1, 1, side, side)).unflatten(0, lead)
+            inside = inside[:, :, None].expand(*lead, -1, -1, -1)
+            area = masks.sum(dim=(-2, -1))[..., None] / self.PATCH**2
+            extents = torch.cat([extents[:, :, None].expand(*lead, -1), area], dim=-1)
+        lead = hidden.shape[:-3]
+        hidden = hidden.flatten(0, -4)
         for block in self.blocks:
             hidden = block(hidden)
-        maps = prompt_maps.flatten(0, len(lead) - 1)
-        inside = maps[:, (0, 1, 3)].amax(dim=1, keepdim=True)  # what the prompt points at
-        focus = (hidden * inside).sum(dim=(2, 3)) / inside.sum(dim=(2, 3)).clamp(min=1e-3)
-        extent = torch.log(maps.sum(dim=(2, 3)) + 1e-2)  # in cells
-        pooled = torch.cat([hidden.mean(dim=(2, 3)), hidden.amax(dim=(2, 3)), focus, extent], dim=1)
-        pooled = self.dropout(self.layer_norm(pooled))
-        mean, log_std = self.lin2(self.dropout(F.gelu(self.lin1(pooled)))).float().unflatten(0, lead).chunk(2, dim=-1)
+        tokens = self.layer_norm(hidden.flatten(2).transpose(1, 2))  # (N, g * g, H)
+        weight = inside.reshape(len(tokens), -1, 1)
+        focus = (tokens * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1e-3)
+        extents = torch.log(extents + 1e-2).flatten(0, -2)
+        pooled = self.dropout(torch.cat([tokens.mean(dim=1), tokens.amax(dim=1), focus], dim=1))
+        hidden = self.dropout(F.gelu(self.lin1(torch.cat([pooled, extents], dim=1))))
+        mean, log_std = self.lin2(hidden).float().unflatten(0, lead).chunk(2, dim=-1)
         return mean, 4.0 * torch.tanh(log_std / 4.0)  # bounded, so that neither exp nor the KL can overflow
 
 
@@ -551,7 +556,7 @@ class ProbabilisticSamModel(SamModel):
         # Free bits: a coordinate of the outline pays only above them (averaged over the readers who drew)
         spent = (kl_outline * drew_outline).sum(dim=(0, 1, 2)) / drew.sum().clamp(min=1)
         paid = spent.clamp(min=config.free_bits).sum() * drew.float().mean()
-        loss = reconstruction + config.kl_weight * paid + kl_drawing.mean()
+        loss = reconstruction + config.kl_weight * paid + config.drawing_weight * kl_drawing.mean()
         energy = None
         if extra:
             from_prior = torch.cat([~drew, torch.ones_like(drew[..., :1]).expand(-1, -1, extra)], dim=2)

@@ -170,16 +170,16 @@ def test_readers_who_drew_nothing_have_the_prior_over_outlines(inputs):
 def test_loss_is_the_sum_of_its_documented_parts(inputs):
     labels = torch.zeros(2, 3, 2, 8, 8)
     labels[:, :, :, 2:5, 2:5] = 1
-    model = tiny_model(kl_weight=0.5, energy_weight=3.0, num_energy_samples=2, bce_weight=2.0, dice_weight=4.0)
+    weights = {"bce_weight": 2.0, "dice_weight": 4.0, "kl_weight": 0.5, "drawing_weight": 7.0, "energy_weight": 3.0}
+    model = tiny_model(**weights, num_energy_samples=2)
     output = model(**inputs, labels=labels, generator=torch.Generator().manual_seed(0))
     probability, pixels = output.pred_masks.double().sigmoid(), (-2, -1)
     bce = -(labels * probability.log() + (1 - labels) * (1 - probability).log()).sum(dim=pixels)
     dice = 1 - (2 * (probability * labels).sum(pixels) + 1) / (probability.sum(pixels) + labels.sum(pixels) + 1)
     assert output.reconstruction_loss.item() == pytest.approx((2 * bce + 4 * dice).mean().item(), rel=1e-5)
     kl = output.kl_divergence
-    expected = (
-        output.reconstruction_loss + 0.5 * kl[..., 1:].sum(-1).mean() + kl[..., 0].mean() + 3 * output.energy_distance
-    )
+    expected = output.reconstruction_loss + 0.5 * kl[..., 1:].sum(-1).mean() + 7 * kl[..., 0].mean()
+    expected = expected + 3 * output.energy_distance
     assert output.loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 

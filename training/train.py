@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, get_cosine_schedule_with_warmup
 
 from probabilistic_sam import ProbabilisticSamConfig, ProbabilisticSamModel, ProbabilisticSamProcessor
-from probabilistic_sam.conversion import convert_mobile_sam, convert_sam, load_torch_file
+from probabilistic_sam.conversion import convert_mobile_sam, convert_sam, load_torch_file, save_model
 from probabilistic_sam.data import make_prompt, row_seed
 from probabilistic_sam.data.rows import load_split
 from probabilistic_sam.embedding_cache import EmbeddingCache, view_masks, view_prompt
@@ -342,17 +342,6 @@ class Log:
         for name, value in values.items():
             if self.writer is not None and isinstance(value, (int, float)):
                 self.writer.add_scalar(name, value, step)
-
-
-def save_model(model: ProbabilisticSamModel, processor: ProbabilisticSamProcessor, directory: Path) -> None:
-    """Write model and processor; weights go to a temporary name first."""
-    staging = directory / ".saving"
-    shutil.rmtree(staging, ignore_errors=True)
-    model.save_pretrained(staging)
-    processor.save_pretrained(staging)
-    for path in staging.iterdir():
-        os.replace(path, directory / path.name)
-    staging.rmdir()
 
 
 def save_checkpoint(directory: Path, step: int, model, optimizer, scheduler, ema, best: dict, log: dict) -> None:

@@ -68,8 +68,8 @@ class ProbabilisticSamConfig(SamConfig):
         bce_weight, dice_weight (`float`): weights of the reconstruction: binary cross-entropy **summed over the pixels
             of the low-resolution mask** and soft Dice loss (between 0 and 1).
         kl_weight (`float`, defaults to 1): weight of the KL divergence (nats, summed over latent coordinates) against
-            that sum. Against a mean over pixels the same number would weigh some 4,000 times as much and the posterior
-            would collapse.
+            that sum. Against a mean over pixels the same number would weigh some 4,000 times as much and the
+            posterior would collapse.
         drawing_weight (`float`, defaults to 1): weight of -log P(drew or not), which is the KL of the drawing coordinate
             (1 in the evidence lower bound; more when the energy distance has a large weight, since both train the
             prior).

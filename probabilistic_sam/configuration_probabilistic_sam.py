@@ -70,9 +70,8 @@ class ProbabilisticSamConfig(SamConfig):
         kl_weight (`float`, defaults to 1): weight of the KL divergence (nats, summed over latent coordinates) against
             that sum. Against a mean over pixels the same number would weigh some 4,000 times as much and the
             posterior would collapse.
-        drawing_weight (`float`, defaults to 1): weight of -log P(drew or not), which is the KL of the drawing coordinate
-            (1 in the evidence lower bound; more when the energy distance has a large weight, since both train the
-            prior).
+        drawing_weight (`float`, defaults to 1): weight of -log P(drew or not), the KL of the drawing coordinate: 1 in
+            the evidence lower bound, more when the energy distance has a large weight, since both train the prior.
         free_bits (`float`, defaults to 0): nats a latent coordinate may spend without being penalised.
         energy_weight (`float`, defaults to 0): weight of the energy distance between samples of the prior and readers.
         num_energy_samples (`int`, defaults to 4): samples of the prior decoded in a training step for that distance.

@@ -99,6 +99,8 @@ class ProbabilisticSamProcessor(ProcessorMixin):
         if not given:
             raise ValueError("a prompt must be given: input_boxes, input_points or input_masks")
         for name, values in given.items():
+            if not hasattr(values, "__len__"):
+                raise ValueError(f"{name} must be a list with an entry for each image, got {values!r}")
             if len(values) != len(images):
                 raise ValueError(f"{name} are for {len(values)} images, but there are {len(images)}")
 

@@ -76,7 +76,16 @@ def train_apart(workspace, output, *more, processes=1):
     """Run the script as a user does; with several processes, by torchrun."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = [sys.executable, *(launcher if processes > 1 else []), *arguments(workspace, output, *more)]
-    return subprocess.run(command, env=ENVIRONMENT, cwd=workspace, capture_output=True, text=True, timeout=570)
+    process = subprocess.Popen(
+        command, env=ENVIRONMENT, cwd=workspace, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        stdout, stderr = process.communicate(timeout=570)
+    finally:
+        if process.poll() is None:  # torchrun would leave its processes behind
+            os.killpg(process.pid, signal.SIGKILL)
+    return SimpleNamespace(returncode=process.returncode, stdout=stdout, stderr=stderr)
 
 
 @pytest.fixture(scope="module")

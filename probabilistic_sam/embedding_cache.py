@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,12 @@ import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from tqdm.auto import tqdm
 
 from .data import make_prompt
 from .data.rows import decode_image, decode_masks
+from .errors import UserError
 from .modeling_probabilistic_sam import ProbabilisticSamModel
 from .processing_probabilistic_sam import ProbabilisticSamProcessor, cut, to_grey_or_rgb
 
@@ -111,6 +114,9 @@ class EmbeddingCache:
         rank, world_size, barrier: the processes that share the work, and how they wait for each other.
         batch_size: images encoded at once.
         bf16: encode in bfloat16.
+
+    Raises:
+        UserError: the file cannot be written, or would not fit on the disk.
     """
 
     def __init__(
@@ -155,8 +161,10 @@ class EmbeddingCache:
         grid = model.config.prompt_encoder_config.image_embedding_size
         channels = model.config.vision_config.output_channels
         shape = (len(dataset), max(num_views, 1), channels, grid, grid)
-        if not self.path.exists():
-            self._build(model, dataset, shape, rank, world_size, barrier, batch_size, bf16)
+        try:
+            self._build_once(model, dataset, shape, rank, world_size, barrier, batch_size, bf16)
+        except OSError as error:
+            raise UserError(f"embedding cache {self.path} cannot be written: {error.strerror or error}") from error
         self.embeddings = np.load(self.path, mmap_mode="r")
 
     def __len__(self) -> int:
@@ -174,11 +182,30 @@ class EmbeddingCache:
             return plain_view(masks, self.processor)
         return random_view(masks, self.processor, np.random.default_rng((self.seed, index, view)), **self.augmentation)
 
+    def _build_once(self, model, dataset, shape, rank, world_size, barrier, batch_size, bf16) -> None:
+        """Build unless the file is there; of several runs that want the same file one builds and the others wait."""
+        lock = FileLock(self.path.with_suffix(".lock"))
+        if rank == 0:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire()  # the other processes of this run wait at the barrier; a killed run leaves no lock
+        try:
+            barrier()
+            if not self.path.exists():
+                self._build(model, dataset, shape, rank, world_size, barrier, batch_size, bf16)
+        finally:
+            lock.release()
+
     def _build(self, model, dataset, shape, rank, world_size, barrier, batch_size, bf16) -> None:
         """Encode every view; each process writes its rows into one file, which gets its name when all are done."""
         part = self.path.with_suffix(".part")
         if rank == 0:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            needed = math.prod(shape) * np.dtype(np.float16).itemsize
+            part.unlink(missing_ok=True)
+            free = shutil.disk_usage(part.parent).free
+            if needed > free:  # writing to memory-mapped pages that the disk cannot hold kills a process
+                raise UserError(
+                    f"embedding cache {self.path} needs {needed / 1e9:.1f} GB; {free / 1e9:.1f} GB are free"
+                )
             np.lib.format.open_memmap(part, mode="w+", dtype=np.float16, shape=shape).flush()
         barrier()
         target = np.lib.format.open_memmap(part, mode="r+")

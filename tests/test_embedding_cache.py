@@ -1,0 +1,271 @@
+"""Views that turn image, masks and prompt together, and a cache of their embeddings that is never stale."""
+
+import itertools
+import math
+import threading
+
+import numpy as np
+import pytest
+import torch
+from tiny import SIZE, tiny_model, tiny_rows, tiny_vit_parts
+
+pytest.importorskip("datasets")
+
+from probabilistic_sam import ProbabilisticSamProcessor, embedding_cache
+from probabilistic_sam.data.rows import decode_image, decode_masks, load_split, write_dataset
+from probabilistic_sam.embedding_cache import (
+    EmbeddingCache,
+    View,
+    plain_view,
+    prompt_window,
+    random_view,
+    view_masks,
+    view_pixel_values,
+    view_prompt,
+)
+from probabilistic_sam.errors import UserError
+
+AUGMENTATION = {"max_shift": 4.0, "max_zoom": 0.3, "max_gamma": 0.25}
+SYMMETRIES = list(itertools.product(range(4), (False, True)))
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    path = tmp_path_factory.mktemp("dataset") / "lidc"
+    write_dataset(tiny_rows({"train": 2}), path, "Made for a test.")
+    return load_split(path, "train")  # 6 rows
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return ProbabilisticSamProcessor(SIZE, 24)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(tiny_vit_parts)
+
+
+@pytest.fixture
+def make(model, processor, dataset, tmp_path):
+    def make_cache(**changes):
+        arguments = {
+            "model": model, "processor": processor, "dataset": dataset, "num_views": 2, "seed": 0,
+            "augmentation": AUGMENTATION, "cache_dir": tmp_path / "cache", "batch_size": 4,
+        }  # fmt: skip
+        return EmbeddingCache(**(arguments | changes))
+
+    return make_cache
+
+
+def tight_box(masks):
+    _, rows, columns = np.nonzero(masks)
+    return [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+
+
+# ----------------------------------------------------------------------------------------------------------- views
+
+
+def test_plain_view_is_what_the_processor_cuts(dataset, processor):
+    for row in dataset:
+        image, masks = decode_image(row), decode_masks(row)
+        expected = processor(image, input_boxes=[[tight_box(masks)]])
+        view = plain_view(masks, processor)
+        assert list(view.window) == expected["windows"][0].tolist()
+        assert torch.equal(view_pixel_values(image, view, processor), expected["pixel_values"][0])
+
+
+class Still:
+    """A generator for prompts without jitter."""
+
+    def uniform(self, low, high, size=None):
+        return np.zeros(size)
+
+
+@pytest.fixture(scope="module")
+def masks():
+    """Two readers' masks without any symmetry, of an image that is wider than high."""
+    masks = np.zeros((2, 40, 60), bool)
+    masks[0, 10:15, 20:34] = masks[0, 10:20, 20:23] = masks[1, 12:17, 21:31] = True
+    return masks
+
+
+@pytest.mark.parametrize(("turns", "mirror"), SYMMETRIES)
+@pytest.mark.parametrize("corner", [(0, 0), (3, -2)], ids=["centred", "shifted"])
+def test_image_masks_and_prompt_turn_together(masks, turns, mirror, corner):
+    processor = ProbabilisticSamProcessor(image_size=96, crop_size=24, stretch_percentiles=(0, 100))
+    x, y, side = prompt_window(View(turns, mirror, (0, 0, 0), 1.0).turn(masks), processor)
+    view = View(turns, mirror, (x + corner[0], y + corner[1], side), 1.0)
+    assert side == 24  # 14 px are less than three quarters of it
+
+    seen = view_masks(masks, view, side).numpy()  # pixel by pixel
+    assert seen.sum(axis=(1, 2)).tolist() == masks.sum(axis=(1, 2)).tolist()
+    box = view_prompt(masks, view, "union_box", Still(), image_size=96)["input_boxes"]
+    assert (box / 4).tolist() == tight_box(seen)
+    point = view_prompt(masks, view, "center_point", Still(), image_size=96)["input_points"]
+    rows, columns = np.nonzero(seen.any(axis=0))
+    assert (point / 4).tolist() == pytest.approx([columns.mean() + 0.5, rows.mean() + 0.5], abs=1e-4)
+
+    image = masks[0].astype(np.uint8) * 100
+    bright = view_pixel_values(image, view, processor)[0] > 0
+    expected = view_masks(masks, view, 96)[0]
+    assert (bright & expected).sum() > 0.95 * (bright | expected).sum()
+
+
+def test_the_eight_symmetries_differ(masks):
+    seen = {View(turns, mirror, (0, 0, 0), 1.0).turn(masks).tobytes() for turns, mirror in SYMMETRIES}
+    assert len(seen) == 8
+
+
+def test_random_views_stay_within_their_bounds(masks, processor):
+    views = [random_view(masks, processor, np.random.default_rng(seed), **AUGMENTATION) for seed in range(300)]
+    assert {(view.turns, view.mirror) for view in views} == set(SYMMETRIES)
+    shifts, zooms = [], []
+    for view in views:
+        x, y, side = prompt_window(view.turn(masks), processor)
+        new_x, new_y, new_side = view.window
+        shifts += [new_x + new_side / 2 - x - side / 2, new_y + new_side / 2 - y - side / 2]
+        zooms.append(new_side / side)
+    assert 3 < np.abs(shifts).max() <= 4.5  # half a pixel from rounding
+    assert math.exp(-0.3) - 0.03 < min(zooms) < 0.85 and 1.2 < max(zooms) < math.exp(0.3) + 0.03
+    gammas = np.log([view.gamma for view in views])
+    assert 0.2 < np.abs(gammas).max() <= 0.25
+    again = random_view(masks, processor, np.random.default_rng(7), **AUGMENTATION)
+    assert again == views[7] != views[8]
+
+
+def test_gamma_keeps_black_and_white_and_bends_the_rest():
+    processor = ProbabilisticSamProcessor(16, 16, stretch_percentiles=(0, 100))
+    image = np.tile(np.arange(16, dtype=np.uint8) * 10, (16, 1))
+    views = [View(0, False, (0, 0, 16), gamma) for gamma in (1.0, 2.0)]
+    straight, bent = (view_pixel_values(image, view, processor)[0, 0] for view in views)
+    assert torch.allclose(straight[[0, -1]], bent[[0, -1]], atol=1e-5)
+    share = [(row - row[0]) / (row[-1] - row[0]) for row in (straight, bent)]
+    assert torch.allclose(share[1], share[0] ** 2, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------- embeddings
+
+
+def test_embeddings_are_those_of_the_model(make, model, processor, dataset):
+    cache = make()
+    assert cache.embeddings.shape == (6, 2, 16, 2, 2) and cache.embeddings.dtype == np.float16
+    for index, row in enumerate(dataset):
+        image, masks = decode_image(row), decode_masks(row)
+        assert (cache.row_masks(index) == masks).all()
+        for number in range(2):
+            pixels = view_pixel_values(image, cache.view(index, number), processor)
+            expected = model.get_image_embeddings(pixels[None])[0].numpy()
+            assert np.allclose(cache.embeddings[index, number], expected, atol=2e-3, rtol=2e-3)
+    assert not np.allclose(cache.embeddings[:, 0], cache.embeddings[:, 1], atol=0.1)
+    assert len({cache.view(index, number) for index in range(6) for number in range(2)}) == 12
+
+
+def test_without_views_the_plain_one_is_stored(make, model, processor, dataset):
+    cache = make(num_views=0, augmentation=None)
+    assert cache.embeddings.shape == (6, 1, 16, 2, 2)
+    boxes = [[tight_box(decode_masks(row))] for row in dataset]
+    inputs = processor([decode_image(row) for row in dataset], input_boxes=boxes)
+    expected = model.get_image_embeddings(inputs["pixel_values"]).numpy()
+    assert np.allclose(cache.embeddings[:, 0], expected, atol=2e-3, rtol=2e-3)
+
+
+def test_cache_is_used_again_and_only_for_the_same_embeddings(make, dataset, monkeypatch):
+    first = make()
+    written = first.path.stat().st_mtime_ns
+    with monkeypatch.context() as patch:
+        patch.setattr(EmbeddingCache, "_build", lambda *arguments: pytest.fail("built again"))
+        again = make(model=tiny_model(tiny_vit_parts), batch_size=1)
+    assert again.path == first.path and first.path.stat().st_mtime_ns == written
+    assert (again.embeddings == first.embeddings).all()
+
+    changed = [
+        make(model=tiny_model(tiny_vit_parts, seed=1)),
+        make(processor=ProbabilisticSamProcessor(SIZE, 25)),
+        make(processor=ProbabilisticSamProcessor(SIZE, 24, stretch_percentiles=(1, 99))),
+        make(dataset=dataset.select(range(5))),
+        make(dataset=dataset.select([1, 0, 2, 3, 4, 5])),
+        make(seed=1),
+        make(num_views=1),
+        make(augmentation=AUGMENTATION | {"max_shift": 3.0}),
+        make(bf16=True),
+    ]
+    assert len({cache.path for cache in [first, *changed]}) == 10
+
+
+def test_latent_networks_do_not_make_a_new_cache(make):
+    first, other = make(), tiny_model(tiny_vit_parts)
+    torch.nn.init.ones_(other.prior.lin2.weight)
+    assert make(model=other).path == first.path
+
+
+# ------------------------------------------------------------------------------------------------ several processes
+
+
+def together(*functions):
+    """Run functions in threads; their results in order."""
+    results = [None] * len(functions)
+
+    def call(index):
+        results[index] = functions[index]()
+
+    threads = [threading.Thread(target=call, args=(index,)) for index in range(len(functions))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def test_processes_share_the_work(make, tmp_path):
+    barrier = threading.Barrier(2, timeout=60)
+
+    def process(rank):
+        return make(cache_dir=tmp_path / "two", rank=rank, world_size=2, barrier=barrier.wait)
+
+    first, second = together(lambda: process(0), lambda: process(1))
+    alone = make()
+    assert first.path.name == second.path.name == alone.path.name
+    # Other rows share a batch, and with it the last digit
+    assert np.allclose(first.embeddings, alone.embeddings, atol=2e-3)
+    assert (first.embeddings == second.embeddings).all()
+    assert not list((tmp_path / "two").glob("*.part"))
+
+
+def test_of_two_runs_one_builds_and_the_other_waits(make, monkeypatch):
+    builds = []
+    build = EmbeddingCache._build
+    monkeypatch.setattr(
+        EmbeddingCache, "_build", lambda self, *arguments: (builds.append(self), build(self, *arguments))
+    )
+    first, second = together(make, make)
+    assert len(builds) == 1
+    assert (first.embeddings == second.embeddings).all()
+
+
+def test_interrupted_build_leaves_nothing_that_looks_whole(make, model, tmp_path, monkeypatch):
+    calls = itertools.count()
+
+    def interrupted(pixel_values):
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        return torch.ones(len(pixel_values), 16, 2, 2)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "get_image_embeddings", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            make()
+    assert not list((tmp_path / "cache").glob("*.npy"))
+    whole, fresh = make(), make(cache_dir=tmp_path / "other")
+    assert (whole.embeddings == fresh.embeddings).all()
+    assert not list((tmp_path / "cache").glob("*.part"))
+
+
+def test_places_that_cannot_be_written(make, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="embedding cache .* cannot be written: "):
+        make(cache_dir=tmp_path / "file" / "cache")
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(embedding_cache.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match="needs 0.0 GB; 0.0 GB are free"):
+        make()

@@ -1,0 +1,80 @@
+"""The card: weights of half the size, and texts whose numbers come from the results file."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamProcessor
+from probabilistic_sam.configuration_probabilistic_sam import ProbabilisticSamConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "training"))
+make_card = pytest.importorskip("make_card")
+sys.path.pop(0)
+
+
+def entry(mean):
+    return {"mean": mean, "ci95": [None, None] if mean is None else [mean - 0.01, mean + 0.01]}
+
+
+@pytest.fixture
+def result():
+    metrics = {name: entry(0.25) for name in make_card.TABLE}
+    columns = {name: {"count": 1234, **metrics} for name in make_card.COLUMNS}
+    columns["shape"]["ece"] = entry(None)
+    return {
+        "split": "validation", "prompt": "union_box", "num_samples": 16, "seed": [0, 1], "num_slices": 1740,
+        "num_patients": 98, "commit": "abc", "command": "python training/evaluate.py", "results": columns,
+    }  # fmt: skip
+
+
+def test_table_has_means_with_intervals_and_leaves_out_what_does_not_exist(result):
+    lines = make_card.results_table(result).splitlines()
+    assert lines[0] == "| | `all` (1,234) | `four_readers` (1,234) | `shape` (1,234) |"
+    assert lines[2] == "| GED ↓ | 0.250 [0.240, 0.260] | 0.250 [0.240, 0.260] | 0.250 [0.240, 0.260] |"
+    assert lines[2 + list(make_card.TABLE).index("ece")].endswith("| 0.250 [0.240, 0.260] |  |")
+    assert lines[-1].endswith("|  |  |")  # emptiness is a matter of all slices
+
+
+def test_card_validates_and_names_every_condition_of_its_numbers(result):
+    card = make_card.card(result, "results/validation.json", "Trained.")
+    for part in ("pipeline_tag: mask-generation", "1,740 slices of 98 patients", "seeds 0, 1", "`union_box`", "CC BY"):
+        assert part in card.content
+    assert [item.metric_value for item in card.data.eval_results] == [0.25, 0.25, 0.25]
+
+
+def test_exported_weights_are_half_precision_and_load_as_float32(tmp_path):
+    from tiny import tiny_model
+
+    model = tiny_model()
+    source, output = tmp_path / "run", tmp_path / "card"
+    model.save_pretrained(source)
+    ProbabilisticSamProcessor(32, 24).save_pretrained(source)
+    output.mkdir()
+    make_card.export_weights(str(source), output)
+    assert (output / "model.safetensors").stat().st_size < 0.6 * (source / "model.safetensors").stat().st_size
+    loaded = ProbabilisticSamModel.from_pretrained(output)
+    assert loaded.dtype == torch.float32 and isinstance(loaded.config, ProbabilisticSamConfig)
+    state = loaded.state_dict()
+    for name, value in model.state_dict().items():
+        assert torch.equal(state[name], value.half().float()), name
+    assert ProbabilisticSamProcessor.from_pretrained(output).crop_size == 24
+
+
+def test_card_and_readme_of_the_project_are_up_to_date():
+    command = [sys.executable, "training/make_card.py", "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_shipped_weights_are_small_and_whole():
+    folder = ROOT / "model_cards" / "psam-lidc"
+    assert (folder / "model.safetensors").stat().st_size <= 30 * 2**20
+    model, info = ProbabilisticSamModel.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and model.dtype == torch.float32
+    result = json.loads((folder / "results" / "validation.json").read_text())
+    assert result["split"] == "validation" and result["num_samples"] == 16

@@ -322,7 +322,7 @@ def to_grey_or_rgb(image: Any) -> torch.Tensor:
         array = array[None]
     if array.ndim != 3 or array.shape[0] not in (1, 3) or not array.size:
         raise ValueError(f"an image must have the shape (H, W), (H, W, 3) or (3, H, W), got {np.shape(image)}")
-    tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+    tensor = torch.from_numpy(np.array(array, dtype=np.float32, order="C"))
     if not torch.isfinite(tensor).all():
         raise ValueError("an image must hold finite numbers only")
     return tensor

@@ -72,7 +72,6 @@ class ProbabilisticSamConfig(SamConfig):
             posterior would collapse.
         drawing_weight (`float`, defaults to 1): weight of -log P(drew or not), the KL of the drawing coordinate: 1 in
             the evidence lower bound, more when the energy distance has a large weight, since both train the prior.
-        free_bits (`float`, defaults to 0): nats a latent coordinate may spend without being penalised.
         energy_weight (`float`, defaults to 0): weight of the energy distance between samples of the prior and readers.
         num_energy_samples (`int`, defaults to 4): samples of the prior decoded in a training step for that distance.
     """
@@ -87,7 +86,6 @@ class ProbabilisticSamConfig(SamConfig):
     dice_weight: float = 10.0
     kl_weight: float = 1.0
     drawing_weight: float = 1.0
-    free_bits: float = 0.0
     energy_weight: float = 0.0
     num_energy_samples: int = 4
 

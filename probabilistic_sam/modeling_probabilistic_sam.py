@@ -553,10 +553,8 @@ class ProbabilisticSamModel(SamModel):
         dice = 1 - (2 * overlap + 1) / (total + 1)
         reconstruction = ((config.bce_weight * bce + config.dice_weight * dice) * drew).mean()
 
-        # Free bits: a coordinate of the outline pays only above them (averaged over the readers who drew)
-        spent = (kl_outline * drew_outline).sum(dim=(0, 1, 2)) / drew.sum().clamp(min=1)
-        paid = spent.clamp(min=config.free_bits).sum() * drew.float().mean()
-        loss = reconstruction + config.kl_weight * paid + config.drawing_weight * kl_drawing.mean()
+        loss = reconstruction + config.kl_weight * kl_outline.sum(dim=-1).mean()  # 0 where nothing was drawn
+        loss = loss + config.drawing_weight * kl_drawing.mean()
         energy = None
         if extra:
             from_prior = torch.cat([~drew, torch.ones_like(drew[..., :1]).expand(-1, -1, extra)], dim=2)

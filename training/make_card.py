@@ -142,8 +142,8 @@ The weights are stored as float16 and load as float32.
 
 - Axial CT slices at the scan's own resolution (0.46 to 0.98 mm a pixel) with a box or point on one lung nodule. The
   processor cuts a window of 64 pixels around the prompt; other organs, modalities or resolutions were not tried.
-- Large lesions are rare in the training data (95 % are below 554 pixels): on a mass of some 900 pixels that all four
-  readers drew, 6 of 16 samples were empty. Use the outlines there, not the share of empty samples.
+- Large lesions are rare in the training data, and on them too many samples are empty. Use the outlines there, not the
+  share of empty samples.
 - It answers for one slice, not for a volume: samples of neighbouring slices are independent.
 - It saw slices that at least one reader had marked. It does not detect nodules and does not say whether a prompt
   points at one.

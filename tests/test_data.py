@@ -1,12 +1,16 @@
 """Splits, prompts and rows, by hand-computed numbers and properties."""
 
+import errno
+import hashlib
 import io
+import json
 
 import numpy as np
 import PIL.Image
 import pytest
 
 from probabilistic_sam.data import PROMPTS, make_prompt, patient_bucket, row_seed, split_of
+from probabilistic_sam.data.report import CARD_NOTES, Note
 from probabilistic_sam.data.rows import (
     FEATURES,
     decode_image,
@@ -14,6 +18,7 @@ from probabilistic_sam.data.rows import (
     encode_png,
     image_row,
     load_split,
+    split_content,
     write_dataset,
 )
 from probabilistic_sam.errors import UserError
@@ -158,7 +163,7 @@ def test_impossible_prompts_are_refused(masks, prompt, reader, message):
 
 def test_row_keeps_the_image_bytes_and_every_mask():
     row = make_row(grey=7)
-    assert set(row) == set(FEATURES)
+    assert set(row) == {*FEATURES, "pixels_sha256"}
     assert row["num_nonempty"] == 2
     assert row["malignancy"] is None
     np.testing.assert_array_equal(decode_masks(row), MASKS)
@@ -193,7 +198,8 @@ def test_build_opens_with_datasets_and_with_load_split(tmp_path):
     rows = [make_row("LIDC-IDRI-0001", index) for index in (1, 0)] + [make_row(VALIDATION, 0, grey=9)]
     rows.append(make_row("LIDC-IDRI-0001", 2, np.zeros_like(MASKS)))
     report = write_dataset(rows, tmp_path / "build", "Made up.")
-    assert (report.slices["train"], report.slices["validation"], report.dropped) == (2, 1, 1)
+    assert (report.slices["train"], report.slices["validation"]) == (2, 1)
+    assert report.left_out == {"slices without any mask dropped": 1}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["build"]
 
     opened = datasets.load_dataset(str(tmp_path / "build"))
@@ -210,7 +216,7 @@ def test_build_does_not_depend_on_the_order_of_rows(tmp_path):
     write_dataset(rows, tmp_path / "a", "Made up.")
     write_dataset(reversed(rows), tmp_path / "b", "Made up.")
     files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file())
-    assert len(files) == 3
+    assert len(files) == 4
     for file in files:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
@@ -254,6 +260,121 @@ def test_a_failed_build_leaves_the_earlier_one(tmp_path):
         write_dataset([], output, "Made up.")
     assert (output / "README.md").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["build"]
+
+
+def test_full_disk_leaves_the_earlier_build(tmp_path, monkeypatch):
+    output = tmp_path / "build"
+    write_dataset([make_row()], output, "Made up.")
+    before = {path: path.read_bytes() for path in output.rglob("*.*")}
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("probabilistic_sam.data.rows.pq.ParquetWriter.write_table", full)
+    for path in (output, tmp_path / "other"):
+        with pytest.raises(OSError, match="No space left"):
+            write_dataset([make_row(VALIDATION)], path, "Made up.")
+    assert [path.name for path in tmp_path.iterdir()] == ["build"]
+    assert {path: path.read_bytes() for path in output.rglob("*.*")} == before
+
+
+def test_what_a_killed_build_left_goes_with_the_next_one(tmp_path):
+    for name in (".build.build-abc", ".other.build-abc"):
+        (tmp_path / name).mkdir()
+    write_dataset([make_row()], tmp_path / "build", "Made up.")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.build-abc", "build"]
+
+
+# Manifest and card
+
+
+def manifest_splits(path) -> dict:
+    return json.loads((path / "manifest.json").read_text())["splits"]
+
+
+def test_manifest_hashes_the_content_as_written_down(tmp_path):
+    row = make_row(slice_index=3, grey=7)
+    write_dataset([row], tmp_path / "build", "Made up.")
+
+    def array(kind: str, pixels: np.ndarray) -> bytes:
+        return hashlib.sha256(f"{kind} (64, 64)\n".encode() + pixels.tobytes()).digest()
+
+    image = np.full((64, 64), 7, dtype=np.uint8)
+    image[0] = np.arange(64)
+    pixels = hashlib.sha256(array("uint8", image) + b"".join(array("bool", mask) for mask in MASKS)).digest()
+    columns = dict.fromkeys(name for name in FEATURES if name not in ("image", "masks")) | IDENTITY
+    text = json.dumps(columns | {"num_nonempty": 2}, sort_keys=True)
+    content = hashlib.sha256(text.encode() + pixels).digest()
+    expected = {"train": {"rows": 1, "sha256": hashlib.sha256(content).hexdigest()}}
+    manifest = json.loads((tmp_path / "build/manifest.json").read_text())
+    assert (manifest["format"], manifest["sources"], manifest["splits"]) == (1, ["slices"], expected)
+    assert manifest["versions"]["numpy"] == np.__version__
+    assert {"train": split_content(load_split(tmp_path / "build", "train"))} == expected
+
+
+def test_manifest_depends_on_content_only(tmp_path, monkeypatch):
+    rows = [make_row(patient, index) for patient in ("LIDC-IDRI-0001", VALIDATION) for index in range(5)]
+    write_dataset(rows, tmp_path / "build", "Made up.")
+    splits = manifest_splits(tmp_path / "build")
+    assert {name: split["rows"] for name, split in splits.items()} == {"train": 5, "validation": 5}
+
+    def again(png: bytes) -> bytes:
+        buffer = io.BytesIO()
+        PIL.Image.open(io.BytesIO(png)).save(buffer, format="PNG", compress_level=0)
+        assert buffer.getvalue() != png
+        return buffer.getvalue()
+
+    def copies(**changes):
+        for row in reversed(rows):
+            masks = [again(mask["bytes"]) for mask in row["masks"]]
+            columns = {name: row[name] for name in IDENTITY} | changes
+            yield image_row(again(row["image"]["bytes"]), masks, "image", ["mask"] * len(masks), **columns)
+
+    monkeypatch.setattr("probabilistic_sam.data.rows.SHARD_BYTES", 5_000)
+    write_dataset(copies(), tmp_path / "other", "Made up elsewhere.")
+    assert len(list((tmp_path / "other/data").iterdir())) > 2
+    assert manifest_splits(tmp_path / "other") == splits
+    for name in splits:
+        assert split_content(load_split(tmp_path / "other", name)) == splits[name]
+
+    hashes = {splits["train"]["sha256"]}
+    for changed in ({"grey": 1}, {"masks": MASKS[[1, 0, 2]]}):
+        write_dataset([make_row(**changed), *rows[1:]], tmp_path / "changed", "Made up.")
+        hashes.add(manifest_splits(tmp_path / "changed")["train"]["sha256"])
+    for columns in ({"z_mm": 0.1}, {"malignancy": [1, None, None]}):
+        write_dataset(copies(**columns), tmp_path / "changed", "Made up.")
+        hashes.add(manifest_splits(tmp_path / "changed")["train"]["sha256"])
+    assert len(hashes) == 5
+
+
+def test_card_counts_by_split_reader_and_source_and_says_what_was_left_out(tmp_path):
+    notes: list[Note] = []
+
+    def source():
+        yield make_row("LIDC-IDRI-0001", 0)
+        yield make_row("LIDC-IDRI-0001", 1, MASKS[:1])
+        yield make_row(VALIDATION, 0) | {"source": "dicom"}
+        yield make_row("LIDC-IDRI-0001", 2, np.zeros_like(MASKS))
+        notes.extend(Note("rows left out, damaged", 2, f"slice {number}: {'x' * 900}") for number in range(60))
+        notes.append(Note("files passed over", 1000))
+
+    write_dataset(source(), tmp_path / "build", "Made up.", notes)
+    card = (tmp_path / "build/README.md").read_text()
+    for line in (
+        "| split | patients | scans | nodules | slices |",
+        "| train | 1 | 1 | 1 | 2 |",
+        "| train | 1 | 1 | 0 | 0 |",
+        "| validation | 0 | 1 | 0 | 0 |",
+        "| split | dicom | slices |",
+        "| train | 0 | 2 |",
+        "| validation | 1 | 0 |",
+        "- 1 slices without any mask dropped",
+        "- 120 rows left out, damaged",
+        "- 1,000 files passed over",
+        "- and 10 more",
+    ):
+        assert f"\n{line}\n" in card, line
+    assert card.count("- slice ") == CARD_NOTES and max(map(len, card.splitlines())) < 310
 
 
 def test_load_split_names_what_is_there(tmp_path):

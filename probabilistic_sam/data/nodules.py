@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from .pylidc_adapter import load_pylidc
+from .report import Note
 from .rows import NUM_READERS, RATINGS
 
 SLICE_SIDE = 512  # px of a whole CT slice
@@ -139,6 +140,15 @@ def read_nodule(patient_id: str, nodule_id: int, crop_side: int) -> Nodule:
         origin=(row, column),
         masks=masks[drawn],
     )
+
+
+def left_out_notes(nodule: Nodule) -> list[Note]:
+    """A note when the nodule has annotations beyond the fourth."""
+    if not nodule.left_out:
+        return []
+    where = f"{nodule.patient_id} scan {nodule.scan_id} nodule {nodule.nodule_id}"
+    detail = f"{where}: {len(nodule.left_out) + NUM_READERS} annotations, the first four are used"
+    return [Note("annotations passed over, beyond the first four of a nodule", len(nodule.left_out), detail)]
 
 
 @functools.cache

@@ -6,34 +6,31 @@ The first folder may be missing. An archive is read once from front to end and n
 """
 
 import csv
-import gzip
-import io
 import math
 import os
 import re
-import tarfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from probabilistic_sam.errors import UserError
 
+from .files import Layout, NamedFile, read_files
 from .rows import NUM_READERS, image_row
 
-MAX_MEMBER_BYTES = 4 * 2**20
-MAX_MEMBERS = 1_000_000  # the whole public set has about 95,000
-LAYOUT = "LIDC-IDRI-slices/LIDC-IDRI-dddd/nodule-n/{images,mask-0..3}/slice-k.png"
-_FILE = re.compile(
-    r"(?:LIDC-IDRI-slices/)?(?P<patient>LIDC-IDRI-\d{4})/nodule-(?P<nodule>\d{1,4})"
-    r"/(?P<kind>images|mask-[0-3])/slice-(?P<slice>\d{1,4})\.png",
-    re.ASCII,
+LAYOUT = Layout(
+    text="LIDC-IDRI-slices/LIDC-IDRI-dddd/nodule-n/{images,mask-0..3}/slice-k.png",
+    file=re.compile(
+        r"(?:LIDC-IDRI-slices/)?(?P<patient>LIDC-IDRI-\d{4})/nodule-(?P<nodule>\d{1,4})"
+        r"/(?P<kind>images|mask-[0-3])/slice-(?P<slice>\d{1,4})\.png",
+        re.ASCII,
+    ),
+    folder=re.compile(
+        r"\.?|LIDC-IDRI-slices|(?:LIDC-IDRI-slices/)?LIDC-IDRI-\d{4}(?:/nodule-\d{1,4}(?:/(?:images|mask-[0-3]))?)?",
+        re.ASCII,
+    ),
+    kinds=("images", *(f"mask-{reader}" for reader in range(NUM_READERS))),
 )
-_FOLDER = re.compile(
-    r"\.?|LIDC-IDRI-slices|(?:LIDC-IDRI-slices/)?LIDC-IDRI-\d{4}(?:/nodule-\d{1,4}(?:/(?:images|mask-[0-3]))?)?",
-    re.ASCII,
-)
-_KINDS = ("images", *(f"mask-{reader}" for reader in range(NUM_READERS)))
 
 SliceKey = tuple[str, int, int]  # patient, nodule, slice
 
@@ -49,32 +46,9 @@ def read_slices(path: str | os.PathLike[str], index: str | os.PathLike[str] | No
     Raises:
         UserError: anything that is not as the layout says, naming the file or archive member.
     """
-    path = Path(path)
-    if not path.exists():
-        raise UserError(
-            f"{path}: no such file or directory; accepted: a directory or .tar(.gz) in the layout {LAYOUT}"
-        )
     columns = read_index(index) if index is not None else None
-    files = _directory_files(path) if path.is_dir() else _archive_files(path)
-    waiting: dict[SliceKey, dict[str, tuple[str, bytes]]] = {}
-    finished: set[SliceKey] = set()
-    for name, content in files:
-        match = _FILE.fullmatch(name)
-        assert match is not None  # both readers check
-        key = (match["patient"], int(match["nodule"]), int(match["slice"]))
-        parts = waiting.setdefault(key, {})
-        if key in finished or match["kind"] in parts:
-            raise UserError(f"{name}: comes twice; accepted: one image and {NUM_READERS} masks a slice")
-        parts[match["kind"]] = (name, content)
-        if len(parts) == len(_KINDS):
-            finished.add(key)
-            yield _row(key, waiting.pop(key), columns)
-    for parts in waiting.values():
-        missing = next(kind for kind in _KINDS if kind not in parts)
-        present = next(iter(parts.values()))[0]
-        raise UserError(f"{present}: its slice has no {missing}; accepted: one image and {NUM_READERS} masks a slice")
-    if not finished:
-        raise UserError(f"{path}: holds no slice; accepted: the layout {LAYOUT}")
+    for (patient_id, nodule, place), files in read_files([path], LAYOUT):
+        yield _row((patient_id, int(nodule), int(place)), files, columns)
 
 
 def read_index(path: str | os.PathLike[str]) -> dict[SliceKey, dict[str, Any]]:
@@ -129,10 +103,10 @@ def _finite(text: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _row(key: SliceKey, parts: dict[str, tuple[str, bytes]], columns: dict[SliceKey, dict[str, Any]] | None) -> dict:
+def _row(key: SliceKey, files: list[NamedFile], columns: dict[SliceKey, dict[str, Any]] | None) -> dict:
+    names, contents = zip(*files, strict=True)
     if columns is not None and key not in columns:
-        raise UserError(f"{parts['images'][0]}: the index has no line for this slice")
-    names, contents = zip(*(parts[kind] for kind in _KINDS), strict=True)
+        raise UserError(f"{names[0]}: the index has no line for this slice")
     patient_id, nodule_id, slice_index = key
     return image_row(
         contents[0],
@@ -145,101 +119,3 @@ def _row(key: SliceKey, parts: dict[str, tuple[str, bytes]], columns: dict[Slice
         source="slices",
         **(columns[key] if columns is not None else {}),
     )
-
-
-def _directory_files(root: Path) -> Iterator[tuple[str, bytes]]:
-    """Yield (path below the root, content) of every file, sorted, without following links."""
-    count = 0
-    pending = [root]
-    while pending:
-        folder = pending.pop()
-        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name, reverse=True):
-            count += 1
-            name = Path(entry.path).relative_to(root).as_posix()
-            _check_count(count, name)
-            if entry.is_dir(follow_symlinks=False):
-                _check_name(_FOLDER, name)
-                pending.append(Path(entry.path))
-            elif entry.is_file(follow_symlinks=False):
-                _check_name(_FILE, name)
-                _check_size(entry.stat(follow_symlinks=False).st_size, name)
-                yield name, Path(entry.path).read_bytes()
-            else:
-                raise UserError(f"{name}: is a link or device; accepted: regular files and folders")
-
-
-def _archive_files(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Yield (name, content) of every regular member of a tar archive, in one pass."""
-    name = "its first member"
-    with path.open("rb") as raw:
-        packed = raw.read(2) == b"\x1f\x8b"
-        raw.seek(0)
-        stream = _TarStream(gzip.GzipFile(fileobj=raw) if packed else raw)
-        try:
-            with tarfile.open(fileobj=stream, mode="r|") as archive:
-                for count, member in enumerate(archive, start=1):
-                    name = member.name.removeprefix("./")
-                    _check_name(_FOLDER if member.isdir() else _FILE, name)
-                    _check_count(count, name)
-                    if member.isdir():
-                        continue
-                    if not member.isreg():
-                        raise UserError(f"{name}: is a link or device; accepted: regular files and folders")
-                    _check_size(member.size, name)
-                    stream.allowance = _TarStream.ALLOWANCE
-                    content = archive.extractfile(member).read()  # type: ignore[union-attr]
-                    if len(content) != member.size:
-                        raise UserError(f"{path}: truncated in {name}")
-                    yield name, content
-            stream.finish()
-        except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-            raise UserError(
-                f"{path}: damaged, truncated or not a tar archive, at or after {name} ({error})"
-            ) from error
-        if not stream.ended:
-            raise UserError(f"{path}: truncated after {name}, the end mark of a tar archive is missing")
-
-
-class _TarStream(io.RawIOBase):
-    """Reads on behalf of tarfile, which trusts sizes in headers and takes a missing end mark for the end."""
-
-    ALLOWANCE = MAX_MEMBER_BYTES + 2**20  # bytes between two members
-
-    def __init__(self, file: IO[bytes] | gzip.GzipFile) -> None:
-        self.file = file
-        self.allowance = self.ALLOWANCE
-        self.tail = b""
-
-    def read(self, size: int = -1) -> bytes:
-        block = self.file.read(size)
-        self.allowance -= len(block)
-        if self.allowance < 0:
-            raise UserError(f"a header or member of the archive is larger than {MAX_MEMBER_BYTES:,} bytes")
-        self.tail = (self.tail + block)[-1024:] if len(block) < 1024 else block[-1024:]
-        return block
-
-    def finish(self) -> None:
-        """Read to the end, so that gzip checks its sum."""
-        while self.read(2**16):
-            pass
-
-    @property
-    def ended(self) -> bool:
-        """Whether the last two blocks are the zeros that end an archive."""
-        return len(self.tail) == 1024 and not any(self.tail)
-
-
-def _check_name(pattern: re.Pattern[str], name: str) -> None:
-    if not pattern.fullmatch(name):
-        shown = name if name.isprintable() else ascii(name)  # a name must not write escape codes to the terminal
-        raise UserError(f"{shown}: unexpected path; accepted: {LAYOUT}")
-
-
-def _check_size(size: int, name: str) -> None:
-    if size > MAX_MEMBER_BYTES:
-        raise UserError(f"{name}: has {size:,} bytes; accepted: at most {MAX_MEMBER_BYTES:,}")
-
-
-def _check_count(count: int, name: str) -> None:
-    if count > MAX_MEMBERS:
-        raise UserError(f"{name}: one file too many; accepted: at most {MAX_MEMBERS:,}")

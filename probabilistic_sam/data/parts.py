@@ -1,0 +1,156 @@
+"""Builds in parts: the rows of each job are kept in a file until the whole build is written.
+
+So several processes can work at once, and a build that was interrupted goes on where it was. A part is used again when
+it is complete and the same code made it from the same input.
+"""
+
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+from tqdm import tqdm
+
+from probabilistic_sam.errors import UserError
+
+from .report import Note
+from .rows import ROW_SCHEMA
+
+_PART_FILE = re.compile(r"[\w-]+\.(arrow|tmp-\d+)")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One unit of work, such as a scan.
+
+    Attributes:
+        name: of its part, of letters, digits, `-` and `_`, unique within a build.
+        inputs: what its rows depend on, as JSON can hold it.
+        make: gives the rows, and a note for all that is left out. Other processes call it: a function of a module, or
+            a `functools.partial` of one.
+    """
+
+    name: str
+    inputs: Sequence
+    make: Callable[[], tuple[list[dict], list[Note]]]
+
+
+def part_rows(
+    jobs: Sequence[Job], folder: str | os.PathLike[str], notes: list[Note], num_proc: int = 1
+) -> Iterator[dict]:
+    """Yield the rows of all jobs in their order; each job is done once and its part is kept.
+
+    Args:
+        jobs: the whole work.
+        folder: of the parts. What is there already is used; the caller removes it when the rows are safe.
+        notes: gets the notes of each job.
+        num_proc: processes, each working on one job at a time.
+
+    Raises:
+        UserError: `folder` holds other files, a process was killed, or whatever a job raises.
+        OSError: a part cannot be written.
+    """
+    folder = Path(folder)
+    finished_parts(jobs, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    make = functools.partial(_make_part, folder=folder)
+    try:
+        with worker_pool(num_proc) as pool:
+            paths = map(make, jobs) if num_proc == 1 else pool.map(make, jobs)
+            for path in tqdm(paths, total=len(jobs), unit=" parts", desc="parts"):
+                with pa.memory_map(str(path)) as source:
+                    reader = pa.ipc.open_file(source)
+                    notes += [Note(*note) for note in json.loads(reader.schema.metadata[b"notes"])]
+                    for batch in reader.read_all().to_batches():
+                        yield from batch.to_pylist()
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a process of the build was killed, perhaps for want of memory; the same command goes on where it was, "
+            "--num-proc with a lesser number needs less memory"
+        ) from error
+
+
+def finished_parts(jobs: Sequence[Job], folder: str | os.PathLike[str]) -> int:
+    """Number of jobs whose part is there from a build that was interrupted.
+
+    Raises:
+        UserError: `folder` is a file, or holds anything else than parts.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        return 0
+    accepted = "accepted: no such folder, or the parts of a build that was interrupted"
+    if not folder.is_dir():
+        raise UserError(f"{folder}: is a file; {accepted}")
+    strangers = sorted(path.name for path in folder.iterdir() if not _PART_FILE.fullmatch(path.name))
+    if strangers:
+        raise UserError(f"{folder}: holds {strangers[0]}; {accepted}")
+    return sum(_is_finished(_part_path(job, folder), job) for job in jobs)
+
+
+def worker_pool(num_proc: int) -> ProcessPoolExecutor:
+    """Processes that leave an interruption to their parent, and end when it does, even when it is killed."""
+    return ProcessPoolExecutor(num_proc, initializer=_follow_parent)
+
+
+def _follow_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()
+
+
+def _part_path(job: Job, folder: Path) -> Path:
+    return folder / f"{job.name}.arrow"
+
+
+def _make_part(job: Job, folder: Path) -> Path:
+    """Do a job, unless its part is there already; returns the path of the part."""
+    path = _part_path(job, folder)
+    if _is_finished(path, job):
+        return path
+    rows, notes = job.make()
+    metadata = {b"fingerprint": _fingerprint(job).encode(), b"notes": json.dumps(notes).encode()}
+    schema = ROW_SCHEMA.with_metadata({**(ROW_SCHEMA.metadata or {}), **metadata})
+    temporary = path.with_suffix(f".tmp-{os.getpid()}")
+    with pa.ipc.new_file(str(temporary), schema) as writer:
+        if rows:
+            writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
+    os.replace(temporary, path)
+    return path
+
+
+def _is_finished(path: Path, job: Job) -> bool:
+    try:
+        with pa.memory_map(str(path)) as source:
+            return pa.ipc.open_file(source).schema.metadata.get(b"fingerprint") == _fingerprint(job).encode()
+    except (OSError, pa.ArrowInvalid):
+        return False
+
+
+def _fingerprint(job: Job) -> str:
+    return hashlib.sha256(json.dumps([_code_sha256(), job.name, job.inputs]).encode()).hexdigest()
+
+
+@functools.cache
+def _code_sha256() -> str:
+    """Of this folder: other code may make other rows."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

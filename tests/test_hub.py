@@ -1,0 +1,107 @@
+"""Pushing to the Hub, against a server on the loopback address, in processes of their own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from loopback_hub import LoopbackHub
+
+from probabilistic_sam.errors import UserError
+from probabilistic_sam.hub import check_repo_name
+
+SCRIPT = Path(__file__).resolve().parent.parent / "training" / "build_lidc.py"
+
+
+def python(hub: LoopbackHub, home: Path, *arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | hub.environment(home), timeout=300
+    )
+
+
+PULL = """
+import json
+import datasets
+from probabilistic_sam.data.rows import split_content
+splits = datasets.load_dataset("org/phantom")
+print(json.dumps({name: split_content(rows) for name, rows in splits.items()}))
+"""
+
+
+@pytest.mark.slow
+def test_pushed_build_is_one_commit_and_loads_by_name(tmp_path):
+    output = tmp_path / "phantom"
+    with LoopbackHub() as hub:
+        command = [SCRIPT, "phantom", "--num-nodules", 1, "--output", output]
+        pushed = python(hub, tmp_path / "home", *command, "--push-to-hub", "org/phantom", "--private")
+        assert pushed.returncode == 0, pushed.stderr
+        repo = hub.repos["dataset", "org/phantom"]
+        assert repo.private and len(repo.commits) == 2  # the first is the empty one of a new repository
+        assert pushed.stdout.splitlines()[-1] == f"pushed to {hub.url}/org/name/commit/{repo.branches['main']}"
+        files = {path.relative_to(output).as_posix(): path.read_bytes() for path in output.rglob("*.*")}
+        assert repo.files() == files and {"README.md", "manifest.json"} < files.keys()
+        pulled = python(hub, tmp_path / "elsewhere", "-c", PULL)
+        assert pulled.returncode == 0, pulled.stderr
+    assert json.loads(pulled.stdout.splitlines()[-1]) == json.loads(files["manifest.json"])["splits"]
+
+
+def test_failed_push_is_one_line_and_the_build_stays(tmp_path):
+    with LoopbackHub(fails={"/commit/main": 500}) as hub:
+        command = [SCRIPT, "phantom", "--num-nodules", 1, "--output", tmp_path / "phantom"]
+        result = python(hub, tmp_path / "home", *command, "--push-to-hub", "org/phantom")
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("error: org/phantom: not pushed: ") and "500" in last
+    assert f"{tmp_path / 'phantom'} is complete and stays" in last
+    assert "wrote" in result.stdout and (tmp_path / "phantom" / "manifest.json").exists()
+
+
+PUSHES = """
+import functools
+import sys
+from pathlib import Path
+import huggingface_hub
+from probabilistic_sam.errors import UserError
+from probabilistic_sam.hub import push_folder
+folder = Path(sys.argv[1])
+
+def attempt(*arguments, **options):
+    try:
+        push_folder(folder, *arguments, **options)
+    except UserError as error:
+        print(*str(error).split())
+
+(folder / "data").mkdir(parents=True)
+for number in range(2):
+    (folder / f"data/{number}.parquet").write_bytes(b"%d" % number)
+(folder / "README.md").write_text("one")
+attempt("org/twice", "dataset", replace="data/*")
+(folder / "data/1.parquet").unlink()
+(folder / "README.md").write_text("two")
+attempt("org/twice", "dataset", replace="data/*")
+attempt("org/twice", "dataset", private=True)
+attempt("org/closed", "model")
+huggingface_hub.HfApi = functools.partial(huggingface_hub.HfApi, endpoint="http://127.0.0.1:1")
+attempt("org/unreachable", "dataset")
+"""
+
+
+def test_pushes_replace_each_other_and_failures_are_user_errors(tmp_path):
+    with LoopbackHub(fails={"/closed/preupload/main": 403}) as hub:
+        result = python(hub, tmp_path / "home", "-c", PUSHES, tmp_path / "folder")
+    assert result.returncode == 0, result.stderr
+    repo = hub.repos["dataset", "org/twice"]
+    assert repo.files() == {"README.md": b"two", "data/0.parquet": b"0"} and len(repo.commits) == 3
+    public, forbidden, unreachable = result.stdout.splitlines()
+    assert public == "org/twice: not pushed, it exists and is public; accepted: a new or a private repository"
+    assert forbidden.startswith("org/closed: not pushed: ") and "403" in forbidden
+    assert unreachable.startswith("org/unreachable: not pushed: ") and "is complete and stays" in unreachable
+
+
+@pytest.mark.parametrize("name", ["", "phantom", "a/b/c", "org/", "org/a--b", "org/a b", "/name", "datasets/org/name"])
+def test_bad_names_are_refused(name):
+    with pytest.raises(UserError, match="is no name of a repository.*accepted: organisation/name"):
+        check_repo_name(name)

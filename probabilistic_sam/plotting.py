@@ -181,6 +181,46 @@ def sample_figure(
     return figure
 
 
+def grid_figure(
+    images: Sequence[np.ndarray],
+    readers: Sequence[np.ndarray],
+    titles: Sequence[str],
+    columns: int = 4,
+    window: tuple[float, float] = (0, 255),
+) -> Figure:
+    """Slices with their readers' outlines in a grid, all in one grey window.
+
+    Args:
+        images: (H, W) grey values each.
+        readers: (M, H, W) bool each, empty ones included; as many as images.
+        titles: line above each slice.
+        columns: slices side by side.
+        window: grey values that are drawn black and white.
+
+    Raises:
+        UserError: nothing to draw, lists of different lengths, or shapes that do not fit together.
+    """
+    if not len(images) == len(readers) == len(titles) >= 1:
+        counts = f"{len(images)} images, {len(readers)} stacks of readers and {len(titles)} titles"
+        raise UserError(f"{counts} to draw; as many of each, and at least one, are accepted")
+    gap, line = 0.1, 0.3
+    panel = (WIDTH_INCHES - 2 * MARGIN - (columns - 1) * gap) / columns
+    rows = -(-len(images) // columns)
+    figure = Figure(figsize=(WIDTH_INCHES, rows * (line + panel) + MARGIN), dpi=DPI, facecolor="white")
+    for index, (image, masks, title) in enumerate(zip(images, readers, titles, strict=True)):
+        image, masks = np.asarray(image), np.asarray(masks, dtype=bool)
+        _check_image(image)
+        _check_readers(masks, image)
+        row, column = divmod(index, columns)
+        left, top = MARGIN + column * (panel + gap), line + row * (line + panel)
+        axes = _add_axes(figure, left, top, panel, title, size=9)
+        whole = zoom_window((image.shape[0], image.shape[1]))
+        _show(axes, image, whole, cmap="gray", vmin=window[0], vmax=window[1])
+        for reader, mask in enumerate(masks):
+            _draw_outline(axes, mask, READER_COLORS[reader % len(READER_COLORS)], 0.8, alpha=0.7)
+    return figure
+
+
 def save_figure(figure: Figure, path: str | os.PathLike) -> None:
     """Write a figure as PNG, the same bytes for the same content, by way of a temporary file in the same folder."""
     path = Path(path)
@@ -198,14 +238,23 @@ def save_figure(figure: Figure, path: str | os.PathLike) -> None:
 def _check_shapes(
     image: np.ndarray, samples: np.ndarray, mean: np.ndarray, entropy: np.ndarray, readers: np.ndarray | None
 ) -> None:
-    if image.ndim != 2:
-        raise UserError(f"the image to draw has shape {image.shape}; (height, width) is accepted")
+    _check_image(image)
     if samples.ndim != 3 or samples.shape[1:] != image.shape or not len(samples):
         raise UserError(f"samples have shape {samples.shape}; (N,) + {image.shape} with N >= 1 is accepted")
     for name, array in (("mean", mean), ("entropy", entropy)):
         if array.shape != image.shape:
             raise UserError(f"{name} has shape {array.shape}; the image's shape {image.shape} is accepted")
-    if readers is not None and (readers.ndim != 3 or readers.shape[1:] != image.shape):
+    if readers is not None:
+        _check_readers(readers, image)
+
+
+def _check_image(image: np.ndarray) -> None:
+    if image.ndim != 2:
+        raise UserError(f"the image to draw has shape {image.shape}; (height, width) is accepted")
+
+
+def _check_readers(readers: np.ndarray, image: np.ndarray) -> None:
+    if readers.ndim != 3 or readers.shape[1:] != image.shape:
         raise UserError(f"readers have shape {readers.shape}; (M,) + {image.shape} is accepted")
 
 

@@ -64,6 +64,9 @@ class ProbabilisticSamConfig(SamConfig):
         latent_injection (`str`, defaults to `"sparse"`): where the latent enters the decoder. `"sparse"` adds one
             projection to each sparse prompt embedding (the paper's way), `"token"` appends it as a prompt token of its
             own.
+        detail_hidden_size (`int`, defaults to 32): channels of the detail network at the resolution of the masks,
+            twice and four times as many at half and a quarter of it.
+        detail_num_blocks (`int`, defaults to 3): its blocks at the lowest resolution.
         latent_dropout (`float`, defaults to 0.1): dropout in the heads of the prior and posterior networks.
         bce_weight, dice_weight (`float`): weights of the reconstruction: binary cross-entropy **summed over the pixels
             of the low-resolution mask** and soft Dice loss (between 0 and 1).
@@ -81,6 +84,8 @@ class ProbabilisticSamConfig(SamConfig):
     latent_dim: int = 9
     latent_hidden_size: int = 128
     latent_injection: str = "sparse"
+    detail_hidden_size: int = 32
+    detail_num_blocks: int = 3
     latent_dropout: float = 0.1
     bce_weight: float = 1.0
     dice_weight: float = 10.0

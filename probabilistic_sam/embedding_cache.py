@@ -1,6 +1,6 @@
 """Image embeddings of augmented views, computed once and read from disk: what makes training cheap on a laptop.
 
-The vision encoder is frozen while the latent space is trained, so its output for a view of a slice never changes. A
+The vision encoder is frozen while a model is trained, so its output for a view of a slice never changes. A
 view is a window around the union of the readers' masks, turned, mirrored, shifted, zoomed and with another contrast;
 its parameters follow from (seed, row, view), so that only embeddings are stored and prompts and masks are cut to fit.
 """
@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -24,10 +25,9 @@ from tqdm.auto import tqdm
 from .data import make_prompt
 from .data.rows import decode_image, decode_masks
 from .errors import UserError
-from .modeling_probabilistic_sam import ProbabilisticSamModel
 from .processing_probabilistic_sam import ProbabilisticSamProcessor, cut, to_grey_or_rgb
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,8 @@ class EmbeddingCache:
     """Embeddings (rows, views, C, g, g) in float16, memory-mapped, and the packed masks of the rows in memory.
 
     Args:
-        model, processor: whose embeddings; the cache is keyed by their weights and settings.
+        model, processor: whose embeddings; the cache is keyed by the weights of the model's `vision_encoder` and the
+            processor's settings. A model without one has embeddings that follow from the image alone.
         dataset: rows with `image` and `masks` of one split.
         num_views: augmented views a row; 0 stores the plain view only, as the processor cuts it.
         seed: of the views.
@@ -121,7 +122,7 @@ class EmbeddingCache:
 
     def __init__(
         self,
-        model: ProbabilisticSamModel,
+        model: Any,
         processor: ProbabilisticSamProcessor,
         dataset: datasets.Dataset,
         num_views: int,
@@ -144,7 +145,8 @@ class EmbeddingCache:
             images.update(decode_image(row).tobytes())
             images.update(self.masks[-1][0].tobytes())
         vision = hashlib.sha256()
-        for name, value in sorted(model.vision_encoder.state_dict().items()):
+        encoder = getattr(model, "vision_encoder", None)
+        for name, value in sorted(encoder.state_dict().items()) if encoder is not None else ():
             vision.update(name.encode() + value.detach().cpu().float().numpy().tobytes())
         key = {
             "version": CACHE_VERSION,
@@ -158,9 +160,8 @@ class EmbeddingCache:
         }
         name = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:20]
         self.path = Path(cache_dir).expanduser() / f"embeddings-{name}.npy"
-        grid = model.config.prompt_encoder_config.image_embedding_size
-        channels = model.config.vision_config.output_channels
-        shape = (len(dataset), max(num_views, 1), channels, grid, grid)
+        blank = torch.zeros(1, 3, processor.image_size, processor.image_size, device=model.device)
+        shape = (len(dataset), max(num_views, 1), *model.get_image_embeddings(blank).shape[1:])
         try:
             self._build_once(model, dataset, shape, rank, world_size, barrier, batch_size, bf16)
         except OSError as error:

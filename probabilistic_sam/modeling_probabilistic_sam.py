@@ -3,17 +3,22 @@
 Shapes: B images, P prompts an image, S samples, R readers, L latent coordinates, g = image_size / 16 (grid of the
 image embeddings), h = w = image_size / 4 (low-resolution masks).
 
+SAM's encoder sees a lesion of ten pixels as two cells. The detail network, a small U-Net, adds what the pixels say
+between its image embeddings and the decoder. It has no weights of SAM's and starts at zero.
+
 The latent of a sample is Gaussian. Its first coordinate decides whether the reader draws at all: a mask is empty when
 it is not positive. The others shape the outline and enter SAM's mask decoder with the prompt.
 """
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import SamModel
+from transformers import initialization as init
 from transformers.models.sam.modeling_sam import (
     SamMaskDecoder,
     SamPositionalEmbedding,
@@ -26,6 +31,9 @@ from .configuration_probabilistic_sam import ProbabilisticSamConfig, TinyViTVisi
 from .modeling_tiny_vit import TinyViTVisionEncoder
 
 EMPTY_LOGIT = -30.0  # every pixel of a mask that its reader does not draw
+PIXEL_CHANNELS = 16  # of the image embeddings: 4 x 4 grey values a cell of the grid
+PROMPT_CHANNELS = 4  # box, positive points, negative points, mask
+GROUPS = 8  # of a group norm
 MAX_DECODED = 64  # masks decoded in one call, so that memory does not grow with the number of samples
 
 
@@ -61,7 +69,12 @@ class ProbabilisticSamOutput(ModelOutput):
     posterior_log_std: torch.Tensor | None = None
 
 
-# ------------------------------------------------------------------------------------------------- prompts as maps
+# ------------------------------------------------------------------------------------------- images, prompts as maps
+
+
+def pack_pixels(pixel_values: torch.Tensor) -> torch.Tensor:
+    """Grey values in the resolution of the low-resolution masks, packed: (B, 3, 16g, 16g) to (B, 16, g, g)."""
+    return F.pixel_unshuffle(F.avg_pool2d(pixel_values.mean(dim=1, keepdim=True), 4), 4)
 
 
 def box_map(boxes: torch.Tensor, image_size: int, grid: int) -> torch.Tensor:
@@ -87,6 +100,128 @@ def point_maps(points: torch.Tensor, labels: torch.Tensor, image_size: int, grid
     return torch.einsum("bpck,bpkyx->bpcyx", chosen, bumps).clamp(max=1)
 
 
+def prompt_maps(
+    image_size: int,
+    grid: int,
+    input_points: torch.Tensor | None = None,
+    input_labels: torch.Tensor | None = None,
+    input_boxes: torch.Tensor | None = None,
+    input_masks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Prompts of one kind or several as maps of `grid` x `grid` cells: (B, P, 4, grid, grid), zeros where absent.
+
+    Arguments and shapes are those of `ProbabilisticSamModel.forward`.
+
+    Raises:
+        ValueError: no prompt.
+    """
+    boxes = points = masks = None
+    if input_boxes is not None:
+        boxes = box_map(input_boxes.float(), image_size, grid)[:, :, None]
+    if input_points is not None:
+        labels = torch.ones_like(input_points[..., 0]) if input_labels is None else input_labels
+        points = point_maps(input_points.float(), labels, image_size, grid)
+    if input_masks is not None:
+        masks = F.adaptive_avg_pool2d((input_masks.float() > 0).float(), grid)[:, None]
+    given = [item for item in (boxes, points, masks) if item is not None]
+    if not given:
+        raise ValueError("A prompt must be provided: input_boxes, input_points or input_masks.")
+    blank = given[0].new_zeros(given[0].shape[0], given[0].shape[1], 1, grid, grid)
+    parts = (
+        blank if boxes is None else boxes,
+        blank.expand(-1, -1, 2, -1, -1) if points is None else points,
+        blank if masks is None else masks.expand_as(blank),  # shared by the prompts of an image
+    )
+    return torch.cat(parts, dim=2)
+
+
+def pixels_and_contrast(image_embeddings: torch.Tensor) -> torch.Tensor:
+    """The pixels that image embeddings end with, as they are and relative to their window: (B, 2, h, w).
+
+    How bright a lesion is depends on what else is in the window, since its grey values are stretched.
+    """
+    pixels = F.pixel_shuffle(image_embeddings[:, -PIXEL_CHANNELS:], 4)  # (B, 1, h, w)
+    mean, std = pixels.mean(dim=(1, 2, 3), keepdim=True), pixels.std(dim=(1, 2, 3), keepdim=True)
+    return torch.cat([pixels, (pixels - mean) / (std + 1e-3)], dim=1)
+
+
+def reader_targets(labels: torch.Tensor, lead: tuple[int, ...], size: int) -> torch.Tensor:
+    """Readers' masks (B, P, R, H, W) as 0 or 1 at `size` x `size`, for `lead` = (B, P).
+
+    Raises:
+        ValueError: labels of another shape.
+    """
+    if labels.ndim != 5 or labels.shape[:2] != lead:
+        raise ValueError(f"labels must have the shape {(*lead, 'R', 'H', 'W')}, got {tuple(labels.shape)}.")
+    targets = labels.float()
+    if targets.shape[-2:] != (size, size):
+        targets = F.interpolate(targets.flatten(0, 1), size=(size, size), mode="area")
+        targets = (targets >= 0.5).float().unflatten(0, lead)
+    return targets
+
+
+# -------------------------------------------------------------------------------------------------- detail network
+
+
+class DetailBlock(nn.Module):
+    """Two 3x3 convolutions, each after group norm and GELU, with a residual connection."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.group_norm1, self.group_norm2 = nn.GroupNorm(GROUPS, width), nn.GroupNorm(GROUPS, width)
+        self.conv1, self.conv2 = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        residual = self.conv1(F.gelu(self.group_norm1(hidden_states)))
+        return hidden_states + self.conv2(F.gelu(self.group_norm2(residual)))
+
+
+class DetailProjection(nn.Conv2d):
+    """A convolution that starts at zero."""
+
+
+class DetailNetwork(nn.Module):
+    """A small U-Net on pixels and prompt, with SAM's image embeddings at its bottom: what a cell of 16 pixels hides.
+
+    A lesion of ten pixels is two cells wide in SAM's image embeddings. The outputs join SAM's mask decoder at its
+    three resolutions; they start at zero, so that a new model draws SAM's own masks.
+    """
+
+    def __init__(self, config: ProbabilisticSamConfig):
+        super().__init__()
+        fine, middle, coarse = (config.detail_hidden_size * factor for factor in (1, 2, 4))
+        channels, decoder = config.vision_config.output_channels, config.mask_decoder_config.hidden_size
+        self.stem = nn.Conv2d(2 + PROMPT_CHANNELS, fine, 3, padding=1)
+        self.fine_down = DetailBlock(fine)
+        self.to_middle = nn.Conv2d(fine, middle, 2, stride=2)
+        self.middle_down = DetailBlock(middle)
+        self.to_coarse = nn.Conv2d(middle, coarse, 2, stride=2)
+        self.image_proj = nn.Conv2d(channels, coarse, 1)
+        self.coarse_blocks = nn.Sequential(*(DetailBlock(coarse) for _ in range(config.detail_num_blocks)))
+        self.from_coarse = nn.ConvTranspose2d(coarse, middle, 2, stride=2)
+        self.middle_up = DetailBlock(middle)
+        self.from_middle = nn.ConvTranspose2d(middle, fine, 2, stride=2)
+        self.fine_up = DetailBlock(fine)
+        self.coarse_out = DetailProjection(coarse, decoder, 1)
+        self.middle_out = DetailProjection(middle, decoder // 4, 1)
+        self.fine_out = DetailProjection(fine, decoder // 8, 1)
+
+    def forward(self, image_embeddings: torch.Tensor, prompt_maps: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Image embeddings with pixels (N, C + 16, g, g) and prompt maps (N, 4, h, w), N prompts.
+
+        Returns:
+            Features (N, W, g, g) for the latent networks, and what is added in the decoder at its three resolutions:
+            (N, D, g, g), (N, D / 4, 2g, 2g), (N, D / 8, 4g, 4g).
+        """
+        fine = self.stem(torch.cat([pixels_and_contrast(image_embeddings), prompt_maps], dim=1))
+        fine = self.fine_down(fine)
+        middle = self.middle_down(self.to_middle(fine))
+        coarse = self.coarse_blocks(self.to_coarse(middle) + self.image_proj(image_embeddings[:, :-PIXEL_CHANNELS]))
+        middle = self.middle_up(middle + self.from_coarse(coarse))
+        fine = self.fine_up(fine + self.from_middle(middle))
+        return coarse, self.coarse_out(coarse), self.middle_out(middle), self.fine_out(fine)
+
+
 # ------------------------------------------------------------------------------------------------- latent networks
 
 
@@ -106,17 +241,16 @@ class LatentBlock(nn.Module):
 
 
 class LatentNetwork(nn.Module):
-    """Prior or posterior: image embeddings, prompt maps and (posterior only) readers' masks to Gaussian parameters."""
+    """Prior or posterior: image features, prompt maps and (posterior only) readers' masks to Gaussian parameters."""
 
-    PROMPT_CHANNELS = 4  # box, positive points, negative points, mask
     PATCH = 4  # side, in pixels of a low-resolution mask, of a cell of the grid
 
     def __init__(self, config: ProbabilisticSamConfig, reads_masks: bool):
         super().__init__()
         width = config.latent_hidden_size
-        extents = self.PROMPT_CHANNELS + reads_masks
-        self.image_proj = nn.Conv2d(config.vision_config.output_channels, width, 1)
-        self.prompt_proj = nn.Conv2d(self.PROMPT_CHANNELS, width, 1)
+        extents = PROMPT_CHANNELS + reads_masks
+        self.image_proj = nn.Conv2d(4 * config.detail_hidden_size, width, 1)
+        self.prompt_proj = nn.Conv2d(PROMPT_CHANNELS, width, 1)
         if reads_masks:
             self.mask_proj = nn.Conv2d(1, width, self.PATCH, stride=self.PATCH)
         self.blocks = nn.ModuleList([LatentBlock(width), LatentBlock(width)])
@@ -126,33 +260,28 @@ class LatentNetwork(nn.Module):
         self.lin2 = nn.Linear(width, 2 * config.latent_dim)
 
     def forward(
-        self, image_embeddings: torch.Tensor, prompt_maps: torch.Tensor, masks: torch.Tensor | None = None
+        self, features: torch.Tensor, prompt_maps: torch.Tensor, masks: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, C, g, g), (B, P, 4, g, g), masks (B, P, R, h, w) in 0..1 to mean, log std (B, P, L) or (B, P, R, L)."""
-        batch, prompts, _, grid, _ = prompt_maps.shape
-        hidden = self.image_proj(image_embeddings)[:, None] + self.prompt_proj(prompt_maps.flatten(0, 1)).unflatten(
-            0, (batch, prompts)
-        )  # (B, P, H, g, g)
-        inside = prompt_maps[:, :, (0, 1, 3)].amax(dim=2, keepdim=True)  # what the prompt points at
-        extents = prompt_maps.sum(dim=(-2, -1))  # in cells
+        """(N, W, g, g), (N, 4, g, g), masks (N, R, h, w) in 0..1 to mean, log std (N, L) or (N, R, L)."""
+        hidden = self.image_proj(features) + self.prompt_proj(prompt_maps)  # (N, H, g, g)
+        inside = prompt_maps[:, (0, 1, 3)].amax(dim=1)  # (N, g, g): what the prompt points at
+        extents = prompt_maps.sum(dim=(-2, -1))  # (N, 4) in cells
+        lead = hidden.shape[:1]
         if masks is not None:
-            lead = (batch, prompts, masks.shape[2])
-            side = self.PATCH * grid
-            hidden = hidden[:, :, None] + self.mask_proj(masks.reshape(-1, 1, side, side)).unflatten(0, lead)
-            inside = inside[:, :, None].expand(*lead, -1, -1, -1)
+            lead = masks.shape[:2]
+            hidden = hidden[:, None] + self.mask_proj(masks.flatten(0, 1)[:, None]).unflatten(0, lead)
+            hidden = hidden.flatten(0, 1)
+            inside = inside[:, None].expand(*lead, -1, -1).flatten(0, 1)
             area = masks.sum(dim=(-2, -1))[..., None] / self.PATCH**2
-            extents = torch.cat([extents[:, :, None].expand(*lead, -1), area], dim=-1)
-        lead = hidden.shape[:-3]
-        hidden = hidden.flatten(0, -4)
+            extents = torch.cat([extents[:, None].expand(*lead, -1), area], dim=-1).flatten(0, 1)
         for block in self.blocks:
             hidden = block(hidden)
-        tokens = self.layer_norm(hidden.flatten(2).transpose(1, 2))  # (N, g * g, H)
-        weight = inside.reshape(len(tokens), -1, 1)
+        tokens = self.layer_norm(hidden.flatten(2).transpose(1, 2))  # (M, g * g, H)
+        weight = inside.flatten(1)[..., None]
         focus = (tokens * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1e-3)
-        extents = torch.log(extents + 1e-2).flatten(0, -2)
         pooled = self.dropout(torch.cat([tokens.mean(dim=1), tokens.amax(dim=1), focus], dim=1))
-        hidden = self.dropout(F.gelu(self.lin1(torch.cat([pooled, extents], dim=1))))
-        mean, log_std = self.lin2(hidden).float().unflatten(0, lead).chunk(2, dim=-1)
+        hidden = self.lin1(torch.cat([pooled, torch.log(extents + 1e-2)], dim=1))
+        mean, log_std = self.lin2(self.dropout(F.gelu(hidden))).float().unflatten(0, lead).chunk(2, dim=-1)
         return mean, 4.0 * torch.tanh(log_std / 4.0)  # bounded, so that neither exp nor the KL can overflow
 
 
@@ -171,6 +300,28 @@ def truncated_normal(mean: torch.Tensor, positive: torch.Tensor) -> tuple[torch.
     ratio = torch.exp(log_density - torch.special.log_ndtr(sign * mean))  # inverse Mills ratio
     variance = 1 - ratio * (ratio + sign * mean)
     return mean + sign * ratio, 0.5 * torch.log(variance.clamp(min=1e-6))
+
+
+def draw_noise(shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device | str) -> torch.Tensor:
+    """Standard normal noise, drawn on the generator's device so that a seed means the same everywhere."""
+    source = device if generator is None else generator.device
+    return torch.randn(shape, generator=generator, device=source).to(device)
+
+
+def draw_spread_noise(
+    shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device | str
+) -> torch.Tensor:
+    """Standard normal noise (B, P, S, L) whose S samples spread evenly: Latin hypercube sampling.
+
+    Each coordinate has one sample in each of S intervals of equal probability (McKay, Beckman and Conover 1979). Every
+    single sample is distributed as with `draw_noise`; together they stand for the distribution with less chance, so
+    that, say, a quarter of 16 samples is empty when the probability of drawing nothing is 1/4.
+    """
+    source = device if generator is None else generator.device
+    places = torch.rand(shape, generator=generator, device=source).argsort(dim=2)
+    inside = torch.rand(shape, generator=generator, device=source)
+    level = ((places + inside.double()) / shape[2]).clamp(1e-9, 1 - 1e-9)  # float32 has no numbers close to 1
+    return torch.special.ndtri(level).float().to(device)
 
 
 def gaussian_kl(
@@ -214,10 +365,17 @@ def energy_distance(
 
 
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Multi-head attention of (B, N, length, C) tensors that are projected already."""
+    """Multi-head attention of (B, N, length, C) tensors that are projected already.
+
+    One side is a handful of tokens, so the scores are small and plain matrix products are as fast as a fused kernel;
+    in bfloat16 on a CPU they are several times faster with gradients.
+    """
     lead = query.shape[:2]
-    heads = [item.flatten(0, 1).unflatten(-1, (num_heads, -1)).transpose(1, 2) for item in (query, key, value)]
-    context = F.scaled_dot_product_attention(*heads)
+    query, key, value = (
+        item.flatten(0, 1).unflatten(-1, (num_heads, -1)).transpose(1, 2) for item in (query, key, value)
+    )
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
+    context = scores.softmax(dim=-1).to(value.dtype) @ value
     return context.transpose(1, 2).flatten(-2).unflatten(0, lead)
 
 
@@ -235,6 +393,8 @@ class ProbabilisticSamMaskDecoder(SamMaskDecoder):
         image_positional_embeddings: torch.Tensor,
         sparse_prompt_embeddings: torch.Tensor,
         dense_prompt_embeddings: torch.Tensor,
+        middle_details: torch.Tensor,
+        fine_details: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Decode N prompts of each image.
 
@@ -243,6 +403,8 @@ class ProbabilisticSamMaskDecoder(SamMaskDecoder):
             image_positional_embeddings: `(1, C, g, g)`.
             sparse_prompt_embeddings: `(B, N, T, C)`.
             dense_prompt_embeddings: `(B, C, g, g)`.
+            middle_details: `(B, C / 4, 2g, 2g)`, added after the first upscaling.
+            fine_details: `(B, C / 8, 4g, 4g)`, added after the second one.
 
         Returns:
             Logits `(B, N, 4g, 4g)` of SAM's single-mask token, and its iou scores `(B, N)`.
@@ -265,9 +427,14 @@ class ProbabilisticSamMaskDecoder(SamMaskDecoder):
 
         hyper = self.output_hypernetworks_mlps[0](tokens[:, :, 1])  # (B, N, C / 8)
         hidden = self.upscale(image, self.upscale_conv1)  # (B, N, G, 4, C / 4)
+        details = F.pixel_unshuffle(middle_details, 2).flatten(2).unflatten(1, (-1, 4))  # (B, C / 4, 4, G)
+        hidden = hidden + details.permute(0, 3, 2, 1)[:, None]
         norm = self.upscale_layer_norm
         hidden = self.activation(F.layer_norm(hidden, norm.normalized_shape, norm.weight, norm.bias, norm.eps))
-        hidden = self.activation(self.upscale(hidden, self.upscale_conv2))  # (B, N, G, 4, 4, C / 8)
+        hidden = self.upscale(hidden, self.upscale_conv2)  # (B, N, G, 4, 4, C / 8)
+        details = fine_details.unflatten(3, (grid, 2, 2)).unflatten(2, (grid, 2, 2))  # (B, C / 8, g, 2, 2, g, 2, 2)
+        details = details.permute(0, 2, 5, 3, 6, 4, 7, 1).flatten(1, 2).flatten(2, 3).flatten(3, 4)
+        hidden = self.activation(hidden + details[:, None])
         masks = (hidden.flatten(2, 4) @ hyper[..., None].to(hidden.dtype))[..., 0]  # (B, N, G * 16)
         # y, x, then the rows and columns of both upscalings
         masks = masks.view(batch, prompts, grid, grid, 2, 2, 2, 2)
@@ -332,7 +499,7 @@ class ProbabilisticSamModel(SamModel):
     config: ProbabilisticSamConfig
     config_class = ProbabilisticSamConfig
     _no_split_modules = ["SamVisionLayer", "TinyViTStage"]
-    latent_modules = ("prior", "posterior", "latent_proj")
+    latent_modules = ("detail_network", "prior", "posterior", "latent_proj")
 
     def __init__(self, config: ProbabilisticSamConfig):
         super(SamModel, self).__init__(config)  # SamModel's own would build a ViT whatever the vision configuration is
@@ -342,6 +509,7 @@ class ProbabilisticSamModel(SamModel):
         self.prompt_encoder = SamPromptEncoder(config)
         config.mask_decoder_config._attn_implementation = config._attn_implementation
         self.mask_decoder = ProbabilisticSamMaskDecoder(config.mask_decoder_config)
+        self.detail_network = DetailNetwork(config)
         self.prior = LatentNetwork(config, reads_masks=False)
         self.posterior = LatentNetwork(config, reads_masks=True)
         hidden_size = config.mask_decoder_config.hidden_size
@@ -350,50 +518,85 @@ class ProbabilisticSamModel(SamModel):
         )
         self.post_init()
 
-    def get_prompt_maps(self, batch_size, input_points, input_labels, input_boxes, input_masks) -> torch.Tensor:
-        """Prompts as maps on the grid of the image embeddings: (B, P, 4, g, g), zeros for a kind that is absent."""
-        size = self.config.prompt_encoder_config.image_size
-        grid = self.config.prompt_encoder_config.image_embedding_size
-        prompt = next(item for item in (input_boxes, input_points, input_masks) if item is not None)
-        prompts = 1 if input_boxes is None and input_points is None else prompt.shape[1]
-        maps = torch.zeros(
-            (batch_size, prompts, LatentNetwork.PROMPT_CHANNELS, grid, grid), device=prompt.device, dtype=torch.float32
-        )
-        if input_boxes is not None:
-            maps[:, :, 0] = box_map(input_boxes.float(), size, grid)
-        if input_points is not None:
-            maps[:, :, 1:3] = point_maps(input_points.float(), input_labels, size, grid)
-        if input_masks is not None:
-            maps[:, :, 3] = F.adaptive_avg_pool2d((input_masks.float() > 0).float(), grid)
-        return maps
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, DetailProjection):
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
 
-    def decode(
+    def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Image embeddings (B, C + 16, g, g) with gradients: SAM's, and the pixels.
+
+        The last 16 channels hold the image's grey values at the resolution of the low-resolution masks, 4 x 4 of them
+        a cell of the grid, so that one tensor still stands for the image.
+        """
+        embeddings = self.vision_encoder(pixel_values).last_hidden_state
+        return torch.cat([embeddings, pack_pixels(pixel_values).to(embeddings.dtype)], dim=1)
+
+    @torch.no_grad()
+    def get_image_embeddings(self, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
+        """What `forward` takes as `image_embeddings`: (B, C + 16, g, g), see `encode`; no gradients."""
+        return self.encode(pixel_values)
+
+    def embed(
         self,
         image_embeddings: torch.Tensor,
-        sparse_embeddings: torch.Tensor | None,
-        dense_embeddings: torch.Tensor,
-        latents: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One decoder call for all latents (B, P, S, L): logits (B, P, S, h, w) and iou scores (B, P, S)."""
-        _, prompts, samples, _ = latents.shape
+        input_points: torch.Tensor | None,
+        input_labels: torch.Tensor | None,
+        input_boxes: torch.Tensor | None,
+        input_masks: torch.Tensor | None,
+    ) -> tuple[tuple[int, int], torch.Tensor, torch.Tensor, tuple[Any, ...]]:
+        """What all samples of a prompt share. Every prompt has details of its own, so there are N = B * P of each.
+
+        Returns:
+            (B, P); features (N, W, g, g) and prompt maps (N, 4, g, g) for the latent networks; what `decode` takes:
+            image with details (N, C, g, g), sparse (N, T, C) or None, dense (N, C, g, g), details of the two other
+            resolutions.
+        """
+        sparse, dense = self.prompt_encoder(
+            input_points=input_points, input_labels=input_labels, input_boxes=input_boxes, input_masks=input_masks
+        )
+        grid, image_size = image_embeddings.shape[-1], self.config.prompt_encoder_config.image_size
+        prompts = (input_points, input_labels, input_boxes, input_masks)
+        coarse_maps, fine_maps = (
+            prompt_maps(image_size, side, *prompts).to(image_embeddings.dtype) for side in (grid, 4 * grid)
+        )
+        batch, count = coarse_maps.shape[:2]
+        coarse_maps, fine_maps = coarse_maps.flatten(0, 1), fine_maps.flatten(0, 1)
+        image_embeddings, dense = (item.repeat_interleave(count, dim=0) for item in (image_embeddings, dense))
+        features, coarse, middle, fine = self.detail_network(image_embeddings, fine_maps)
+        image = image_embeddings[:, :-PIXEL_CHANNELS] + coarse
+        sparse = None if sparse is None else sparse.flatten(0, 1)
+        return (batch, count), features, coarse_maps, (image, sparse, dense, (middle, fine))
+
+    def decode(self, embeddings: tuple[Any, ...], latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """One decoder call for all latents (B, P, S, L): logits (B, P, S, h, w) and iou scores (B, P, S).
+
+        `embeddings` are those of `embed`, with one entry a prompt.
+        """
+        image_embeddings, sparse_embeddings, dense_embeddings, (middle_details, fine_details) = embeddings
+        lead = latents.shape[:3]
         latent_embeddings = self.latent_proj(latents[..., 1:].to(dense_embeddings.dtype))
-        latent_embeddings = latent_embeddings[:, :, :, None]  # (B, P, S, 1, C)
+        latent_embeddings = latent_embeddings.flatten(0, 1)[:, :, None]  # (B * P, S, 1, C)
         if sparse_embeddings is None:  # a mask is the only prompt
             sparse = latent_embeddings
         elif self.config.latent_injection == "sparse":
-            sparse = sparse_embeddings[:, :, None] + latent_embeddings  # (B, P, S, T, C)
+            sparse = sparse_embeddings[:, None] + latent_embeddings  # (B * P, S, T, C)
         else:
-            tokens = sparse_embeddings[:, :, None].expand(-1, -1, samples, -1, -1)
-            sparse = torch.cat([tokens, latent_embeddings], dim=3)  # (B, P, S, T + 1, C)
+            tokens = sparse_embeddings[:, None].expand(-1, lead[2], -1, -1)
+            sparse = torch.cat([tokens, latent_embeddings], dim=2)  # (B * P, S, T + 1, C)
         masks, iou_scores = self.mask_decoder(
             image_embeddings=image_embeddings,
             image_positional_embeddings=self.get_image_wide_positional_embeddings(),
-            sparse_prompt_embeddings=sparse.flatten(1, 2),
+            sparse_prompt_embeddings=sparse,
             dense_prompt_embeddings=dense_embeddings,
+            middle_details=middle_details,
+            fine_details=fine_details,
         )
-        masks = masks.unflatten(1, (prompts, samples)).float()
+        masks = masks.unflatten(0, lead[:2]).float()
         draws = latents[..., 0, None, None] > 0
-        return torch.where(draws, masks, EMPTY_LOGIT), iou_scores.unflatten(1, (prompts, samples))
+        return torch.where(draws, masks, EMPTY_LOGIT), iou_scores.unflatten(0, lead[:2])
 
     def forward(
         self,
@@ -441,8 +644,15 @@ class ProbabilisticSamModel(SamModel):
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
 
-        if image_embeddings is None:
-            image_embeddings = self.vision_encoder(pixel_values).last_hidden_state
+        if pixel_values is not None:
+            image_embeddings = self.encode(pixel_values)
+        assert image_embeddings is not None
+        channels = self.config.vision_config.output_channels + PIXEL_CHANNELS
+        if image_embeddings.shape[1] != channels:
+            raise ValueError(
+                f"image_embeddings must have {channels} channels, those of get_image_embeddings, got "
+                f"{image_embeddings.shape[1]}."
+            )
         batch_size = image_embeddings.shape[0]
         prompts = {"input_points": input_points, "input_boxes": input_boxes, "input_masks": input_masks}
         for name, prompt in prompts.items():
@@ -456,27 +666,22 @@ class ProbabilisticSamModel(SamModel):
         if input_points is not None and input_labels is None:
             input_labels = torch.ones_like(input_points[..., 0], dtype=torch.int)
 
-        sparse_embeddings, dense_embeddings = self.prompt_encoder(
-            input_points=input_points, input_labels=input_labels, input_boxes=input_boxes, input_masks=input_masks
+        lead, features, coarse_maps, embeddings = self.embed(
+            image_embeddings, input_points, input_labels, input_boxes, input_masks
         )
-        prompt_maps = self.get_prompt_maps(batch_size, input_points, input_labels, input_boxes, input_masks)
-        prompt_maps = prompt_maps.to(image_embeddings.dtype)
-        prior_mean, prior_log_std = self.prior(image_embeddings, prompt_maps)
+        prior_mean, prior_log_std = (item.unflatten(0, lead) for item in self.prior(features, coarse_maps))
         # The scale of the drawing coordinate is free, since only its sign counts
         prior_log_std = torch.cat([torch.zeros_like(prior_log_std[..., :1]), prior_log_std[..., 1:]], dim=-1)
 
         if labels is None:
             if latents is None:
-                noise = self.draw_noise((*prior_mean.shape[:2], num_samples, self.config.latent_dim), generator)
+                noise = draw_spread_noise((*lead, num_samples, self.config.latent_dim), generator, self.device)
                 latents = prior_mean[:, :, None] + torch.exp(prior_log_std)[:, :, None] * noise
             elif latents.shape[:2] != prior_mean.shape[:2] or latents.shape[-1] != self.config.latent_dim:
                 expected = (*prior_mean.shape[:2], "S", self.config.latent_dim)
                 raise ValueError(f"latents must have the shape {expected}, got {tuple(latents.shape)}.")
             chunk = max(1, MAX_DECODED // prior_mean[..., 0].numel())
-            chunks = [
-                self.decode(image_embeddings, sparse_embeddings, dense_embeddings, part)
-                for part in latents.split(chunk, dim=2)
-            ]
+            chunks = [self.decode(embeddings, part) for part in latents.split(chunk, dim=2)]
             masks, iou_scores = (torch.cat(parts, dim=2) for parts in zip(*chunks, strict=True))
             output = ProbabilisticSamOutput(
                 pred_masks=masks,
@@ -486,19 +691,14 @@ class ProbabilisticSamModel(SamModel):
                 prior_log_std=prior_log_std,
             )
         else:
-            embeddings = (image_embeddings, sparse_embeddings, dense_embeddings)
-            output = self.train_on_readers(embeddings, prompt_maps, prior_mean, prior_log_std, labels, generator)
+            posterior_inputs = (features, coarse_maps)
+            output = self.train_on_readers(embeddings, posterior_inputs, prior_mean, prior_log_std, labels, generator)
         return output if return_dict is not False else output.to_tuple()
-
-    def draw_noise(self, shape: tuple[int, ...], generator: torch.Generator | None) -> torch.Tensor:
-        """Standard normal noise, drawn on the generator's device so that a seed means the same everywhere."""
-        device = self.device if generator is None else generator.device
-        return torch.randn(shape, generator=generator, device=device).to(self.device)
 
     def train_on_readers(
         self,
-        embeddings: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor],
-        prompt_maps: torch.Tensor,
+        embeddings: tuple[Any, ...],
+        posterior_inputs: tuple[torch.Tensor, torch.Tensor],
         prior_mean: torch.Tensor,
         prior_log_std: torch.Tensor,
         labels: torch.Tensor,
@@ -511,19 +711,15 @@ class ProbabilisticSamModel(SamModel):
         truncated and the whole normal distribution. The slot of a reader who drew nothing decodes a draw of the prior
         instead: it serves the energy distance.
         """
-        if labels.ndim != 5 or labels.shape[:2] != prior_mean.shape[:2]:
-            expected = (*prior_mean.shape[:2], "R", "H", "W")
-            raise ValueError(f"labels must have the shape {expected}, got {tuple(labels.shape)}.")
         config = self.config
-        size = 4 * config.prompt_encoder_config.image_embedding_size
-        readers = labels.shape[2]
-        targets = labels.float()
-        if targets.shape[-2:] != (size, size):
-            targets = F.interpolate(targets.flatten(0, 1), size=(size, size), mode="area")
-            targets = (targets >= 0.5).float().unflatten(0, labels.shape[:2])
+        lead, readers = prior_mean.shape[:2], labels.shape[2]
+        targets = reader_targets(labels, lead, 4 * config.prompt_encoder_config.image_embedding_size)
         drew = targets.flatten(3).any(dim=-1)  # (B, P, R)
 
-        mean, log_std = self.posterior(embeddings[0], prompt_maps, targets.to(prompt_maps.dtype))  # (B, P, R, L)
+        mean, log_std = (
+            item.unflatten(0, lead)  # (B, P, R, L)
+            for item in self.posterior(*posterior_inputs, targets.flatten(0, 1).to(posterior_inputs[0].dtype))
+        )
         prior_mean_r, prior_log_std_r = (item[:, :, None].expand_as(mean) for item in (prior_mean, prior_log_std))
         drawing_mean, drawing_log_std = truncated_normal(prior_mean_r[..., :1], drew[..., None])
         drew_outline = drew[..., None]
@@ -539,11 +735,11 @@ class ProbabilisticSamModel(SamModel):
         extra = config.num_energy_samples if config.energy_weight > 0 else 0
         slot_mean = torch.cat([mean, prior_mean[:, :, None].expand(-1, -1, extra, -1)], dim=2)
         slot_log_std = torch.cat([log_std, prior_log_std[:, :, None].expand(-1, -1, extra, -1)], dim=2)
-        noise = self.draw_noise(tuple(slot_mean.shape), generator)
+        noise = draw_noise(tuple(slot_mean.shape), generator, self.device)
         outline = slot_mean + torch.exp(slot_log_std) * noise
         always = torch.ones_like(outline[..., :1])  # decode every slot: emptiness has its own exact likelihood
         slots = torch.cat([always, outline[..., 1:]], dim=-1)  # (B, P, R + E, L)
-        masks, iou_scores = self.decode(*embeddings, slots)
+        masks, iou_scores = self.decode(embeddings, slots)
 
         logits = masks[:, :, :readers]
         bce = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(dim=(-2, -1))

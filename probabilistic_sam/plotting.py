@@ -221,6 +221,75 @@ def grid_figure(
     return figure
 
 
+def calibration_figure(pixels: np.ndarray, emptiness: np.ndarray, title: str) -> Figure:
+    """Reliability diagrams of pixels and of emptiness: what the model says against what the readers did.
+
+    Args:
+        pixels: (3, bins) count, sum of predictions and sum of truths, as `metrics.calibration_sums` gives them.
+        emptiness: the same for the share of empty masks of a slice.
+        title: line above the panels.
+    """
+    figure = Figure(figsize=(WIDTH_INCHES, 5.4), dpi=DPI, facecolor="white", layout="constrained")
+    figure.suptitle(title, size=13, weight="bold")
+    panels = figure.subplots(1, 2)
+    names = ("mean probability of a pixel", "share of readers who drew it"), ("empty samples", "empty readers")
+    for axes, sums, (predicted, observed) in zip(panels, (pixels, emptiness), names, strict=True):
+        count, said, was = np.asarray(sums, dtype=float)
+        filled = count > 0
+        axes.plot([0, 1], [0, 1], color="0.6", linewidth=1, linestyle="--")
+        axes.plot(said[filled] / count[filled], was[filled] / count[filled], "o-", color=SAMPLE_COLOR)
+        axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xlabel=predicted, ylabel=observed)
+        shares = axes.twinx()  # how much weight each point has
+        edges = np.linspace(0, 1, len(count) + 1)
+        shares.bar(edges[:-1], count / max(count.sum(), 1), edges[1] - edges[0], align="edge", color="0.5", alpha=0.2)
+        shares.set(ylim=(0, 1), ylabel="share of all (bars)")
+    return figure
+
+
+def sample_number_figure(curves: dict[str, list[tuple[int, float, float, float]]]) -> Figure:
+    """GED against the number of samples, with 95 % intervals.
+
+    Args:
+        curves: name of a curve to its points (number of samples, GED, lower and upper end of the interval).
+    """
+    figure = Figure(figsize=(WIDTH_INCHES * 0.6, 4.8), dpi=DPI, facecolor="white", layout="constrained")
+    axes = figure.subplots()
+    for color, (name, points) in zip(READER_COLORS * 2, curves.items(), strict=False):
+        number, value, low, high = np.array(sorted(points)).T
+        axes.plot(number, value, "o-", color=color, label=name)
+        axes.fill_between(number, low, high, color=color, alpha=0.15)
+    axes.set(xscale="log", xlabel="samples a slice", ylabel="GED", ylim=(0, None))
+    ticks = sorted({point[0] for points in curves.values() for point in points})
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
+    axes.minorticks_off()
+    axes.legend()
+    return figure
+
+
+def traversal_figure(image: np.ndarray, masks: np.ndarray, titles: Sequence[str], columns: Sequence[str]) -> Figure:
+    """What single coordinates of the latent do: a row a coordinate, a column a value.
+
+    Args:
+        image: (H, W) grey values.
+        masks: (K, T, H, W) bool, T values of K coordinates.
+        titles: name of each row.
+        columns: name of each column.
+    """
+    image, masks = np.asarray(image), np.asarray(masks, dtype=bool)
+    _check_image(image)
+    zoom = zoom_window((image.shape[0], image.shape[1]), masks=masks.reshape(-1, *image.shape))
+    gap, line = 0.1, 0.3
+    panel = (WIDTH_INCHES - 2 * MARGIN - (len(columns) - 1) * gap) / len(columns)
+    figure = Figure(figsize=(WIDTH_INCHES, len(titles) * (line + panel) + MARGIN), dpi=DPI, facecolor="white")
+    for row, title in enumerate(titles):
+        for column, name in enumerate(columns):
+            left, top = MARGIN + column * (panel + gap), line + row * (line + panel)
+            axes = _add_axes(figure, left, top, panel, f"{title}: {name}", size=9)
+            _show(axes, image, zoom, cmap="gray")
+            _draw_outline(axes, masks[row, column], SAMPLE_COLOR, 1.6)
+    return figure
+
+
 def save_figure(figure: Figure, path: str | os.PathLike) -> None:
     """Write a figure as PNG, the same bytes for the same content, by way of a temporary file in the same folder."""
     path = Path(path)

@@ -103,10 +103,12 @@ def test_box_prompts_segment_coins_as_otsu_does(checkpoint):
     with torch.no_grad():  # SAM's own decoding, before any latent
         sparse, dense = model.prompt_encoder(None, None, inputs["input_boxes"], None)
         masks, _ = model.mask_decoder(
-            image_embeddings=model.get_image_embeddings(inputs["pixel_values"]),
+            image_embeddings=model.vision_encoder(inputs["pixel_values"]).last_hidden_state,
             image_positional_embeddings=model.get_image_wide_positional_embeddings(),
             sparse_prompt_embeddings=sparse,
             dense_prompt_embeddings=dense,
+            middle_details=torch.zeros(1, 64, 128, 128),
+            fine_details=torch.zeros(1, 32, 256, 256),
         )
     logits = processor.post_process_logits(masks[:, :, None], inputs["windows"], inputs["original_sizes"])
     drawn = np.stack([item[0].numpy() > 0 for item in logits])

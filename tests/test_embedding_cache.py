@@ -12,6 +12,7 @@ from tiny import SIZE, tiny_model, tiny_rows, tiny_vit_parts
 pytest.importorskip("datasets")
 
 from probabilistic_sam import ProbabilisticSamProcessor, embedding_cache
+from probabilistic_sam.baselines import DropoutUNetConfig, DropoutUNetModel
 from probabilistic_sam.data.rows import decode_image, decode_masks, load_split, write_dataset
 from probabilistic_sam.embedding_cache import (
     EmbeddingCache,
@@ -24,6 +25,7 @@ from probabilistic_sam.embedding_cache import (
     view_prompt,
 )
 from probabilistic_sam.errors import UserError
+from probabilistic_sam.modeling_probabilistic_sam import pack_pixels
 
 AUGMENTATION = {"max_shift": 4.0, "max_zoom": 0.3, "max_gamma": 0.25}
 SYMMETRIES = list(itertools.product(range(4), (False, True)))
@@ -149,7 +151,7 @@ def test_gamma_keeps_black_and_white_and_bends_the_rest():
 
 def test_embeddings_are_those_of_the_model(make, model, processor, dataset):
     cache = make()
-    assert cache.embeddings.shape == (6, 2, 16, 2, 2) and cache.embeddings.dtype == np.float16
+    assert cache.embeddings.shape == (6, 2, 32, 2, 2) and cache.embeddings.dtype == np.float16
     for index, row in enumerate(dataset):
         image, masks = decode_image(row), decode_masks(row)
         assert (cache.row_masks(index) == masks).all()
@@ -163,7 +165,7 @@ def test_embeddings_are_those_of_the_model(make, model, processor, dataset):
 
 def test_without_views_the_plain_one_is_stored(make, model, processor, dataset):
     cache = make(num_views=0, augmentation=None)
-    assert cache.embeddings.shape == (6, 1, 16, 2, 2)
+    assert cache.embeddings.shape == (6, 1, 32, 2, 2)
     boxes = [[tight_box(decode_masks(row))] for row in dataset]
     inputs = processor([decode_image(row) for row in dataset], input_boxes=boxes)
     expected = model.get_image_embeddings(inputs["pixel_values"]).numpy()
@@ -197,6 +199,18 @@ def test_latent_networks_do_not_make_a_new_cache(make):
     first, other = make(), tiny_model(tiny_vit_parts)
     torch.nn.init.ones_(other.prior.lin2.weight)
     assert make(model=other).path == first.path
+
+
+def test_model_without_an_encoder_has_the_pixels_alone(make, dataset, processor):
+    unets = [
+        DropoutUNetModel(DropoutUNetConfig(image_size=SIZE, hidden_size=8, num_blocks=1, dropout=share))
+        for share in (0.0, 0.5)
+    ]
+    first, second = (make(model=unet) for unet in unets)
+    assert first.path == second.path != make().path
+    assert first.embeddings.shape == (6, 2, 16, 2, 2)
+    pixels = view_pixel_values(decode_image(dataset[3]), first.view(3, 1), processor)
+    assert np.allclose(first.embeddings[3, 1], pack_pixels(pixels[None])[0], atol=2e-3)
 
 
 # ------------------------------------------------------------------------------------------------ several processes
@@ -247,9 +261,9 @@ def test_interrupted_build_leaves_nothing_that_looks_whole(make, model, tmp_path
     calls = itertools.count()
 
     def interrupted(pixel_values):
-        if next(calls) == 1:
+        if next(calls) == 2:  # the first call finds out the shape
             raise KeyboardInterrupt
-        return torch.ones(len(pixel_values), 16, 2, 2)
+        return torch.ones(len(pixel_values), 32, 2, 2)
 
     with monkeypatch.context() as patch:
         patch.setattr(model, "get_image_embeddings", interrupted)

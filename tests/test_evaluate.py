@@ -128,9 +128,11 @@ class EmbeddingModel(StubModel):
         return super().sample(image_embeddings, **kwargs)
 
 
-def run(script, model, dataset, prompt="union_box", num_samples=4, seeds=(0,), batch_size=4, process=(0, 1)):
+def run(script, model, dataset, prompt="union_box", num_samples=4, seeds=(0,), batch_size=4, process=(0, 1), **more):
     state = SimpleNamespace(process_index=process[0], num_processes=process[1], is_main_process=False)
-    return script.evaluate_dataset(model, StubProcessor(), dataset, prompt, num_samples, seeds, batch_size, state)
+    return script.evaluate_dataset(
+        model, StubProcessor(), dataset, prompt, num_samples, seeds, batch_size, state, **more
+    )
 
 
 def geds(run_):
@@ -157,6 +159,29 @@ def test_seeds_are_separate_runs(script, dataset):
     _, second = run(script, EmbeddingModel(), dataset, seeds=(7,))
     assert geds(both[0]) == geds(first[0])
     assert geds(both[1]) == geds(second[0]) != geds(first[0])
+
+
+class AlternatingModel(StubModel):
+    """Of the samples of one call the first half is the box, the second half empty: spread, not independent."""
+
+    noise = 0.0
+
+    def sample(self, num_samples, generator, **kwargs):
+        masks = super().sample(num_samples=num_samples, generator=generator, **kwargs).pred_masks
+        spread = (torch.arange(num_samples) + torch.rand(1, generator=generator)) / num_samples
+        masks[:, :, spread > 0.5] = -4
+        return SimpleNamespace(pred_masks=masks)
+
+
+def test_independent_samples_have_a_call_each(script, dataset):
+    few, many = AlternatingModel(), AlternatingModel()
+    _, (together,) = run(script, few, dataset)
+    _, (independent,) = run(script, many, dataset, independent=True)
+    assert (len(few.calls), len(many.calls)) == (15, 4 * 15)
+    shares = [[slice_["all"]["empty_rate_samples"] for slice_ in slices] for slices in (together, independent)]
+    assert set(shares[0]) == {0.5}
+    assert len(set(shares[1])) > 2  # each call has its own luck
+    assert geds(run(script, AlternatingModel(), dataset, independent=True)[1][0]) == geds(independent)
 
 
 def test_prompts_reach_the_model_in_its_shapes(script, dataset):
@@ -278,13 +303,13 @@ def arguments(model_dir, dataset_dir, output, *more):
 def test_results_file(script, model_dir, dataset_dir, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["training/evaluate.py", "--as", "called"])
     output = tmp_path / "new" / "results.json"
-    more = ("--num_samples", "3", "--seeds", "0", "1", "--max_slices", "6", "--device", "cpu")
+    more = ("--num_samples", "3", "--seeds", "0", "1", "--max_slices", "6", "--device", "cpu", "--independent")
     script.main(arguments(model_dir, dataset_dir, output, *more))
     content = json.loads(output.read_text())
     assert content["model"] == str(model_dir)
     assert content["split"] == "validation"
     assert content["prompt"] == "union_box"
-    assert (content["num_samples"], content["seed"]) == (3, [0, 1])
+    assert (content["num_samples"], content["sampling"], content["seed"]) == (3, "independent", [0, 1])
     assert (content["num_slices"], content["max_slices"]) == (6, 6)
     assert 1 < content["num_patients"] <= len(PATIENTS)
     assert "hash" in content["slice_selection"]

@@ -29,7 +29,8 @@ def result():
     columns["shape"]["ece"] = entry(None)
     return {
         "split": "validation", "prompt": "union_box", "num_samples": 16, "seed": [0, 1], "num_slices": 1740,
-        "num_patients": 98, "commit": "abc", "command": "python training/evaluate.py", "results": columns,
+        "num_patients": 98, "sampling": "together",
+        "commit": "abc", "command": "python training/evaluate.py", "results": columns,
     }  # fmt: skip
 
 
@@ -42,10 +43,22 @@ def test_table_has_means_with_intervals_and_leaves_out_what_does_not_exist(resul
 
 
 def test_card_validates_and_names_every_condition_of_its_numbers(result):
-    card = make_card.card(result, "results/validation.json", "Trained.")
+    card = make_card.card(result, make_card.results_section(result, "results/validation.json"), "Trained.")
     for part in ("pipeline_tag: mask-generation", "1,740 slices of 98 patients", "seeds 0, 1", "`union_box`", "CC BY"):
         assert part in card.content
     assert [item.metric_value for item in card.data.eval_results] == [0.25, 0.25, 0.25]
+
+
+def test_comparison_has_a_row_a_file_and_paired_differences(result):
+    result["ged_by_patient"] = {name: {"a": [1, 0.2], "b": [1, 0.4]} for name in ("all", "shape")}
+    worse = result | {"ged_by_patient": {name: {"a": [1, 0.3], "b": [1, 0.5]} for name in ("all", "shape")}}
+    lines = make_card.comparison_table({"dropout_unet": worse, "validation": result}).splitlines()
+    assert len(lines) == 4 and lines[2].startswith("| **Probabilistic SAM**") and lines[2].endswith("|  |  |")
+    assert lines[3] == (
+        "| Dropout U-Net | 0.250 | 0.250 | 0.250 | 0.250 | 0.250 | +0.100 [+0.100, +0.100] | +0.100 [+0.100, +0.100] |"
+    )
+    with pytest.raises(make_card.UserError, match="differ in num_samples"):
+        make_card.comparison_section({"validation": result, "dropout_unet": worse | {"num_samples": 4}}, "results")
 
 
 def test_exported_weights_are_half_precision_and_load_as_float32(tmp_path):

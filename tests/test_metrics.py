@@ -8,7 +8,17 @@ import math
 import numpy as np
 import pytest
 
-from probabilistic_sam.metrics import COLUMNS, METRICS, functional, slice_metrics, summarize, summarize_seeds
+from probabilistic_sam.metrics import (
+    COLUMNS,
+    METRICS,
+    calibration_sums,
+    functional,
+    paired_difference,
+    patient_sums,
+    slice_metrics,
+    summarize,
+    summarize_seeds,
+)
 
 
 def square(top, left, side=4, size=16):
@@ -411,3 +421,30 @@ def test_summary_of_nothing_and_of_lists_that_differ():
     json.dumps(results, allow_nan=False)
     with pytest.raises(ValueError, match="must match"):
         summarize([score([A], [A])], ["one", "two"])
+
+
+def test_sums_by_patient_and_their_paired_difference():
+    def run(*values):
+        inside = [None if value is None else {"ged": value} for value in values]
+        return [{"all": item, "four_readers": None, "shape": item} for item in inside]
+
+    patients = ["a", "a", "b", "c"]
+    first = patient_sums([run(0.5, 0.3, 0.4, None), run(0.7, 0.3, 0.4, None)], patients)
+    assert first == {
+        "all": {"a": [2, 0.9], "b": [1, 0.4]},
+        "four_readers": {},
+        "shape": {"a": [2, 0.9], "b": [1, 0.4]},
+    }
+    second = patient_sums([run(0.5, 0.4, 0.1, None)], patients)["all"]
+    mean, low, high = paired_difference(first["all"], second)
+    assert mean == pytest.approx(0.3 / 3)  # (0.9 - 0.9 + 0.4 - 0.1) over three slices
+    assert (low, high) == (0.0, pytest.approx(0.3))  # only a, only b
+    with pytest.raises(ValueError, match="not scored on the same slices"):
+        paired_difference(first["all"], {"a": [2, 0.9]})
+
+
+def test_calibration_sums_count_pixels_and_slices():
+    scores = {"empty_rate_samples": 0.25, "empty_rate_readers": 0.5, "calibration": np.ones((3, 10))}
+    sums = calibration_sums([[{"all": scores}, {"all": None}], [{"all": scores}, {"all": None}]])
+    assert sums["pixels"] == np.full((3, 10), 2.0).tolist()
+    assert [row[2] for row in sums["emptiness"]] == [2.0, 0.5, 1.0] and np.sum(sums["emptiness"]) == 3.5

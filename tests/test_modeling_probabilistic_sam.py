@@ -13,10 +13,13 @@ from probabilistic_sam import ProbabilisticSamConfig, ProbabilisticSamModel, Pro
 from probabilistic_sam.modeling_probabilistic_sam import (
     EMPTY_LOGIT,
     box_map,
+    draw_spread_noise,
     energy_distance,
     gaussian_kl,
     log_probability_of_drawing,
+    pack_pixels,
     point_maps,
+    prompt_maps,
     soft_jaccard_distance,
     truncated_normal,
 )
@@ -86,6 +89,62 @@ def test_image_embeddings_serve_instead_of_pixel_values(model, inputs):
     given = {"image_embeddings": embeddings, "input_boxes": inputs["input_boxes"], "latents": latents}
     with torch.no_grad():  # as get_image_embeddings: attention has another kernel when gradients are wanted
         assert torch.equal(model(**inputs, latents=latents).pred_masks, model(**given).pred_masks)
+
+
+def test_embeddings_of_sam_alone_are_refused(model, inputs):
+    sam = model.vision_encoder(inputs["pixel_values"]).last_hidden_state
+    with pytest.raises(ValueError, match="image_embeddings must have 32 channels.* got 16"):
+        model(image_embeddings=sam, input_boxes=inputs["input_boxes"])
+
+
+def test_prompt_maps_have_a_channel_a_kind():
+    boxes, points = torch.tensor([[[4.0, 4, 20, 20]]]), torch.tensor([[[[9.0, 12.0], [20.0, 20.0]]]])
+    maps = prompt_maps(SIZE, 8, input_boxes=boxes)
+    assert maps.shape == (1, 1, 4, 8, 8) and maps.sum(dim=(-2, -1))[0, 0].tolist() == [16.0, 0.0, 0.0, 0.0]
+    maps = prompt_maps(SIZE, 8, points, torch.tensor([[[1, 0]]]), boxes, torch.ones(1, 1, 8, 8))
+    assert torch.equal(maps[:, :, 1:3], point_maps(points, torch.tensor([[[1, 0]]]), SIZE, 8))
+    assert maps[0, 0, 3].sum() == 64
+    with pytest.raises(ValueError, match="A prompt must be provided"):
+        prompt_maps(SIZE, 8)
+
+
+def test_pixels_are_packed_by_cell_of_the_grid():
+    grey = torch.arange(64.0).reshape(8, 8)  # the mean of each 4 x 4 block of the image
+    image = grey.repeat_interleave(4, dim=0).repeat_interleave(4, dim=1).expand(1, 3, 32, 32)
+    packed = pack_pixels(image)
+    assert packed.shape == (1, 16, 2, 2)
+    assert packed[0, :, 0, 1].tolist() == grey[:4, 4:].flatten().tolist()
+
+
+def test_spread_noise_has_one_sample_in_each_interval_and_is_normal():
+    noise = draw_spread_noise((3, 2, 16, 4), torch.Generator().manual_seed(0), "cpu")
+    level = torch.special.ndtr(noise.double())
+    assert torch.equal((level * 16).floor().sort(dim=2).values[0, 0, :, 0], torch.arange(16.0))
+    assert ((level * 16).floor().sort(dim=2).values == torch.arange(16.0)[:, None]).all()
+    single = draw_spread_noise((1, 1, 1, 20_000), torch.Generator().manual_seed(0), "cpu")  # one sample: plain noise
+    assert single.mean().abs() < 0.03 and (single.std() - 1).abs() < 0.03
+    # Samples of one call are in no order
+    assert not torch.equal(noise[0, 0, :, 0].argsort(), noise[0, 0, :, 1].argsort())
+
+
+def test_share_of_empty_samples_is_the_probability_to_the_nearest_sample(model, inputs):
+    output = model.sample(**inputs, num_samples=16)
+    empty = (output.pred_masks == EMPTY_LOGIT).flatten(3).all(dim=-1).float().mean(dim=2)
+    expected = torch.special.ndtr(-output.prior_mean[..., 0])
+    assert ((empty - expected).abs() <= 1 / 16 + 1e-6).all()
+
+
+def test_a_new_detail_network_leaves_sams_masks_alone_and_a_trained_one_shows_single_pixels():
+    model = tiny_model()
+    network = model.detail_network
+    for projection in (network.coarse_out, network.middle_out, network.fine_out):
+        assert not projection.weight.any() and not projection.bias.any()
+        torch.nn.init.normal_(projection.weight, generator=torch.Generator().manual_seed(0))
+    embeddings = model.get_image_embeddings(torch.randn(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)))
+    given = {"input_boxes": torch.tensor([[[4.0, 4, 20, 20]]]), "latents": torch.ones(1, 1, 1, 4)}
+    masks = model(image_embeddings=embeddings, **given).pred_masks
+    embeddings[0, -1, 0, 0] += 1.0  # one pixel of the low-resolution mask, the same for SAM's encoder
+    assert not torch.allclose(masks, model(image_embeddings=embeddings, **given).pred_masks, atol=1e-4)
 
 
 def test_chunks_of_samples_change_nothing(monkeypatch, inputs):
@@ -262,7 +321,8 @@ def test_decoder_equals_that_of_sam():
     sparse = torch.randn(2, 5, 3, 16, generator=generator)
     positions = model.get_image_wide_positional_embeddings()
     with torch.no_grad():
-        masks, scores = model.mask_decoder(image, positions, sparse, dense)
+        nothing = torch.zeros(2, 4, 4, 4), torch.zeros(2, 2, 8, 8)  # as a new detail network gives
+        masks, scores = model.mask_decoder(image, positions, sparse, dense, *nothing)
         expected, expected_scores = SamMaskDecoder.forward(
             model.mask_decoder, image, positions.repeat(2, 1, 1, 1), sparse, dense, multimask_output=False
         )

@@ -6,7 +6,15 @@ from matplotlib.collections import LineCollection
 from PIL import Image
 
 from probabilistic_sam.errors import UserError
-from probabilistic_sam.plotting import mask_outline, sample_figure, save_figure, zoom_window
+from probabilistic_sam.plotting import (
+    calibration_figure,
+    mask_outline,
+    sample_figure,
+    sample_number_figure,
+    save_figure,
+    traversal_figure,
+    zoom_window,
+)
 
 
 def square(x1, y1, x2, y2, shape=(64, 64)):
@@ -151,3 +159,25 @@ def test_failed_save_keeps_the_old_file(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         save_figure(Broken(), tmp_path / "a.png")
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a.png", b"old")]
+
+
+def test_calibration_shows_a_point_for_each_filled_bin():
+    sums = np.zeros((3, 10))
+    sums[:, 2], sums[:, 9] = (4, 1.0, 2.0), (2, 1.9, 1.0)
+    figure = calibration_figure(sums, sums, "title")
+    line = next(line for line in figure.axes[0].lines if line.get_marker() == "o")
+    assert line.get_xydata().tolist() == [[0.25, 0.5], [0.95, 0.5]]
+
+
+def test_sample_numbers_are_sorted_into_curves():
+    figure = sample_number_figure({"all": [(16, 0.2, 0.1, 0.3), (1, 0.6, 0.5, 0.7)]})
+    assert figure.axes[0].lines[0].get_xydata().tolist() == [[1.0, 0.6], [16.0, 0.2]]
+
+
+def test_traversal_has_a_panel_for_each_value_of_each_coordinate(tmp_path):
+    masks = np.zeros((2, 3, 40, 40), dtype=bool)
+    masks[:, :, 10:20, 10:20] = True
+    figure = traversal_figure(np.arange(1600.0).reshape(40, 40), masks, ["z1", "z2"], ["-1", "0", "+1"])
+    assert [axes.get_title() for axes in figure.axes][:2] == ["z1: -1", "z1: 0"] and len(figure.axes) == 6
+    save_figure(figure, tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 1000

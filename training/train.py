@@ -1,6 +1,9 @@
-"""Train Probabilistic SAM on a LIDC build, with a frozen vision encoder and cached image embeddings.
+"""Train Probabilistic SAM or a baseline on a LIDC build, with a frozen vision encoder and cached image embeddings.
 
     accelerate launch training/train.py --config training/configs/psam_lidc.yaml --dataset LIDC --output_dir RUN
+
+Which model is the `model_type` under `model:` in the configuration, Probabilistic SAM when there is none. With
+`max_steps: 0` nothing is trained: SAM as it is, or the ellipse, which is fitted in closed form.
 
 Everything random follows from (seed, step), so a run that was killed and resumed gives the weights of one that was
 not.
@@ -26,31 +29,37 @@ from accelerate.utils import gather_object
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
-from transformers import AutoConfig, get_cosine_schedule_with_warmup
+from transformers import AutoConfig, PreTrainedModel, get_cosine_schedule_with_warmup
 
 from probabilistic_sam import ProbabilisticSamConfig, ProbabilisticSamModel, ProbabilisticSamProcessor
+from probabilistic_sam.baselines import BASELINES, EllipseConfig, EllipseModel
+from probabilistic_sam.baselines.sams import LatentFreeSamModel
 from probabilistic_sam.conversion import convert_mobile_sam, convert_sam, load_torch_file, save_model
 from probabilistic_sam.data import make_prompt, row_seed
-from probabilistic_sam.data.rows import load_split
+from probabilistic_sam.data.rows import decode_masks, load_split
 from probabilistic_sam.embedding_cache import EmbeddingCache, view_masks, view_prompt
 from probabilistic_sam.errors import UserError, run
 from probabilistic_sam.metrics import slice_collapse, slice_metrics, summarize, summarize_collapse
 
-TRAINED = ("prior.", "posterior.", "latent_proj.", "mask_decoder.")
-# Heads of SAM's decoder that the single-mask output does not use; left frozen, DDP would wait for their gradients
-UNUSED = ("mask_decoder.iou_prediction_head.", *(f"mask_decoder.output_hypernetworks_mlps.{i}." for i in (1, 2, 3)))
+MODELS = {item.config_class.model_type: item for item in (ProbabilisticSamModel, *BASELINES)}
+# Parts of SAM that stay as they are. The last two are heads of its decoder that the single-mask output does not use;
+# otherwise DDP would wait for their gradients
+FROZEN = (
+    "shared_image_embedding.", "vision_encoder.", "prompt_encoder.", "mask_decoder.iou_prediction_head.",
+    *(f"mask_decoder.output_hypernetworks_mlps.{i}." for i in (1, 2, 3)),
+)  # fmt: skip
 TRAINING_PROMPTS = ("union_box", "center_box", "center_point")
 AUGMENTATIONS = ("max_shift", "max_zoom", "max_gamma")
-MINIMA = dict.fromkeys(("crop_size", "batch_size", "max_steps", "log_every", "eval_every", "eval_slices"), 1) | {
-    "eval_samples": 1, "checkpoint_every": 1, "seed": 0, "num_views": 0, "warmup_steps": 0,
+MINIMA = dict.fromkeys(("crop_size", "batch_size", "log_every", "eval_every", "eval_slices"), 1) | {
+    "eval_samples": 1, "checkpoint_every": 1, "max_steps": 0, "seed": 0, "num_views": 0, "warmup_steps": 0,
 }  # fmt: skip
 
 
 @dataclass
 class TrainingConfig:
-    """Fields of the YAML file; `model` holds fields of `ProbabilisticSamConfig`."""
+    """Fields of the YAML file; `model` holds its `model_type` and fields of the configuration of that model."""
 
-    base_model: str  # directory or Hub name of a SAM, or MobileSAM's .pt / .safetensors file
+    base_model: str = ""  # directory or Hub name of a SAM, or MobileSAM's .pt / .safetensors file; if there is a SAM
     image_size: int = 256  # px, the model's input
     crop_size: int = 64  # px of the image around a prompt
     model: dict = field(default_factory=dict)
@@ -61,7 +70,7 @@ class TrainingConfig:
     batch_size: int = 16  # slices a step, over all processes
     max_steps: int = 4000
     learning_rate: float = 2e-4  # of SAM's decoder
-    latent_learning_rate: float = 1e-3  # of the latent networks
+    latent_learning_rate: float = 1e-3  # of everything that is new
     weight_decay: float = 0.02
     warmup_steps: int = 100
     energy_start_step: int = 0  # the energy distance joins the loss from here on...
@@ -106,10 +115,15 @@ def read_config(arguments: argparse.Namespace) -> TrainingConfig:
     for name in ("base_model", "max_steps", "seed"):
         if getattr(arguments, name) is not None:
             values[name] = getattr(arguments, name)
-    if "base_model" not in values:
-        raise UserError(f"{path} names no base_model, and --base_model is not given")
     config = TrainingConfig(**typed(values, {item.name: item.type for item in fields(TrainingConfig)}, str(path)))
-    config.model = typed(config.model, ProbabilisticSamConfig.__annotations__, f"{path}, model")
+    kind = model_type(config)
+    if kind not in MODELS:
+        raise UserError(f"{path}: model_type is {kind!r}; accepted: {', '.join(MODELS)}")
+    if issubclass(MODELS[kind], ProbabilisticSamModel) and not config.base_model:
+        raise UserError(f"{path} names no base_model, and --base_model is not given")
+    if kind == EllipseConfig.model_type and config.max_steps:
+        raise UserError(f"{path}: max_steps is {config.max_steps}; accepted for an ellipse, which is fitted: 0")
+    config.model = typed(config.model, model_fields(kind), f"{path}, model")
     config.prompts = typed(config.prompts, dict.fromkeys(TRAINING_PROMPTS, float), f"{path}, prompts")
     config.augmentation = typed(config.augmentation, dict.fromkeys(AUGMENTATIONS, float), f"{path}, augmentation")
     for name, least in MINIMA.items():
@@ -122,6 +136,19 @@ def read_config(arguments: argparse.Namespace) -> TrainingConfig:
     if config.mixed_precision not in ("no", "bf16"):
         raise UserError(f"{path}: mixed_precision is {config.mixed_precision!r}; accepted: no, bf16")
     return config
+
+
+def model_type(config: TrainingConfig) -> str:
+    """Which model is to be trained."""
+    return config.model.get("model_type", ProbabilisticSamConfig.model_type)
+
+
+def model_fields(kind: str) -> dict[str, Any]:
+    """Fields that `model:` may hold, with their types: those that our own classes declare."""
+    ours = [item for item in MODELS[kind].config_class.__mro__ if item.__module__.startswith("probabilistic_sam.")]
+    fields_ = {name: type_ for item in ours for name, type_ in item.__annotations__.items()}
+    fields_.pop("image_size", None)  # stands at the top, since the processor needs it too
+    return fields_ | {"model_type": str}
 
 
 def typed(values: dict, types: dict[str, Any], where: str) -> dict:
@@ -140,19 +167,37 @@ def typed(values: dict, types: dict[str, Any], where: str) -> dict:
     return result
 
 
-def load_base_model(config: TrainingConfig) -> ProbabilisticSamModel:
-    """The model to start from: a MobileSAM file, a SAM, or a Probabilistic SAM."""
+def load_model(config: TrainingConfig) -> PreTrainedModel:
+    """The model to train."""
+    kind = model_type(config)
+    values = {name: value for name, value in config.model.items() if name != "model_type"}
+    if kind == ProbabilisticSamConfig.model_type:
+        return load_base_model(config, values)
+    model_class = MODELS[kind]
+    try:
+        if not issubclass(model_class, LatentFreeSamModel):
+            return model_class(model_class.config_class(image_size=config.image_size, **values))
+        shared = {name: value for name, value in values.items() if name in ProbabilisticSamConfig.__annotations__}
+        return model_class.from_sam(load_base_model(config, shared), **values)
+    except UserError:
+        raise
+    except (ValueError, StrictDataclassError) as error:
+        raise UserError(f"model {config.model} is not one that can be built: {error}") from error
+
+
+def load_base_model(config: TrainingConfig, values: dict) -> ProbabilisticSamModel:
+    """A MobileSAM file, a SAM, or a Probabilistic SAM, with `values` in its configuration."""
     base, accepted = config.base_model, "MobileSAM's file (.pt, .safetensors), or directory or Hub name of a SAM"
     try:
         if base.endswith((".pt", ".pth", ".safetensors")):
-            return convert_mobile_sam(base, config.image_size, **config.model)
+            return convert_mobile_sam(base, config.image_size, **values)
         kind = AutoConfig.from_pretrained(base).model_type
         if kind == "sam":
-            return convert_sam(base, config.image_size, **config.model)
+            return convert_sam(base, config.image_size, **values)
         if kind != "probabilistic_sam":
             raise UserError(f"base_model {base!r} is a {kind!r} model; accepted: {accepted}")
         given = ProbabilisticSamConfig.from_pretrained(base)
-        wanted = ProbabilisticSamConfig.from_dict(given.to_dict() | config.model)  # checks the fields anew
+        wanted = ProbabilisticSamConfig.from_dict(given.to_dict() | values)  # checks the fields anew
         sizes = {name: (getattr(given, name), getattr(wanted, name)) for name in ("latent_dim", "latent_hidden_size")}
         sizes["image_size"] = (given.vision_config.image_size, config.image_size)
         for name, (old, new) in sizes.items():
@@ -165,13 +210,23 @@ def load_base_model(config: TrainingConfig) -> ProbabilisticSamModel:
         raise UserError(f"base_model {base!r} does not open ({error}); accepted: {accepted}") from error
 
 
-def freeze(model: ProbabilisticSamModel) -> None:
-    """Train the latent networks and the part of the mask decoder that is used."""
+def freeze(model: PreTrainedModel) -> None:
+    """Train what is new, and the part of SAM's mask decoder that is used."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad = name.startswith(TRAINED) and not name.startswith(UNUSED)
+        parameter.requires_grad = not name.startswith(FROZEN)
 
 
-def parameter_groups(model: ProbabilisticSamModel, config: TrainingConfig) -> list[dict]:
+def fit_ellipse(model: EllipseModel, rows) -> None:
+    """Fit to the boxes and readers' masks of the training split, the boxes as they are in the evaluation."""
+    slices = ((row, decode_masks(row)) for row in rows.remove_columns("image").with_format(None))
+    name = "union_box"
+    model.fit(
+        (make_prompt(masks, name, np.random.default_rng(row_seed(row, name)))["input_boxes"], masks)
+        for row, masks in slices
+    )
+
+
+def parameter_groups(model: PreTrainedModel, config: TrainingConfig) -> list[dict]:
     """Two learning rates; no weight decay on vectors (norms, biases)."""
     groups: dict[tuple[bool, bool], list] = {}
     for name, parameter in model.named_parameters():
@@ -261,7 +316,7 @@ class Ema:
 
 @torch.no_grad()
 def validate(model, processor, cache, rows, indices, config, accelerator) -> dict:
-    """Metrics of the protocol (union_box) and the state of the latent space over `indices` of the validation rows."""
+    """Metrics of the protocol (union_box) over `indices` of the validation rows, and the state of the latent space."""
     model.eval()
     results = []
     for index in indices[accelerator.process_index :: accelerator.num_processes]:
@@ -280,20 +335,17 @@ def validate(model, processor, cache, rows, indices, config, accelerator) -> dic
         logits = processor.post_process_logits(
             samples.pred_masks.cpu(), torch.tensor([[x, y, side]]), torch.tensor([masks.shape[-2:]])
         )[0].numpy()
-        target = view_masks(masks, view, samples.pred_masks.shape[-1])
-        output = model(**inputs, labels=target[None, None].to(accelerator.device), generator=generator)
-        results.append(
-            {
-                "index": index,
-                "metrics": slice_metrics(logits > 0, 1 / (1 + np.exp(-logits)), masks),
-                "collapse": slice_collapse(
-                    output.kl_divergence[0, 0].cpu().numpy(),
-                    output.posterior_mean[0, 0].cpu().numpy(),
-                    output.pred_masks[0, 0].cpu().numpy() > 0,
-                    target.numpy(),
-                ),
-            }
-        )
+        result = {"index": index, "metrics": slice_metrics(logits > 0, 1 / (1 + np.exp(-logits)), masks)}
+        if hasattr(model, "posterior"):
+            target = view_masks(masks, view, samples.pred_masks.shape[-1])
+            output = model(**inputs, labels=target[None, None].to(accelerator.device), generator=generator)
+            result["collapse"] = slice_collapse(
+                output.kl_divergence[0, 0].cpu().numpy(),
+                output.posterior_mean[0, 0].cpu().numpy(),
+                output.pred_masks[0, 0].cpu().numpy() > 0,
+                target.numpy(),
+            )
+        results.append(result)
     results = sorted(gather_object(results), key=lambda item: item["index"])
     model.train()
     summary = summarize([item["metrics"] for item in results], [rows[item["index"]]["patient_id"] for item in results])
@@ -307,7 +359,19 @@ def validate(model, processor, cache, rows, indices, config, accelerator) -> dic
         f"all/{name}": summary["all"][name]["mean"]
         for name in ("empty_ece", "empty_correlation", "dice_max_per_reader")
     }
-    return scores | summarize_collapse([item["collapse"] for item in results])
+    latent_spaces = [item["collapse"] for item in results if "collapse" in item]
+    return scores | summarize_collapse(latent_spaces) if latent_spaces else scores
+
+
+def latent_values(kl: torch.Tensor | None, labels: torch.Tensor, has_drawing: bool) -> dict[str, torch.Tensor]:
+    """What the log says of a KL divergence (B, P, R, L) in nats; its coordinate 0 may be the drawing coordinate."""
+    if kl is None:
+        return {}
+    if not has_drawing:
+        return {"kl": kl.sum(dim=-1).mean()}
+    drew = labels.flatten(3).any(dim=-1)
+    outline = (kl[..., 1:].sum(dim=-1) * drew).sum() / drew.sum().clamp(min=1)
+    return {"outline_kl": outline, "drawing_nll": kl[..., 0].mean()}
 
 
 def write_text(path: Path, text: str) -> None:
@@ -396,6 +460,13 @@ def load_checkpoint(path: Path, model, optimizer, scheduler, ema) -> dict:
         raise UserError(f"{path} cannot be resumed from: {error}") from error
 
 
+def finish(directory: Path, best: dict, num_slices: int) -> None:
+    """Write the scores of the best model and say where everything is."""
+    write_text(directory / "best.json", json.dumps(best, indent=2) + "\n")
+    result = f"step {best['step']}, GED {best['all/ged']:.4f} on {num_slices} slices"
+    print(f"wrote {directory}: the best model ({result})")
+
+
 def main() -> None:
     """Train."""
     arguments = parse_args()
@@ -419,7 +490,7 @@ def main() -> None:
         raise UserError(f"--output_dir {directory} cannot be written: {error.strerror}") from error
 
     torch.manual_seed(config.seed)
-    model = load_base_model(config)
+    model = load_model(config)
     processor = ProbabilisticSamProcessor(config.image_size, config.crop_size)
     freeze(model)
     model.to(accelerator.device)
@@ -428,19 +499,29 @@ def main() -> None:
         "cache_dir": arguments.cache_dir, "rank": accelerator.process_index, "world_size": accelerator.num_processes,
         "barrier": accelerator.wait_for_everyone, "bf16": config.mixed_precision == "bf16",
     }  # fmt: skip
-    cache = EmbeddingCache(
-        model, processor, train_rows, config.num_views, config.seed, augmentation=config.augmentation, **shared
-    )
+    if config.max_steps:
+        cache = EmbeddingCache(
+            model, processor, train_rows, config.num_views, config.seed, augmentation=config.augmentation, **shared
+        )
     validation_cache = EmbeddingCache(model, processor, validation_rows, 0, 0, **shared)
     order = sorted(range(len(validation_rows)), key=lambda i: row_seed(validation_rows[i], "subset"))
     indices = sorted(order[: config.eval_slices])
 
-    grid = model.config.prompt_encoder_config.image_embedding_size
-    batches = Batches(cache, config, grid, accelerator.process_index, accelerator.num_processes)
+    if not config.max_steps:
+        if isinstance(model, EllipseModel):
+            fit_ellipse(model, train_rows)
+        scores = validate(model, processor, validation_cache, validation_rows, indices, config, accelerator)
+        if accelerator.is_main_process:
+            save_model(model, processor, directory)
+            finish(directory, {"step": 0, **scores}, len(indices))
+        accelerator.end_training()
+        return
+
+    batches = Batches(cache, config, cache.embeddings.shape[-1], accelerator.process_index, accelerator.num_processes)
     optimizer = torch.optim.AdamW(parameter_groups(model, config), betas=(0.9, 0.98))
     scheduler = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, config.max_steps)
     ema = Ema(model, config.ema_decay)
-    energy_weight = model.config.energy_weight
+    energy_weight = getattr(model.config, "energy_weight", 0.0)
     state = load_checkpoint(checkpoint, model, optimizer, scheduler, ema) if checkpoint else {}
     step, best, unlogged = state.get("step", 0), state.get("best", {}), state.get("log", {})
     wrapped, optimizer = accelerator.prepare(model, optimizer)
@@ -458,8 +539,9 @@ def main() -> None:
         batch = {key: value.to(accelerator.device) for key, value in batches(step).items()}
         # Noise and dropout of a step follow from its number, so nothing random needs to be stored
         torch.manual_seed(hash((config.seed, step, accelerator.process_index)) % 2**63)
-        ramp = (step + 1 - config.energy_start_step) / max(config.energy_ramp_steps, 1)
-        model.config.energy_weight = energy_weight * min(max(ramp, 0.0), 1.0)
+        if energy_weight:
+            ramp = (step + 1 - config.energy_start_step) / max(config.energy_ramp_steps, 1)
+            model.config.energy_weight = energy_weight * min(max(ramp, 0.0), 1.0)
         output = wrapped(**batch)
         accelerator.backward(output.loss)
         norm = accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], config.max_grad_norm)
@@ -470,12 +552,10 @@ def main() -> None:
         ema.update(model, step)
         progress.update()
 
-        drew = batch["labels"].flatten(3).any(dim=-1)
-        outline_kl = (output.kl_divergence[..., 1:].sum(dim=-1) * drew).sum() / drew.sum().clamp(min=1)
         values = {
-            "loss": output.loss, "reconstruction_loss": output.reconstruction_loss, "outline_kl": outline_kl,
-            "drawing_nll": output.kl_divergence[..., 0].mean(), "energy_distance": output.energy_distance,
-            "grad_norm": norm,
+            "loss": output.loss, "reconstruction_loss": output.reconstruction_loss,
+            **latent_values(output.kl_divergence, batch["labels"], isinstance(model, ProbabilisticSamModel)),
+            "energy_distance": output.energy_distance, "grad_norm": norm,
         }  # fmt: skip
         for name, value in values.items():
             if value is not None:
@@ -489,15 +569,17 @@ def main() -> None:
             running.clear()
             if accelerator.is_main_process:
                 log(step, line | {"lr": scheduler.get_last_lr()[0], "seconds": round(time.time() - started, 1)})
-                progress.set_postfix({name: f"{line[name]:.3g}" for name in ("loss", "outline_kl") if name in line})
+                shown = [name for name in ("loss", "outline_kl", "kl") if name in line]
+                progress.set_postfix({name: f"{line[name]:.3g}" for name in shown})
         if step % config.eval_every == 0 or step == config.max_steps:
             ema.swap(model)
-            model.config.energy_weight = energy_weight
+            if energy_weight:
+                model.config.energy_weight = energy_weight
             scores = validate(model, processor, validation_cache, validation_rows, indices, config, accelerator)
             if accelerator.is_main_process:
                 log(step, {f"validation/{name}": value for name, value in scores.items()})
-                shown = ("all/ged", "shape/ged", "all/hm_iou", "active_units", "posterior_iou")
-                known = [f"{name} {scores[name]:.4g}" for name in shown if scores.get(name) is not None]
+                told = ("all/ged", "shape/ged", "all/hm_iou", "active_units", "posterior_iou")
+                known = [f"{name} {scores[name]:.4g}" for name in told if scores.get(name) is not None]
                 progress.write(f"step {step}: {', '.join(known)}")
                 if scores["all/ged"] < best.get("all/ged", math.inf):
                     best = {"step": step, **scores}
@@ -512,9 +594,7 @@ def main() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
     progress.close()
     if accelerator.is_main_process:
-        write_text(directory / "best.json", json.dumps(best, indent=2) + "\n")
-        result = f"step {best['step']}, GED {best['all/ged']:.4f} on {len(indices)} slices"
-        print(f"wrote {directory}: the best model ({result}), log.jsonl")
+        finish(directory, best, len(indices))
     accelerator.end_training()
 
 

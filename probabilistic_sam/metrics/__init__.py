@@ -6,11 +6,23 @@ of a latent space in `collapse`. `ged.py` and `hm_iou.py` are modules for the `e
 """
 
 from .collapse import slice_collapse, summarize_collapse
-from .summary import COLUMNS, METRICS, slice_metrics, summarize, summarize_seeds
+from .summary import (
+    COLUMNS,
+    METRICS,
+    calibration_sums,
+    paired_difference,
+    patient_sums,
+    slice_metrics,
+    summarize,
+    summarize_seeds,
+)
 
 __all__ = [
     "COLUMNS",
     "METRICS",
+    "calibration_sums",
+    "paired_difference",
+    "patient_sums",
     "slice_collapse",
     "slice_metrics",
     "summarize",

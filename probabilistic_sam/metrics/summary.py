@@ -178,6 +178,69 @@ def summarize_seeds(
     return {column: _summarize_column(column, runs, patient_ids, seed) for column in COLUMNS}
 
 
+def patient_sums(
+    runs: Sequence[Sequence[dict]], patient_ids: Sequence[str], metric: str = "ged"
+) -> dict[str, dict[str, list[float]]]:
+    """What `paired_difference` needs of a model: for each column and patient its slices and the sum of a metric.
+
+    Args:
+        runs: as in `summarize_seeds`; the sum is averaged over runs.
+        patient_ids: the patient of each slice.
+        metric: one of `SLICE_METRICS`.
+    """
+    result: dict[str, dict[str, list[float]]] = {column: {} for column in COLUMNS}
+    for number, patient in enumerate(patient_ids):
+        for column, sums in result.items():
+            if runs[0][number][column] is not None:
+                value = float(np.mean([run[number][column][metric] for run in runs]))
+                count, total = sums.get(patient, [0, 0.0])
+                sums[patient] = [count + 1, round(total + value, DECIMALS)]
+    return result
+
+
+def calibration_sums(runs: Sequence[Sequence[dict]], column: str = "all") -> dict[str, list[list[float]]]:
+    """Of a reliability diagram, summed over slices and runs: count, prediction and truth by bin, (3, bins) each.
+
+    `pixels`: probability of a pixel against the share of readers who drew it, in the dilated union. `emptiness`: share
+    of empty samples of a slice against that of empty readers.
+    """
+    scores = [slice_[column] for run in runs for slice_ in run if slice_[column] is not None]
+    samples, readers = (
+        np.array([item[name] for item in scores]) for name in ("empty_rate_samples", "empty_rate_readers")
+    )
+    pixels = np.sum([item["calibration"] for item in scores], axis=0)
+    return {"pixels": pixels.round(3).tolist(), "emptiness": functional.bin_sums(samples, readers).round(3).tolist()}
+
+
+def paired_difference(
+    first: dict[str, list[float]], second: dict[str, list[float]], seed: int = 0
+) -> tuple[float, float, float]:
+    """Difference of the mean over slices, first minus second, with the 95 % interval of a bootstrap over patients.
+
+    Both models are scored on the same resampled patients, so what makes a patient hard for either drops out.
+
+    Args:
+        first: one column of `patient_sums`.
+        second: the same of another model.
+        seed: of the bootstrap.
+
+    Raises:
+        ValueError: the two were not scored on the same slices.
+
+    >>> paired_difference({"a": [2, 1.0], "b": [1, 0.5]}, {"a": [2, 0.8], "b": [1, 0.4]})
+    (0.1, 0.1, 0.1)
+    """
+    if {key: value[0] for key, value in first.items()} != {key: value[0] for key, value in second.items()}:
+        raise ValueError("the two models were not scored on the same slices")
+    patients = sorted(first)
+    counts = np.array([first[patient][0] for patient in patients], dtype=float)
+    gaps = np.array([first[patient][1] - second[patient][1] for patient in patients])
+    drawn = np.random.default_rng(seed).integers(len(patients), size=(NUM_RESAMPLES, len(patients)))
+    replicates = gaps[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
+    low, high = np.quantile(replicates, [0.025, 0.975])
+    return round(float(gaps.sum() / counts.sum()), DECIMALS), round(float(low), DECIMALS), round(float(high), DECIMALS)
+
+
 def _summarize_column(
     column: str, runs: Sequence[Sequence[dict]], patient_ids: Sequence[str], seed: int
 ) -> dict[str, Any]:

@@ -1,0 +1,125 @@
+"""What the baselines share: pixels and prompts as maps, readers as targets, and noise from a generator.
+
+Shapes as in the model: B images, P prompts an image, S samples, R readers, h = w = image_size / 4.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+
+from ..modeling_probabilistic_sam import (
+    PROMPT_CHANNELS,
+    ProbabilisticSamModel,
+    pack_pixels,
+    pixels_and_contrast,
+    prompt_maps,
+)
+
+MAP_CHANNELS = 2 + PROMPT_CHANNELS  # pixels as they are and relative to their window, and the prompt
+
+
+def to_embeddings(
+    encode: Callable[[torch.Tensor], torch.Tensor],
+    pixel_values: torch.Tensor | None,
+    image_embeddings: torch.Tensor | None,
+) -> torch.Tensor:
+    """The embeddings that are given, or those of the image that is.
+
+    Raises:
+        ValueError: neither or both of image and embeddings.
+    """
+    if pixel_values is not None and image_embeddings is None:
+        return encode(pixel_values)
+    if image_embeddings is not None and pixel_values is None:
+        return image_embeddings
+    raise ValueError("Exactly one of pixel_values and image_embeddings must be provided.")
+
+
+def reconstruction_loss(
+    logits: torch.Tensor, targets: torch.Tensor, bce_weight: float, dice_weight: float
+) -> torch.Tensor:
+    """BCE summed over pixels and soft Dice loss, weighted: logits (B, P, 1 or R, h, w) to (B, P, R).
+
+    An empty target counts like any other: its Dice loss is 1 - 1 / (1 + area that was drawn).
+    """
+    logits = logits.expand_as(targets)
+    bce = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(dim=(-2, -1))
+    probabilities = logits.sigmoid()
+    overlap = (probabilities * targets).sum(dim=(-2, -1))
+    total = probabilities.sum(dim=(-2, -1)) + targets.sum(dim=(-2, -1))
+    return bce_weight * bce + dice_weight * (1 - (2 * overlap + 1) / (total + 1))
+
+
+def drop_channels(features: torch.Tensor, share: float, generator: torch.Generator | None) -> torch.Tensor:
+    """Dropout of whole channels, (N, C, ...) with a choice for each of N x C, that takes a generator.
+
+    Whole channels, since neighbours in a map say nearly the same: dropping single values would hardly change a mask
+    (Tompson et al. 2015, arXiv 1411.4280).
+    """
+    if share == 0:
+        return features
+    device = features.device if generator is None else generator.device
+    kept = torch.rand(features.shape[:2], generator=generator, device=device).to(features.device) >= share
+    kept = kept.view(*kept.shape, *[1] * (features.ndim - 2))
+    return features * kept.to(features.dtype) / (1 - share)
+
+
+def check_dropout(share: float) -> None:
+    """Raise ValueError for a share that is none."""
+    if not 0 <= share < 1:
+        raise ValueError(f"dropout must be at least 0 and less than 1, got {share}")
+
+
+@strict
+class PixelConfig(PreTrainedConfig):
+    r"""Of a model that sees the pixels without SAM.
+
+    Args:
+        image_size (`int`, defaults to 256): side of the model's input in pixels, a multiple of 16; the model sees it,
+            and draws masks, at a quarter of that.
+    """
+
+    image_size: int = 256
+
+    def __post_init__(self, **kwargs):
+        if self.image_size < 16 or self.image_size % 16:
+            raise ValueError(f"image_size must be a positive multiple of 16, got {self.image_size}")
+        super().__post_init__(**kwargs)
+
+
+class PixelModel(PreTrainedModel):
+    """A model whose image embeddings are just the packed pixels (B, 16, g, g)."""
+
+    config: PixelConfig
+    config_class = PixelConfig
+    main_input_name = "pixel_values"
+
+    sample = ProbabilisticSamModel.sample
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+            init.kaiming_normal_(module.weight)
+
+    @torch.no_grad()
+    def get_image_embeddings(self, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
+        """Grey values in the resolution of the masks: (B, 16, g, g), see `pack_pixels`."""
+        return pack_pixels(pixel_values)
+
+    def get_maps(
+        self, pixel_values: torch.Tensor | None, image_embeddings: torch.Tensor | None, **prompts
+    ) -> torch.Tensor:
+        """What a U-Net reads, pixels and prompts: (B, P, 6, h, w).
+
+        Raises:
+            ValueError: neither or both of image and embeddings, or no prompt.
+        """
+        pixels = pixels_and_contrast(to_embeddings(pack_pixels, pixel_values, image_embeddings))  # (B, 2, h, w)
+        prompt = prompt_maps(self.config.image_size, pixels.shape[-1], **prompts).to(pixels.dtype)
+        return torch.cat([pixels[:, None].expand(-1, prompt.shape[1], -1, -1, -1), prompt], dim=2)

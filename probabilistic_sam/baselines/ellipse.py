@@ -1,0 +1,88 @@
+"""The floor without an image: an ellipse of random size in the box, empty as often as the readers are."""
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import initialization as init
+
+from ..errors import UserError
+from ..modeling_probabilistic_sam import EMPTY_LOGIT, ProbabilisticSamOutput, draw_spread_noise
+from .common import PixelConfig, PixelModel
+
+SHARPNESS = 4.0  # logit at a distance of one pixel of the mask from the outline
+
+
+@strict
+class EllipseConfig(PixelConfig):
+    """Of `EllipseModel`."""
+
+    model_type = "ellipse"
+
+
+class EllipseModel(PixelModel):
+    """An ellipse centred in the box, its axes `scale` times the box's sides, log scale ~ N(mean, std).
+
+    Its three weights are the probability of an empty mask and mean and standard deviation of the log scale; `fit`
+    finds them.
+    """
+
+    config: EllipseConfig
+    config_class = EllipseConfig
+
+    def __init__(self, config: EllipseConfig):
+        super().__init__(config)
+        self.probability_of_empty = nn.Parameter(torch.zeros(()))
+        self.log_scale_mean = nn.Parameter(torch.zeros(()))
+        self.log_scale_std = nn.Parameter(torch.zeros(()))
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        if isinstance(module, EllipseModel):  # an ellipse that fills the box
+            for parameter in (module.probability_of_empty, module.log_scale_mean, module.log_scale_std):
+                init.zeros_(parameter)
+
+    @torch.no_grad()
+    def fit(self, slices: Iterable[tuple[list[float], np.ndarray]]) -> None:
+        """Maximum likelihood for the areas of masks: box (4,) and readers' masks (R, H, W) of each slice.
+
+        The scale of a mask is that of the ellipse with its area: sqrt(area / (pi / 4 * width * height of the box)).
+        """
+        empty: list[bool] = []
+        log_scales: list[float] = []
+        for (x1, y1, x2, y2), masks in slices:
+            areas = masks.sum(axis=(1, 2))
+            empty += (areas == 0).tolist()
+            log_scales += (0.5 * np.log(areas[areas > 0] / (math.pi / 4 * (x2 - x1) * (y2 - y1)))).tolist()
+        self.probability_of_empty.fill_(float(np.mean(empty)))
+        self.log_scale_mean.fill_(float(np.mean(log_scales)))
+        self.log_scale_std.fill_(float(np.std(log_scales)))
+
+    def forward(
+        self, input_boxes: torch.Tensor | None = None, num_samples: int = 1, generator=None, **kwargs
+    ) -> ProbabilisticSamOutput:
+        """Draw masks in boxes (B, P, 4), in pixels of the model's input: `pred_masks` (B, P, S, h, w).
+
+        Other arguments, those of `ProbabilisticSamModel.forward`, are not used.
+
+        Raises:
+            UserError: no box.
+        """
+        if input_boxes is None:
+            raise UserError("an ellipse is drawn in a box; accepted: a prompt with input_boxes")
+        size = self.config.image_size // 4
+        noise = draw_spread_noise((*input_boxes.shape[:2], num_samples, 2), generator, self.device)
+        draws = noise[..., 0] > torch.special.ndtri(self.probability_of_empty)  # (B, P, S)
+        scale = torch.exp(self.log_scale_mean + self.log_scale_std * noise[..., 1])
+        low, high = (input_boxes.float() * (size / self.config.image_size)).chunk(2, dim=-1)  # (B, P, 2) in cells
+        radii = (((high - low) / 2)[:, :, None] * scale[..., None]).clamp(min=1e-3)  # (B, P, S, 2)
+        centres = torch.arange(size, device=self.device) + 0.5
+        offsets = (centres - ((low + high) / 2)[:, :, None, :, None]) / radii[..., None]  # (B, P, S, 2, size)
+        x, y = offsets.unbind(dim=-2)
+        distance = torch.sqrt(x[..., None, :] ** 2 + y[..., :, None] ** 2)  # 1 on the outline
+        logits = SHARPNESS * (1 - distance) * radii.amin(dim=-1)[..., None, None]
+        return ProbabilisticSamOutput(pred_masks=torch.where(draws[..., None, None], logits, EMPTY_LOGIT))

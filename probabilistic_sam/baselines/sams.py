@@ -1,0 +1,179 @@
+"""SAM without a latent: samples differ by dropout in the decoder, or by a prompt that is moved."""
+
+from typing import Self
+
+import torch
+from huggingface_hub.dataclasses import strict
+
+from ..configuration_probabilistic_sam import ProbabilisticSamConfig
+from ..modeling_probabilistic_sam import (
+    MAX_DECODED,
+    ProbabilisticSamModel,
+    ProbabilisticSamOutput,
+    draw_spread_noise,
+    reader_targets,
+)
+from .common import check_dropout, drop_channels, reconstruction_loss, to_embeddings
+
+RELATIVE_JITTER = 0.1  # of a box's side, as in the protocol's union_box
+
+
+@strict
+class LatentFreeSamConfig(ProbabilisticSamConfig):
+    r"""Of `LatentFreeSamModel`; the fields of the latent space and of its loss have no meaning here.
+
+    Args:
+        dropout (`float`, defaults to 0): share dropped, in training and in sampling, of the prompt's token entries and
+            of the channels of the image embeddings and details.
+        jitter (`float`, defaults to 0): in sampling each side of a box moves by u1 * 0.1 * side + u2 * `jitter`, and
+            each point by u2 * `jitter`, u ~ U(-1, 1); in pixels of the model's input: 1.5 px of the image are
+            1.5 * image_size / crop_size. With 0 nothing moves.
+    """
+
+    dropout: float = 0.0
+    jitter: float = 0.0
+
+    def __post_init__(self, **kwargs):
+        check_dropout(self.dropout)
+        if self.jitter < 0:
+            raise ValueError(f"jitter must not be negative, got {self.jitter}")
+        super().__post_init__(**kwargs)
+
+
+@strict
+class DropoutSamConfig(LatentFreeSamConfig):
+    """`LatentFreeSamConfig` with dropout."""
+
+    model_type = "dropout_sam"
+
+    dropout: float = 0.1
+
+
+@strict
+class DeterministicSamConfig(LatentFreeSamConfig):
+    """`LatentFreeSamConfig` with jitter, that of the protocol's union_box in windows of 64 px shown at 256."""
+
+    model_type = "deterministic_sam"
+
+    jitter: float = 6.0
+
+
+class LatentFreeSamModel(ProbabilisticSamModel):
+    """Probabilistic SAM's encoder, detail network and decoder without its latent space: one mask a pass.
+
+    Before training its masks are SAM's own.
+    """
+
+    config: LatentFreeSamConfig
+    config_class = LatentFreeSamConfig
+
+    def __init__(self, config: LatentFreeSamConfig):
+        super().__init__(config)
+        del self.prior, self.posterior, self.latent_proj
+
+    @classmethod
+    def from_sam(cls, sam: ProbabilisticSamModel, **fields) -> Self:
+        """With the weights of a converted SAM; `fields` of the configuration."""
+        others = ("model_type", "architectures", "transformers_version")
+        values = {name: value for name, value in sam.config.to_dict().items() if name not in others}
+        model = cls(cls.config_class(**(values | fields)))
+        model.load_state_dict(sam.state_dict(), strict=False)  # the latent networks stay behind
+        return model
+
+    def move_prompts(
+        self, num_samples: int, generator: torch.Generator | None, prompts: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """`num_samples` moved copies of each box (B, P, 4) and point (B, P, K, 2): (B, P * S, ...)."""
+        boxes, points = prompts.get("input_boxes"), prompts.get("input_points")
+        lead = prompts["input_points" if boxes is None else "input_boxes"].shape[:2]
+        noise = draw_spread_noise((*lead, num_samples, 8), generator, self.device)
+        relative, absolute = (2 * torch.special.ndtr(noise) - 1).chunk(2, dim=-1)  # (B, P, S, 4), uniform in -1..1
+        moved = dict(prompts)
+        if boxes is not None:
+            sides = (boxes[..., 2:] - boxes[..., :2]).repeat(1, 1, 2)[:, :, None]  # (B, P, 1, 4)
+            corners = boxes[:, :, None] + RELATIVE_JITTER * sides * relative + self.config.jitter * absolute
+            first, second = corners.flatten(1, 2).chunk(2, dim=-1)
+            moved["input_boxes"] = torch.cat([torch.minimum(first, second), torch.maximum(first, second)], dim=-1)
+        if points is not None:
+            shift = self.config.jitter * absolute[..., None, :2]  # (B, P, S, 1, 2)
+            moved["input_points"] = (points[:, :, None] + shift).flatten(1, 2)
+            moved["input_labels"] = prompts["input_labels"].repeat_interleave(num_samples, dim=1)
+        return moved
+
+    def decode_once(self, embeddings: tuple, generator: torch.Generator | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """One pass for each of N prompts, with dropout: logits (N, h, w) and iou scores (N,)."""
+        image, tokens, dense, middle, fine = embeddings
+        share = self.config.dropout
+        tokens = drop_channels(tokens.flatten(1), share, generator).view_as(tokens)
+        image, middle, fine = (drop_channels(item, share, generator) for item in (image, middle, fine))
+        masks, iou_scores = self.mask_decoder(
+            image_embeddings=image,
+            image_positional_embeddings=self.get_image_wide_positional_embeddings(),
+            sparse_prompt_embeddings=tokens[:, None],
+            dense_prompt_embeddings=dense,
+            middle_details=middle,
+            fine_details=fine,
+        )
+        return masks[:, 0].float(), iou_scores[:, 0]
+
+    def forward(  # type: ignore[override]  # neither latents nor tuples
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_points: torch.Tensor | None = None,
+        input_labels: torch.Tensor | None = None,
+        input_boxes: torch.Tensor | None = None,
+        input_masks: torch.Tensor | None = None,
+        image_embeddings: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        num_samples: int = 1,
+        generator: torch.Generator | None = None,
+        **kwargs,
+    ) -> ProbabilisticSamOutput:
+        """Draw masks; with `labels` (B, P, R, H, W) the loss of one mask against every reader, empty ones too.
+
+        The other arguments are those of `ProbabilisticSamModel.forward`. `pred_masks` are (B, P, S, h, w), S = 1 with
+        labels.
+
+        Raises:
+            ValueError: neither or both of image and embeddings, or no prompt.
+        """
+        image_embeddings = to_embeddings(self.encode, pixel_values, image_embeddings)
+        if input_points is not None and input_labels is None:
+            input_labels = torch.ones_like(input_points[..., 0], dtype=torch.int)
+        given = {
+            "input_points": input_points, "input_labels": input_labels, "input_boxes": input_boxes,
+            "input_masks": input_masks,
+        }  # fmt: skip
+        prompts = {name: value for name, value in given.items() if value is not None}
+        if not prompts:
+            raise ValueError("A prompt must be provided: input_boxes, input_points or input_masks.")
+        passes = num_samples if labels is None else 1
+        moves = labels is None and self.config.jitter > 0 and prompts.keys() != {"input_masks"}
+        if moves:
+            prompts = self.move_prompts(passes, generator, prompts)
+        # Of B * P * S prompts when they move, B * P otherwise
+        *_, (image, sparse, dense, details) = self.embed(image_embeddings, *(prompts.get(kind) for kind in given))
+        tokens = dense.new_zeros(len(dense), 0, dense.shape[1]) if sparse is None else sparse
+        embeddings = (image, tokens, dense, *details)
+        if not moves:
+            embeddings = tuple(item.repeat_interleave(passes, dim=0) for item in embeddings)
+        parts = zip(*(item.split(MAX_DECODED) for item in embeddings), strict=True)
+        decoded = zip(*(self.decode_once(part, generator) for part in parts), strict=True)
+        masks, iou_scores = (torch.cat(items).unflatten(0, (len(image_embeddings), -1, passes)) for items in decoded)
+        if labels is None:
+            return ProbabilisticSamOutput(pred_masks=masks, iou_scores=iou_scores)
+        targets = reader_targets(labels, masks.shape[:2], masks.shape[-1])
+        loss = reconstruction_loss(masks, targets, self.config.bce_weight, self.config.dice_weight).mean()
+        return ProbabilisticSamOutput(loss=loss, reconstruction_loss=loss, pred_masks=masks, iou_scores=iou_scores)
+
+
+class DropoutSamModel(LatentFreeSamModel):
+    """SAM fine-tuned on all readers whose samples differ by dropout in the decoder's inputs."""
+
+    config_class = DropoutSamConfig
+
+
+class DeterministicSamModel(LatentFreeSamModel):
+    """SAM as it is, or fine-tuned on all readers, whose samples are the masks of moved prompts."""
+
+    config_class = DeterministicSamConfig

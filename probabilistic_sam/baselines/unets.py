@@ -1,0 +1,270 @@
+"""Two U-Nets that see the pixels and the prompt: with dropout, and with a latent space.
+
+They have the blocks and the size of Probabilistic SAM's detail network, so that a comparison is about the method.
+"""
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
+from torch import nn
+
+from ..modeling_probabilistic_sam import (
+    MAX_DECODED,
+    DetailBlock,
+    ProbabilisticSamOutput,
+    draw_noise,
+    draw_spread_noise,
+    gaussian_kl,
+    reader_targets,
+)
+from .common import (
+    MAP_CHANNELS,
+    PixelConfig,
+    PixelModel,
+    check_dropout,
+    drop_channels,
+    reconstruction_loss,
+)
+
+
+class UNet(nn.Module):
+    """Maps (N, 6, h, w) to features (N, hidden_size, h, w): three resolutions, `num_blocks` blocks at the lowest.
+
+    Dropout stands before the three inner stages (Kohl et al. 2018, appendix B, their Dropout U-Net).
+    """
+
+    def __init__(self, hidden_size: int, num_blocks: int, dropout: float = 0.0):
+        super().__init__()
+        fine, middle, coarse = (hidden_size * factor for factor in (1, 2, 4))
+        self.dropout = dropout
+        self.stem = nn.Conv2d(MAP_CHANNELS, fine, 3, padding=1)
+        self.fine_down = DetailBlock(fine)
+        self.to_middle = nn.Conv2d(fine, middle, 2, stride=2)
+        self.middle_down = DetailBlock(middle)
+        self.to_coarse = nn.Conv2d(middle, coarse, 2, stride=2)
+        self.coarse_blocks = nn.Sequential(*(DetailBlock(coarse) for _ in range(num_blocks)))
+        self.from_coarse = nn.ConvTranspose2d(coarse, middle, 2, stride=2)
+        self.middle_up = DetailBlock(middle)
+        self.from_middle = nn.ConvTranspose2d(middle, fine, 2, stride=2)
+        self.fine_up = DetailBlock(fine)
+
+    def forward(self, maps: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        """One pass; dropout is drawn from the generator."""
+        fine = self.fine_down(self.stem(maps))
+        middle = self.middle_down(drop_channels(self.to_middle(fine), self.dropout, generator))
+        coarse = self.coarse_blocks(drop_channels(self.to_coarse(middle), self.dropout, generator))
+        middle = self.middle_up(drop_channels(middle + self.from_coarse(coarse), self.dropout, generator))
+        return self.fine_up(fine + self.from_middle(middle))
+
+
+# -------------------------------------------------------------------------------------------------------- dropout
+
+
+@strict
+class DropoutUNetConfig(PixelConfig):
+    r"""Of `DropoutUNetModel`.
+
+    Args:
+        hidden_size (`int`, defaults to 32): channels at the resolution of the masks, a multiple of 8; twice and four
+            times as many at half and a quarter of it.
+        num_blocks (`int`, defaults to 3): blocks at the lowest resolution.
+        dropout (`float`, defaults to 0.3): share of the channels that is dropped, in training and in sampling.
+        bce_weight, dice_weight (`float`): as in `ProbabilisticSamConfig`; every reader counts, empty masks too.
+    """
+
+    model_type = "dropout_unet"
+
+    hidden_size: int = 32
+    num_blocks: int = 3
+    dropout: float = 0.3
+    bce_weight: float = 1.0
+    dice_weight: float = 10.0
+
+    def __post_init__(self, **kwargs):
+        check_dropout(self.dropout)
+        super().__post_init__(**kwargs)
+
+
+class DropoutUNetModel(PixelModel):
+    """A U-Net whose samples differ by dropout (Gal and Ghahramani 2016, arXiv 1506.02142)."""
+
+    config: DropoutUNetConfig
+    config_class = DropoutUNetConfig
+
+    def __init__(self, config: DropoutUNetConfig):
+        super().__init__(config)
+        self.unet = UNet(config.hidden_size, config.num_blocks, config.dropout)
+        self.head = nn.Conv2d(config.hidden_size, 1, 1)
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_points: torch.Tensor | None = None,
+        input_labels: torch.Tensor | None = None,
+        input_boxes: torch.Tensor | None = None,
+        input_masks: torch.Tensor | None = None,
+        image_embeddings: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        num_samples: int = 1,
+        generator: torch.Generator | None = None,
+        **kwargs,
+    ) -> ProbabilisticSamOutput:
+        """Draw masks by as many passes; with `labels` (B, P, R, H, W) the loss of one pass against every reader.
+
+        The other arguments are those of `ProbabilisticSamModel.forward`. `pred_masks` are (B, P, S, h, w), S = 1 with
+        labels.
+        """
+        maps = self.get_maps(
+            pixel_values, image_embeddings, input_points=input_points, input_labels=input_labels,
+            input_boxes=input_boxes, input_masks=input_masks,
+        )  # fmt: skip
+        lead, passes = maps.shape[:2], num_samples if labels is None else 1
+        slots = maps.flatten(0, 1).repeat_interleave(passes, dim=0).split(MAX_DECODED)
+        logits = torch.cat([self.head(self.unet(part, generator)) for part in slots])
+        masks = logits[:, 0].float().unflatten(0, (*lead, passes))
+        if labels is None:
+            return ProbabilisticSamOutput(pred_masks=masks)
+        targets = reader_targets(labels, lead, masks.shape[-1])
+        loss = reconstruction_loss(masks, targets, self.config.bce_weight, self.config.dice_weight).mean()
+        return ProbabilisticSamOutput(loss=loss, reconstruction_loss=loss, pred_masks=masks)
+
+
+# --------------------------------------------------------------------------------------------------- latent space
+
+
+@strict
+class ProbabilisticUNetConfig(PixelConfig):
+    r"""Of `ProbabilisticUNetModel`.
+
+    Args:
+        hidden_size, num_blocks (`int`): as in `DropoutUNetConfig`.
+        latent_dim (`int`, defaults to 6): coordinates of the latent.
+        bce_weight (`float`, defaults to 1): weight of the binary cross-entropy of a reader's mask, **summed over its
+            pixels**.
+        kl_weight (`float`, defaults to 1): beta, the weight of KL(posterior, prior), in nats summed over coordinates,
+            against that sum: 1 and 1 is the evidence lower bound. Against a mean over pixels the same number would
+            weigh some 4,000 times as much.
+    """
+
+    model_type = "probabilistic_unet"
+
+    hidden_size: int = 32
+    num_blocks: int = 3
+    latent_dim: int = 6
+    bce_weight: float = 1.0
+    kl_weight: float = 1.0
+
+    def __post_init__(self, **kwargs):
+        if self.latent_dim < 1:
+            raise ValueError(f"latent_dim must be at least 1, got {self.latent_dim}")
+        super().__post_init__(**kwargs)
+
+
+class GaussianEncoder(nn.Module):
+    """Maps (N, channels, h, w) to mean and log standard deviation (N, L) of an axis-aligned Gaussian."""
+
+    def __init__(self, channels: int, hidden_size: int, latent_dim: int):
+        super().__init__()
+        fine, middle, coarse = (hidden_size * factor for factor in (1, 2, 4))
+        self.layers = nn.Sequential(
+            nn.Conv2d(channels, fine, 2, stride=2), DetailBlock(fine),
+            nn.Conv2d(fine, middle, 2, stride=2), DetailBlock(middle),
+            nn.Conv2d(middle, coarse, 2, stride=2), DetailBlock(coarse),
+        )  # fmt: skip
+        self.head = nn.Linear(coarse, 2 * latent_dim)
+
+    def forward(self, maps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and log standard deviation."""
+        mean, log_std = self.head(self.layers(maps).mean(dim=(-2, -1))).float().chunk(2, dim=-1)
+        return mean, 4.0 * torch.tanh(log_std / 4.0)  # bounded, as in Probabilistic SAM
+
+
+class ProbabilisticUNetModel(PixelModel):
+    """Probabilistic U-Net (Kohl et al. 2018, arXiv 1806.05034), which is told the prompt.
+
+    A prior sees pixels and prompt, a posterior one reader's mask as well; a latent, repeated at every pixel, meets the
+    U-Net's features in three 1x1 convolutions.
+    """
+
+    config: ProbabilisticUNetConfig
+    config_class = ProbabilisticUNetConfig
+
+    def __init__(self, config: ProbabilisticUNetConfig):
+        super().__init__(config)
+        width = config.hidden_size
+        self.unet = UNet(width, config.num_blocks)
+        self.prior = GaussianEncoder(MAP_CHANNELS, width, config.latent_dim)
+        self.posterior = GaussianEncoder(MAP_CHANNELS + 1, width, config.latent_dim)
+        self.fcomb = nn.Sequential(
+            nn.Conv2d(width + config.latent_dim, width, 1), nn.GELU(),
+            nn.Conv2d(width, width, 1), nn.GELU(),
+            nn.Conv2d(width, 1, 1),
+        )  # fmt: skip
+        self.post_init()
+
+    def decode(self, features: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """Features (N, W, h, w) and latents (N, S, L) to logits (N, S, h, w)."""
+        planes = latents.to(features.dtype)[..., None, None].expand(-1, -1, -1, *features.shape[-2:])
+        shared = features[:, None].expand(-1, latents.shape[1], -1, -1, -1)
+        slots = torch.cat([shared, planes], dim=2)
+        return self.fcomb(slots.flatten(0, 1))[:, 0].float().unflatten(0, latents.shape[:2])
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_points: torch.Tensor | None = None,
+        input_labels: torch.Tensor | None = None,
+        input_boxes: torch.Tensor | None = None,
+        input_masks: torch.Tensor | None = None,
+        image_embeddings: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        num_samples: int = 1,
+        generator: torch.Generator | None = None,
+        **kwargs,
+    ) -> ProbabilisticSamOutput:
+        """Draw masks from the prior; with `labels` (B, P, R, H, W) the loss of all readers in one step.
+
+        The other arguments are those of `ProbabilisticSamModel.forward`, and so are the outputs, but no coordinate of
+        the latent has a meaning of its own. The loss is the negative evidence lower bound: the mean over readers of
+        `bce_weight` BCE (summed over pixels) + `kl_weight` KL.
+        """
+        maps = self.get_maps(
+            pixel_values, image_embeddings, input_points=input_points, input_labels=input_labels,
+            input_boxes=input_boxes, input_masks=input_masks,
+        )  # fmt: skip
+        lead = maps.shape[:2]
+        flat = maps.flatten(0, 1)  # (B * P, 6, h, w)
+        features = self.unet(flat)
+        prior_mean, prior_log_std = (item.unflatten(0, lead) for item in self.prior(flat))
+        if labels is None:
+            noise = draw_spread_noise((*lead, num_samples, self.config.latent_dim), generator, self.device)
+            latents = prior_mean[:, :, None] + torch.exp(prior_log_std)[:, :, None] * noise
+            chunks = latents.flatten(0, 1).split(max(1, MAX_DECODED // len(flat)), dim=1)
+            masks = torch.cat([self.decode(features, part) for part in chunks], dim=1).unflatten(0, lead)
+            return ProbabilisticSamOutput(
+                pred_masks=masks, latents=latents, prior_mean=prior_mean, prior_log_std=prior_log_std
+            )
+
+        targets = reader_targets(labels, lead, flat.shape[-1])
+        seen = torch.cat(
+            [maps[:, :, None].expand(-1, -1, targets.shape[2], -1, -1, -1), targets[:, :, :, None].to(maps.dtype)],
+            dim=3,
+        )  # (B, P, R, 7, h, w)
+        mean, log_std = (item.unflatten(0, targets.shape[:3]) for item in self.posterior(seen.flatten(0, 2)))
+        latents = mean + torch.exp(log_std) * draw_noise(tuple(mean.shape), generator, self.device)
+        masks = self.decode(features, latents.flatten(0, 1)).unflatten(0, lead)  # (B, P, R, h, w)
+        bce = F.binary_cross_entropy_with_logits(masks, targets, reduction="none").sum(dim=(-2, -1))
+        kl = gaussian_kl(mean, log_std, prior_mean[:, :, None], prior_log_std[:, :, None])
+        reconstruction = (self.config.bce_weight * bce).mean()
+        return ProbabilisticSamOutput(
+            loss=reconstruction + self.config.kl_weight * kl.sum(dim=-1).mean(),
+            reconstruction_loss=reconstruction,
+            kl_divergence=kl,
+            pred_masks=masks,
+            latents=latents,
+            prior_mean=prior_mean,
+            prior_log_std=prior_log_std,
+            posterior_mean=mean,
+            posterior_log_std=log_std,
+        )

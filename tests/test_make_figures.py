@@ -1,0 +1,56 @@
+"""The figures' command, on a tiny model and a dataset of discs."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import SIZE, tiny_model, tiny_rows
+
+from probabilistic_sam import ProbabilisticSamProcessor
+from probabilistic_sam.data.rows import write_dataset
+from probabilistic_sam.errors import UserError
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "training"))
+import make_figures  # noqa: E402
+
+sys.path.pop(0)
+
+
+def result(num_samples: int, ged: float, sampling: str = "together") -> dict:
+    entry = {"ged": {"mean": ged, "ci95": [ged - 0.1, ged + 0.1]}}
+    return {
+        "model": "m", "prompt": "union_box", "split": "validation", "num_slices": 9, "num_samples": num_samples,
+        "sampling": sampling, "results": {"all": entry, "shape": entry},
+        "calibration": {"pixels": np.ones((3, 10)).tolist(), "emptiness": np.ones((3, 10)).tolist()},
+    }  # fmt: skip
+
+
+def test_curves_join_results_of_one_model():
+    results = {"validation": result(16, 0.2), "n4": result(4, 0.3), "independent": result(16, 0.25, "independent")}
+    results["other"] = result(16, 0.9) | {"prompt": "center_box"}
+    curves = make_figures.sample_numbers(results)
+    assert curves["all, samples drawn together"] == [
+        (16, 0.2, 0.1, pytest.approx(0.3)),
+        (4, 0.3, pytest.approx(0.2), 0.4),
+    ]
+    assert [point[:2] for point in curves["shape, samples drawn independently"]] == [(16, 0.25)]
+    assert len(curves) == 4
+
+
+def test_command_draws_four_figures(tmp_path, monkeypatch, capsys):
+    tiny_model().save_pretrained(tmp_path / "model")
+    ProbabilisticSamProcessor(SIZE, 24).save_pretrained(tmp_path / "model")
+    write_dataset(tiny_rows({"validation": 4}), tmp_path / "data", "Discs.")
+    (tmp_path / "results").mkdir()
+    command = ["make_figures.py", "--model", tmp_path / "model", "--dataset", tmp_path / "data"]
+    command += ["--results", tmp_path / "results", "--output", tmp_path / "figures"]
+    monkeypatch.setattr(sys, "argv", list(map(str, command)))
+    with pytest.raises(UserError, match="holds no validation.json"):
+        make_figures.main()
+    (tmp_path / "results/validation.json").write_text(json.dumps(result(16, 0.2)))
+    make_figures.main()
+    names = ["calibration.png", "gallery.png", "sample_number.png", "traversal.png"]
+    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == names
+    assert "gallery.png" in capsys.readouterr().out

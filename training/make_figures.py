@@ -1,0 +1,162 @@
+"""Draw what a model does: samples, latent space, calibration, and GED against the number of samples.
+
+    python training/make_figures.py --model M --dataset phantom --results RESULTS --output figures
+
+The gallery and the traversal show slices of the dataset; the figures that the project carries are made from a phantom
+build, whose pixels are free to publish. Calibration and GED come from the results files of training/evaluate.py.
+"""
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamProcessor
+from probabilistic_sam.data import make_prompt, row_seed
+from probabilistic_sam.data.rows import decode_image, decode_masks, load_split
+from probabilistic_sam.errors import UserError, run
+from probabilistic_sam.metrics.functional import ged
+from probabilistic_sam.plotting import (
+    calibration_figure,
+    grid_figure,
+    sample_number_figure,
+    save_figure,
+    traversal_figure,
+)
+
+PROMPT = "union_box"
+NUM_SAMPLES = 16
+SHOWN = 4  # slices a row of the gallery
+STEPS = (-2.0, -1.0, 0.0, 1.0, 2.0)  # standard deviations of the prior
+
+
+def parse_args() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="directory or Hub name of a Probabilistic SAM")
+    parser.add_argument("--dataset", required=True, help="a build of training/build_lidc.py")
+    parser.add_argument("--split", default="validation")
+    parser.add_argument("--max_slices", type=int, default=200, help="of the split, from which the gallery chooses")
+    parser.add_argument(
+        "--results", type=Path, required=True, help="folder with results files of training/evaluate.py"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder of the figures")
+    return parser.parse_args()
+
+
+def read_results(folder: Path) -> dict[str, dict]:
+    """Results files by name; `validation` must be among them."""
+    results = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    if "validation" not in results:
+        raise UserError(f"{folder}: holds no validation.json; accepted: results files of training/evaluate.py")
+    return results
+
+
+def prepare(row: dict, processor: ProbabilisticSamProcessor) -> tuple[np.ndarray, np.ndarray, dict]:
+    """Image, readers' masks and model inputs of a row, with the prompt that evaluation gives."""
+    image, readers = decode_image(row), decode_masks(row)
+    box = make_prompt(readers, PROMPT, np.random.default_rng(row_seed(row, PROMPT)))["input_boxes"]
+    return image, readers, processor(image, input_boxes=[[box]])
+
+
+def to_masks(processor: ProbabilisticSamProcessor, pred_masks: torch.Tensor, inputs: dict) -> np.ndarray:
+    """Logits (1, 1, N, h, w) to masks (N, H, W)."""
+    logits = processor.post_process_logits(pred_masks, inputs["windows"], inputs["original_sizes"])[0]
+    return (logits > 0).numpy()
+
+
+def draw_gallery(model, processor, rows, path: Path) -> list[int]:
+    """The best, the median and the worst slices by GED, readers beside samples; returns the order by GED."""
+    distances, samples = [], []
+    for row in tqdm(rows, desc="gallery", unit="slice"):
+        _, readers, inputs = prepare(row, processor)
+        generator = torch.Generator().manual_seed(row_seed(row, "gallery") % 2**63)
+        output = model.sample(**inputs, num_samples=NUM_SAMPLES, generator=generator)
+        samples.append(to_masks(processor, output.pred_masks, inputs))
+        distances.append(ged(samples[-1], readers).ged)
+    order = np.argsort(distances, kind="stable").tolist()
+    middle = len(order) // 2 - SHOWN // 4
+    chosen = {
+        "best": order[: SHOWN // 2],
+        "median": order[middle : middle + SHOWN // 2],
+        "worst": order[-SHOWN // 2 :],
+    }
+    images, outlines, titles = [], [], []
+    for name, indices in chosen.items():
+        for index in indices:
+            row, drawn = rows[index], samples[index]
+            empty = int((~drawn.any(axis=(1, 2))).sum())
+            images += [decode_image(row)] * 2
+            outlines += [decode_masks(row), drawn]
+            titles += [f"{name}: {row['patient_id']}, {row['num_nonempty']} of {len(row['masks'])} readers drew"]
+            titles += [f"{NUM_SAMPLES} samples, {empty} empty, GED {distances[index]:.2f}"]
+    save_figure(grid_figure(images, outlines, titles, columns=SHOWN), path)
+    return order
+
+
+def draw_traversal(model, processor, row: dict, path: Path) -> None:
+    """One coordinate of the latent at a time, the others at the prior's mean: those that move the mask most."""
+    image, _, inputs = prepare(row, processor)
+    prior = model(**inputs)
+    mean, std = prior.prior_mean[0, 0], prior.prior_log_std[0, 0].exp()
+    coordinates = range(1, len(mean))
+    latents = mean.repeat(len(coordinates), len(STEPS), 1)  # (K, T, L)
+    latents[..., 0] = 1.0  # draw
+    for index, coordinate in enumerate(coordinates):
+        latents[index, :, coordinate] += torch.tensor(STEPS) * std[coordinate]
+    output = model(**inputs, latents=latents.flatten(0, 1)[None, None])
+    masks = to_masks(processor, output.pred_masks, inputs).reshape(len(coordinates), len(STEPS), *image.shape)
+    change = (masks[:, 0] ^ masks[:, -1]).sum(axis=(1, 2))
+    most = np.argsort(-change, kind="stable")[:SHOWN]
+    titles = [f"z{coordinates[index]}" for index in most]
+    save_figure(traversal_figure(image, masks[most], titles, [f"{step:+g} sd" for step in STEPS]), path)
+
+
+def sample_numbers(results: dict[str, dict]) -> dict[str, list[tuple[int, float, float, float]]]:
+    """GED by number of samples of the main model, for each column and way of sampling."""
+    main = results["validation"]
+    curves: dict[str, list[tuple[int, float, float, float]]] = defaultdict(list)
+    for result in results.values():
+        if all(result[name] == main[name] for name in ("model", "prompt", "split", "num_slices")):
+            for column in ("all", "shape"):
+                entry = result["results"][column]["ged"]
+                point = (result["num_samples"], entry["mean"], *entry["ci95"])
+                curves[f"{column}, samples drawn {result['sampling'].replace('independent', 'independently')}"] += [
+                    point
+                ]
+    return dict(curves)
+
+
+@torch.no_grad()
+def main() -> None:
+    """Draw all figures."""
+    arguments = parse_args()
+    results = read_results(arguments.results)
+    rows = load_split(arguments.dataset, arguments.split)
+    if len(rows) < 3 * SHOWN:
+        raise UserError(
+            f"{arguments.dataset}: split {arguments.split!r} has {len(rows)} slices; accepted: {3 * SHOWN}"
+        )
+    rows = [rows[index] for index in range(min(len(rows), arguments.max_slices))]
+    model = ProbabilisticSamModel.from_pretrained(arguments.model).eval()
+    processor = ProbabilisticSamProcessor.from_pretrained(arguments.model)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+
+    draw_gallery(model, processor, rows, arguments.output / "gallery.png")
+    largest = max(rows, key=lambda row: int(decode_masks(row).any(axis=0).sum()))
+    draw_traversal(model, processor, largest, arguments.output / "traversal.png")
+    main_result = results["validation"]
+    calibration = main_result["calibration"]
+    title = f"{main_result['num_slices']:,} {main_result['split']} slices, prompt {main_result['prompt']}"
+    figure = calibration_figure(np.array(calibration["pixels"]), np.array(calibration["emptiness"]), title)
+    save_figure(figure, arguments.output / "calibration.png")
+    save_figure(sample_number_figure(sample_numbers(results)), arguments.output / "sample_number.png")
+    print(f"wrote {arguments.output}: gallery.png, traversal.png, calibration.png, sample_number.png")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -238,11 +238,11 @@ def calibration_figure(pixels: np.ndarray, emptiness: np.ndarray, title: str) ->
         filled = count > 0
         axes.plot([0, 1], [0, 1], color="0.6", linewidth=1, linestyle="--")
         axes.plot(said[filled] / count[filled], was[filled] / count[filled], "o-", color=SAMPLE_COLOR)
-        axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xlabel=predicted, ylabel=observed)
+        axes.set(xlim=(0, 1), ylim=(0, 1), box_aspect=1, xlabel=predicted, ylabel=observed)
         shares = axes.twinx()  # how much weight each point has
         edges = np.linspace(0, 1, len(count) + 1)
         shares.bar(edges[:-1], count / max(count.sum(), 1), edges[1] - edges[0], align="edge", color="0.5", alpha=0.2)
-        shares.set(ylim=(0, 1), ylabel="share of all (bars)")
+        shares.set(ylim=(0, 1), box_aspect=1, ylabel="share of all (bars)")
     return figure
 
 

@@ -143,7 +143,7 @@ def with_new_latents(config: ProbabilisticSamConfig, state_dict: dict, origin: s
         )  # fmt: skip
     finally:
         logging.set_verbosity(verbosity)
-    new = ProbabilisticSamModel.latent_modules
+    new = ProbabilisticSamModel.new_modules
     wrong = {
         "missing": sorted(key for key in info["missing_keys"] if not key.startswith(new)),
         "unexpected": sorted(info["unexpected_keys"]),
@@ -152,9 +152,7 @@ def with_new_latents(config: ProbabilisticSamConfig, state_dict: dict, origin: s
     if any(wrong.values()):
         named = "; ".join(f"{len(keys)} {kind}, such as {keys[0]}" for kind, keys in wrong.items() if keys)
         raise UserError(f"{origin} does not fit: tensors {named}")
-    logger.warning(
-        f"{origin}: all weights are taken over; the latent networks ({', '.join(new)}) are new, to be trained"
-    )
+    logger.warning(f"{origin}: all weights are taken over; new, to be trained: {', '.join(new)}")
     return model
 
 

@@ -499,7 +499,7 @@ class ProbabilisticSamModel(SamModel):
     config: ProbabilisticSamConfig
     config_class = ProbabilisticSamConfig
     _no_split_modules = ["SamVisionLayer", "TinyViTStage"]
-    latent_modules = ("detail_network", "prior", "posterior", "latent_proj")
+    new_modules = ("detail_network", "prior", "posterior", "latent_proj")
 
     def __init__(self, config: ProbabilisticSamConfig):
         super(SamModel, self).__init__(config)  # SamModel's own would build a ViT whatever the vision configuration is

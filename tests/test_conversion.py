@@ -45,7 +45,7 @@ def converted(checkpoint):
 
 
 def without_latents(model):
-    return {k: v for k, v in model.state_dict().items() if not k.startswith(ProbabilisticSamModel.latent_modules)}
+    return {k: v for k, v in model.state_dict().items() if not k.startswith(ProbabilisticSamModel.new_modules)}
 
 
 # ------------------------------------------------------------------------------------------------------- MobileSAM
@@ -134,7 +134,7 @@ def test_one_line_tells_that_the_latent_networks_are_new(checkpoint, caplog, cap
     convert_mobile_sam(checkpoint, image_size=64)
     assert "REPORT" not in caplog.text + capfd.readouterr().err
     (line,) = [record.getMessage() for record in caplog.records if record.name == "probabilistic_sam.conversion"]
-    assert "the latent networks (prior, posterior, latent_proj) are new" in line
+    assert "new, to be trained: detail_network, prior, posterior, latent_proj" in line
     assert logging.getLogger("transformers").level == level  # as it was
 
 

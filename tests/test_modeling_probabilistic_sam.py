@@ -205,9 +205,9 @@ def test_training_reaches_every_latent_weight_and_the_encoder(injection, inputs)
     assert output.pred_masks.shape == (2, 3, 4, 8, 8)
     assert output.posterior_mean.shape == output.posterior_log_std.shape == output.kl_divergence.shape == (2, 3, 4, 4)
     for name, parameter in model.named_parameters():
-        if name.startswith((*model.latent_modules, "vision_encoder.layers", "mask_decoder.transformer")):
+        if name.startswith((*model.new_modules, "vision_encoder.layers", "mask_decoder.transformer")):
             assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
-    for part in (*model.latent_modules, "vision_encoder"):
+    for part in (*model.new_modules, "vision_encoder"):
         gradients = [
             p.grad.abs().sum() for n, p in model.named_parameters() if n.startswith(part) and p.grad is not None
         ]
@@ -335,7 +335,7 @@ def test_warm_start_from_a_sam_directory_leaves_only_the_latent_networks_new(tmp
     sam = SamModel(SamConfig(**sam_parts()))
     sam.save_pretrained(tmp_path)
     model, info = ProbabilisticSamModel.from_pretrained(tmp_path, output_loading_info=True)
-    assert info["missing_keys"] and all(key.startswith(model.latent_modules) for key in info["missing_keys"])
+    assert info["missing_keys"] and all(key.startswith(model.new_modules) for key in info["missing_keys"])
     assert not info["unexpected_keys"] and not info["mismatched_keys"]
     own = model.state_dict()
     assert all(torch.equal(value, own[key]) for key, value in sam.state_dict().items())

@@ -129,7 +129,7 @@ def mobile_sam_config(image_size: int = 1024, **kwargs) -> ProbabilisticSamConfi
 
 
 def with_new_latents(config: ProbabilisticSamConfig, state_dict: dict, origin: str) -> ProbabilisticSamModel:
-    """A float32 model with the weights of `state_dict`, which lacks the latent networks and nothing else.
+    """A float32 model with the weights of `state_dict`, which lacks the detail and latent networks and nothing else.
 
     Raises:
         UserError: other weights are missing, left over or of another shape; the message names them.
@@ -157,7 +157,7 @@ def with_new_latents(config: ProbabilisticSamConfig, state_dict: dict, origin: s
 
 
 def convert_mobile_sam(path: str | Path, image_size: int = 1024, **kwargs) -> ProbabilisticSamModel:
-    """A `ProbabilisticSamModel` with MobileSAM's weights and fresh latent networks.
+    """A `ProbabilisticSamModel` with MobileSAM's weights and fresh detail and latent networks.
 
     Raises:
         UserError: the file is not a MobileSAM checkpoint; the message names the keys.
@@ -191,7 +191,7 @@ def interpolate_vit_positions(
 def convert_sam(directory: str | Path, image_size: int | None = None, **kwargs) -> ProbabilisticSamModel:
     """A `ProbabilisticSamModel` with the weights of a `SamModel` (directory or Hub name) at `image_size`, in float32.
 
-    Only the latent networks are new. Without `image_size` the checkpoint's own is kept.
+    Only the detail and latent networks are new. Without `image_size` the checkpoint's own is kept.
 
     Raises:
         OSError: transformers finds no model there.

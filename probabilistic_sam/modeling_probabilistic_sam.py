@@ -3,8 +3,8 @@
 Shapes: B images, P prompts an image, S samples, R readers, L latent coordinates, g = image_size / 16 (grid of the
 image embeddings), h = w = image_size / 4 (low-resolution masks).
 
-SAM's encoder sees a lesion of ten pixels as two cells. The detail network, a small U-Net, adds what the pixels say
-between its image embeddings and the decoder. It has no weights of SAM's and starts at zero.
+SAM's encoder sees a lesion of ten pixels as two or three cells. The detail network, a small U-Net, adds what the
+pixels say between its image embeddings and the decoder. It has no weights of SAM's and starts at zero.
 
 The latent of a sample is Gaussian. Its first coordinate decides whether the reader draws at all: a mask is empty when
 it is not positive. The others shape the outline and enter SAM's mask decoder with the prompt.
@@ -183,8 +183,8 @@ class DetailProjection(nn.Conv2d):
 class DetailNetwork(nn.Module):
     """A small U-Net on pixels and prompt, with SAM's image embeddings at its bottom: what a cell of 16 pixels hides.
 
-    A lesion of ten pixels is two cells wide in SAM's image embeddings. The outputs join SAM's mask decoder at its
-    three resolutions; they start at zero, so that a new model draws SAM's own masks.
+    A lesion of ten pixels is two or three cells wide in SAM's image embeddings. The outputs join SAM's mask decoder
+    at its three resolutions; they start at zero, so that a new model draws SAM's own masks.
     """
 
     def __init__(self, config: ProbabilisticSamConfig):
@@ -367,8 +367,8 @@ def energy_distance(
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, num_heads: int) -> torch.Tensor:
     """Multi-head attention of (B, N, length, C) tensors that are projected already.
 
-    One side is a handful of tokens, so the scores are small and plain matrix products are as fast as a fused kernel;
-    in bfloat16 on a CPU they are several times faster with gradients.
+    One side is a handful of tokens, so the scores are small and plain matrix products do; the fused kernel's backward
+    pass is slow in bfloat16 on a CPU.
     """
     lead = query.shape[:2]
     query, key, value = (
@@ -493,7 +493,7 @@ class ProbabilisticSamMaskDecoder(SamMaskDecoder):
 class ProbabilisticSamModel(SamModel):
     """SAM with a Gaussian latent space: one image and one prompt give as many different masks as asked for.
 
-    `from_pretrained` on the directory of a `SamModel` warm-starts: only the latent networks are new.
+    `from_pretrained` on the directory of a `SamModel` warm-starts: only the detail and latent networks are new.
     """
 
     config: ProbabilisticSamConfig

@@ -161,7 +161,7 @@ def card(result: dict, section: str, training: str) -> ModelCard:
                 metric_type=metric,
                 metric_name=title,
                 metric_value=round(column[metric]["mean"], 4),
-                metric_args={"prompt": result["prompt"], "num_samples": result["num_samples"]},
+                metric_args={name: result[name] for name in ("prompt", "num_samples", "sampling")},
                 **dataset,
             )
             for title, metric, column in (

@@ -69,8 +69,8 @@ def to_masks(processor: ProbabilisticSamProcessor, pred_masks: torch.Tensor, inp
     return (logits > 0).numpy()
 
 
-def draw_gallery(model, processor, rows, path: Path) -> list[int]:
-    """The best, the median and the worst slices by GED, readers beside samples; returns the order by GED."""
+def draw_gallery(model, processor, rows, path: Path) -> None:
+    """The best, the median and the worst slices by GED, readers beside samples."""
     distances, samples = [], []
     for row in tqdm(rows, desc="gallery", unit="slice"):
         _, readers, inputs = prepare(row, processor)
@@ -95,7 +95,6 @@ def draw_gallery(model, processor, rows, path: Path) -> list[int]:
             titles += [f"{name}: {row['patient_id']}, {row['num_nonempty']} of {len(row['masks'])} readers drew"]
             titles += [f"{NUM_SAMPLES} samples, {empty} empty, GED {distances[index]:.2f}"]
     save_figure(grid_figure(images, outlines, titles, columns=SHOWN), path)
-    return order
 
 
 def draw_traversal(model, processor, row: dict, path: Path) -> None:

@@ -235,8 +235,10 @@ class ProbabilisticMaskGenerationPipeline(Pipeline):
             "AutoModelForMaskGeneration": f"{ProbabilisticSamModel.__module__.split('.')[-1]}.ProbabilisticSamModel"
         }
         parts: dict[str, Any] = {
-            "AutoConfig": type(self.model.config), "AutoModel": type(self.model), "AutoProcessor": type(self.processor),
-        }  # fmt: skip
+            "AutoConfig": type(self.model.config),
+            "AutoModel": type(self.model),
+            "AutoProcessor": type(self.processor),
+        }
         before = {name: part._auto_class for name, part in parts.items()}
         try:
             for name, part in parts.items():

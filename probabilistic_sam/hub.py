@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 from huggingface_hub.errors import HFValidationError
@@ -55,7 +56,7 @@ def push_folder(
     """
     check_repo_name(name)
     api = huggingface_hub.HfApi()
-    repo = {"repo_id": name, "repo_type": repo_type}
+    repo: dict[str, Any] = {"repo_id": name, "repo_type": repo_type}
     made, branch, head = "", None, None  # what is made for this commit, and the commit it stands at before
     try:
         if not api.repo_exists(**repo):
@@ -85,13 +86,13 @@ def push_folder(
 
 
 def take_back(api: huggingface_hub.HfApi, repo: dict, made: str, branch: str | None, head: str | None) -> str:
-    """Delete the repository or branch that was `made` for a commit, unless it moved on from `head`; say what is left."""
+    """Delete the repository or branch that was `made` for a commit, unless it is past `head`; say what is left."""
     try:
         if head and api.repo_info(**repo, revision=branch).sha != head:
             return f"yet a commit has arrived in the new {made}, which stays. "  # its answer was lost on the way
         if made == "repository":
             api.delete_repo(**repo)
-        else:
+        elif branch:
             api.delete_branch(**repo, branch=branch)
     except Exception:  # what kept the commit away may well keep this away
         return f"the new {made} stays on the Hub without these files. "

@@ -1,9 +1,8 @@
 """A model's folder as it goes to the Hub: one that a stranger can open, try and read about.
 
-Nothing of this is committed twice: the remote code is copied from this package when a model is staged.
+Nothing of this is committed twice: the remote code is copied from the package when a model is staged.
 """
 
-import json
 import os
 import shutil
 import tempfile
@@ -13,15 +12,11 @@ import yaml
 from huggingface_hub import ModelCard
 
 from .cli import DEFAULT_MODEL, load_model, replaced_directory
-from .configuration_probabilistic_sam import ProbabilisticSamConfig
 from .errors import UserError
 from .hub import check_repo_name, push_folder
 from .model_card import HUB_NAME, read_json, run_card
-from .modeling_probabilistic_sam import ProbabilisticSamModel
-from .processing_probabilistic_sam import ProbabilisticSamProcessor
+from .pipeline_probabilistic_sam import ProbabilisticMaskGenerationPipeline
 
-PACKAGE = Path(__file__).resolve().parent
-REMOTE_CODE = ("configuration_*.py", "modeling_*.py", "pipeline_*.py", "processing_*.py")
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 SERVING = ("handler.py", "requirements.txt", "examples/*")  # the same for every model
 OF_THE_MODEL = (*WEIGHTS, "*.png", "figures/*.png", "results/*.json")
@@ -47,25 +42,19 @@ def stage_model(source: str | os.PathLike[str], output: str | os.PathLike[str], 
     source = Path(source)
     if not source.is_dir():
         raise UserError(f"no model directory at {source}; accepted: a run of training/train.py")
-    load_model(source)  # says what is missing
+    model, processor = load_model(source)
     if not any(source.glob("*.safetensors")):
         raise UserError(f"the weights of {source} are not safetensors, and nothing else is pushed")
     readme = source / "README.md"
-    auto_map = {
-        "AutoConfig": reference(ProbabilisticSamConfig),
-        "AutoModel": reference(ProbabilisticSamModel),
-        "AutoModelForMaskGeneration": reference(ProbabilisticSamModel),
-    }
     with replaced_directory(output, ()) as folder:
+        # Configuration, processor and remote code; the weights go as they are, in their own precision and shards
+        ProbabilisticMaskGenerationPipeline(model=model, processor=processor).save_pretrained(folder)
+        for pattern in WEIGHTS:
+            for path in folder.glob(pattern):
+                path.unlink()
         copy(source, folder, *OF_THE_MODEL)
         copy(DEFAULT_MODEL, folder, *SERVING)
-        copy(PACKAGE, folder, *REMOTE_CODE)
         shutil.copyfile(DEFAULT_MODEL.parent.parent / "LICENSE", folder / "LICENSE")
-        write_json(folder / "config.json", read_json(source / "config.json") | {"auto_map": auto_map})
-        auto_map = {"AutoProcessor": reference(ProbabilisticSamProcessor)}
-        write_json(
-            folder / "processor_config.json", read_json(source / "processor_config.json") | {"auto_map": auto_map}
-        )
         if readme.is_file():
             card = own_card(readme, name)
         else:
@@ -104,11 +93,6 @@ def own_card(path: Path, name: str) -> ModelCard:
         raise UserError(f"{path} is no model card: {error}") from error
 
 
-def reference(item: type) -> str:
-    """A class as `auto_map` names it: its module, which is a file of the repository, and its name."""
-    return f"{item.__module__.split('.')[-1]}.{item.__name__}"
-
-
 def copy(source: Path, output: Path, *patterns: str) -> None:
     """Copy the files that match, at their places."""
     for pattern in patterns:
@@ -116,8 +100,3 @@ def copy(source: Path, output: Path, *patterns: str) -> None:
             target = output / path.relative_to(source)
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, target)
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write as transformers writes its configurations."""
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

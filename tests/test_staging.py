@@ -13,11 +13,12 @@ from tiny import SIZE, tiny_model
 
 from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamProcessor
 from probabilistic_sam.errors import UserError
-from probabilistic_sam.staging import PACKAGE, REMOTE_CODE, stage_model
+from probabilistic_sam.staging import stage_model
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "model_cards" / "psam-lidc"
-MODULES = sorted(path for pattern in REMOTE_CODE for path in PACKAGE.glob(pattern))
+KINDS = ("configuration", "modeling", "pipeline", "processing")  # of modules that travel
+MODULES = sorted(path for kind in KINDS for path in (ROOT / "probabilistic_sam").glob(f"{kind}_*.py"))
 # What a machine with transformers has; Pillow only where files are opened
 ALLOWED = {"torch", "numpy", "transformers", "huggingface_hub.dataclasses", *sys.stdlib_module_names}
 ALLOWED_IN = {"pipeline_probabilistic_sam.py": {"PIL"}}
@@ -135,7 +136,8 @@ def test_shipped_model_is_staged_whole_with_its_card(tmp_path):
 
 
 def test_examples_are_phantom_slices_with_the_box_of_the_protocol():
-    pytest.importorskip("pylidc")
+    if not importlib.util.find_spec("pylidc"):
+        pytest.skip("pylidc is not installed")
     import numpy as np
 
     from probabilistic_sam.data import make_prompt, row_seed
@@ -169,11 +171,6 @@ def forbidden_imports(path: Path) -> list[str]:
         elif isinstance(node, ast.ImportFrom) and not {node.module, node.module.split(".")[0]} & allowed:
             found.append(node.module)
     return found
-
-
-def test_modules_that_travel_are_known():
-    names = {path.stem.split("_")[0] for path in MODULES}
-    assert names == {"configuration", "modeling", "pipeline", "processing"}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)

@@ -142,8 +142,19 @@ pipe = pipeline("probabilistic-mask-generation", model="{name}", trust_remote_co
 (result,) = pipe(image, boxes=[box], num_samples=16, seed=0)  # "masks", "mean", "uncertainty", "areas"
 ```
 
-As an Inference Endpoint: `handler.py` and `requirements.txt` are what it needs. Hugging Face's serverless inference
-runs no repository with code of its own."""
+As an Inference Endpoint, which runs `handler.py` (Hugging Face's serverless inference runs no repository with code of
+its own); `ENDPOINT` is its address:
+
+```python
+from huggingface_hub import InferenceClient
+
+client = InferenceClient(model=ENDPOINT, headers={{"Content-Type": "image/png"}})
+for item in client.image_segmentation("slice.png"):  # the prompt is the image's centre
+    print(item.label, item.score, item.mask)  # "mean", "uncertainty", "sample 0", ...
+```
+
+A prompt of your own goes in JSON: `{{"inputs": "base64 of the image file", "parameters": {{"boxes": [{box}],
+"num_samples": 16, "seed": 0}}}}`."""
 
 
 def results_table(result: dict) -> str:

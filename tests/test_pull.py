@@ -100,7 +100,7 @@ half = ProbabilisticSamModel.from_pretrained(name, dtype=torch.bfloat16)
 assert {weight.dtype for weight in half.parameters()} == {torch.bfloat16}
 saved["half"] = sample(half, processor)
 placed = ProbabilisticSamModel.from_pretrained(name, device_map="cpu")
-assert placed.device.type == "cpu" and placed.hf_device_map
+assert placed.device.type == "cpu"
 saved["placed"] = sample(placed, processor)
 """
 TRUST = {"installed": "trust = {}\n", "absent": 'trust = {"trust_remote_code": True}\n'}

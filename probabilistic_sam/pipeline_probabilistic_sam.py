@@ -20,6 +20,47 @@ MAX_PIXELS = 64_000_000
 OF_AN_IMAGE = ("boxes", "points", "labels", "pixel_spacing_mm")  # what an image may bring with it
 
 
+def open_image(file: str | os.PathLike[str] | BinaryIO, name: str, max_pixels: int = MAX_PIXELS) -> Any:
+    """Decode one image; its size is checked before, so that one that would not fit into memory is refused.
+
+    Args:
+        file: a path or a binary file.
+        name: the subject of error messages, as in "image slice.png".
+        max_pixels: its largest width times height.
+
+    Returns:
+        `PIL.Image.Image`, upright.
+
+    Raises:
+        ValueError: not an image, truncated, several frames, or more than `max_pixels`.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError  # only for files: arrays do without
+
+    try:
+        # The header says the size
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image: Image.Image = Image.open(file, formats=IMAGE_FORMATS)
+        with image:
+            frames = getattr(image, "n_frames", 1)
+            if image.width * image.height > max_pixels:
+                problem = f"has {image.width} x {image.height} pixels"
+            elif frames > 1:
+                problem = f"holds {frames} frames"
+            else:
+                return ImageOps.exif_transpose(image)
+    except Image.DecompressionBombError as error:
+        problem = f"is too large ({error})"
+    except UnidentifiedImageError:
+        problem = "is not an image"
+    except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
+        problem = f"cannot be read ({error})"
+    formats = ", ".join(IMAGE_FORMATS)
+    raise ValueError(
+        f"{name} {problem}; accepted: {formats} of at most {max_pixels // 10**6} million pixels, one slice a file"
+    )
+
+
 class ProbabilisticMaskGenerationPipeline(Pipeline):
     r"""Draws masks for prompts in images: what several experts might have drawn.
 
@@ -41,6 +82,7 @@ class ProbabilisticMaskGenerationPipeline(Pipeline):
 
     model: ProbabilisticSamModel
     processor: ProbabilisticSamProcessor
+    open_image = staticmethod(open_image)  # for who has the pipeline from a repository and the package not
 
     def __call__(
         self,
@@ -197,47 +239,6 @@ class ProbabilisticMaskGenerationPipeline(Pipeline):
         type(self.processor).register_for_auto_class()
         super().save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory)
-
-
-def open_image(file: str | os.PathLike[str] | BinaryIO, name: str, max_pixels: int = MAX_PIXELS) -> Any:
-    """Decode one image; its size is checked before, so that one that would not fit into memory is refused.
-
-    Args:
-        file: a path or a binary file.
-        name: the subject of error messages, as in "image slice.png".
-        max_pixels: its largest width times height.
-
-    Returns:
-        `PIL.Image.Image`, upright.
-
-    Raises:
-        ValueError: not an image, truncated, several frames, or more than `max_pixels`.
-    """
-    from PIL import Image, ImageOps, UnidentifiedImageError  # only for files: arrays do without
-
-    try:
-        # The header says the size
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image: Image.Image = Image.open(file, formats=IMAGE_FORMATS)
-        with image:
-            frames = getattr(image, "n_frames", 1)
-            if image.width * image.height > max_pixels:
-                problem = f"has {image.width} x {image.height} pixels"
-            elif frames > 1:
-                problem = f"holds {frames} frames"
-            else:
-                return ImageOps.exif_transpose(image)
-    except Image.DecompressionBombError as error:
-        problem = f"is too large ({error})"
-    except UnidentifiedImageError:
-        problem = "is not an image"
-    except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
-        problem = f"cannot be read ({error})"
-    formats = ", ".join(IMAGE_FORMATS)
-    raise ValueError(
-        f"{name} {problem}; accepted: {formats} of at most {max_pixels // 10**6} million pixels, one slice a file"
-    )
 
 
 __all__ = ["ProbabilisticMaskGenerationPipeline"]

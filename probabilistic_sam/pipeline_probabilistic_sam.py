@@ -234,11 +234,20 @@ class ProbabilisticMaskGenerationPipeline(Pipeline):
         self.model.config.auto_map = {
             "AutoModelForMaskGeneration": f"{ProbabilisticSamModel.__module__.split('.')[-1]}.ProbabilisticSamModel"
         }
-        type(self.model.config).register_for_auto_class()
-        type(self.model).register_for_auto_class("AutoModel")
-        type(self.processor).register_for_auto_class()
-        super().save_pretrained(save_directory, **kwargs)
-        self.processor.save_pretrained(save_directory)
+        parts: dict[str, Any] = {
+            "AutoConfig": type(self.model.config),
+            "AutoModel": type(self.model),
+            "AutoProcessor": type(self.processor),
+        }
+        before = {name: part._auto_class for name, part in parts.items()}
+        try:
+            for name, part in parts.items():
+                part.register_for_auto_class(name)  # from now on its code is saved with it
+            super().save_pretrained(save_directory, **kwargs)
+            self.processor.save_pretrained(save_directory)
+        finally:  # subclasses would inherit it, and their code cannot travel
+            for name, part in parts.items():
+                part._auto_class = before[name]
 
 
 __all__ = ["ProbabilisticMaskGenerationPipeline"]

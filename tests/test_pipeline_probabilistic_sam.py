@@ -227,6 +227,8 @@ def test_saved_folder_works_by_itself_and_with_the_package(pipe, tmp_path, packa
         "modeling_probabilistic_sam.py", "modeling_tiny_vit.py", "pipeline_probabilistic_sam.py",
         "processing_probabilistic_sam.py",
     }  # fmt: skip
+    pipe.model.save_pretrained(tmp_path / "model")  # is as before: code goes with the pipeline only
+    assert {path.name for path in (tmp_path / "model").iterdir()} == {"config.json", "model.safetensors"}
     config = json.loads((folder / "config.json").read_text())
     assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForMaskGeneration"}
     assert config["custom_pipelines"][TASK]["pt"] == ["AutoModel"]

@@ -1,10 +1,10 @@
 """What a Hugging Face Inference Endpoint runs for this repository: an image and a prompt in, sampled masks out.
 
-    client = InferenceClient(model=url, headers={"Content-Type": "image/png"})  # bytes do not say what they are
-    for item in client.image_segmentation("slice.png"):
+    for item in InferenceClient(model=url).image_segmentation("slice.png"):
         item.label, item.score, item.mask
 
-draws for a prompt at the image's centre. A prompt of one's own goes in JSON:
+draws for a point at the image's centre (bytes in place of a path need `headers={"Content-Type": "image/png"}`, or the
+client sends them as JSON). A prompt of one's own goes in JSON:
 
     {"inputs": base64 of the image file, "parameters": {"boxes": [[52, 50, 78, 80]], "num_samples": 16, "seed": 0}}
 
@@ -23,9 +23,9 @@ import numpy as np
 from PIL import Image
 from transformers import pipeline
 
-MAX_PIXELS = 2**24  # of an image, 4096 x 4096; a CT slice has 512 x 512
+MAX_PIXELS = 2**23  # of an image; a CT slice has 512 x 512, a chest X-ray some 2500 x 3000
 MAX_MASKS = 1_000  # samples times prompts of a request
-MAX_MASK_PIXELS = 2**28  # masks times pixels: one byte each is kept
+MAX_MASK_PIXELS = 2**27  # masks times pixels: one byte each is kept
 MAX_NUMBERS = 10_000  # of the boxes, points or labels of a request
 MAX_MESSAGE = 500  # characters of an error
 PARAMETERS = ("boxes", "points", "labels", "num_samples", "seed", "threshold", "pixel_spacing_mm")
@@ -33,6 +33,8 @@ PARAMETERS = ("boxes", "points", "labels", "num_samples", "seed", "threshold", "
 
 class EndpointHandler:
     """Answers requests, one at a time, so that what they need of memory does not add up.
+
+    A request at the limits above takes some 1.3 GB beside the model.
 
     Args:
         path: the repository's folder.
@@ -56,7 +58,7 @@ class EndpointHandler:
 
         Args:
             data: an image, or `{"inputs": image, "parameters": {...}}`. The image is the bytes of a PNG, JPEG, TIFF,
-                BMP, PPM or WebP file of at most 16 million pixels, base64 of them (a data URL, too), or a PIL image:
+                BMP, PPM or WebP file of at most 8 million pixels, base64 of them (a data URL, too), or a PIL image:
                 that is what an endpoint makes of a body of type `image/*`, in 8-bit RGB, so slices of 16 bits must
                 come in base64. Parameters, all optional: `boxes` `[x1, y1, x2, y2]` or a list of them, `points`
                 `[[x, y], ...]` or `[prompt][point][x, y]` with `labels` (1 inside, 0 outside), in pixels of the

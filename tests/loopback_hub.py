@@ -12,6 +12,7 @@ import base64
 import hashlib
 import json
 import re
+import socket
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
+RESET, LOST = 0, -1  # in place of a status: the connection ends before the request is served, or after
 LFS_SUFFIXES = (".parquet", ".safetensors", ".bin", ".png")
 REPO = r"/(?:api/)?(?P<type>models/|datasets/|)(?P<name>[^/]+/[^/]+?)"
 
@@ -58,7 +60,7 @@ class Repo:
 
 
 class LoopbackHub(ThreadingHTTPServer):
-    """`fails` maps the end of a request's path to the status that is answered instead of serving it."""
+    """`fails` maps the end of a request's path to the status that is answered instead of serving it, RESET or LOST."""
 
     daemon_threads = True
 
@@ -112,10 +114,17 @@ class Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         self.query = parse_qs(url.query)
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        fails = [status for end, status in self.server.fails.items() if unquote(url.path).endswith(end)]
         try:
+            if fails and fails[0] != LOST:
+                raise Answer({"error": "made to fail"}, fails[0])
             with self.server.lock:
                 self.route(unquote(url.path))
         except Answer as answer:
+            if fails and fails[0] in (RESET, LOST):
+                self.close_connection = True
+                self.connection.shutdown(socket.SHUT_RDWR)
+                return
             self.send_response(answer.status)
             for name, value in {"Content-Length": str(len(answer.body)), **answer.headers}.items():
                 self.send_header(name, value)
@@ -123,13 +132,10 @@ class Handler(BaseHTTPRequestHandler):
             if self.command != "HEAD":
                 self.wfile.write(answer.body)
 
-    do_GET = do_HEAD = do_POST = do_PUT = answer
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = answer
 
     def route(self, path: str):
         """Find the function of a path; each raises its answer."""
-        for end, status in self.server.fails.items():
-            if path.endswith(end):
-                raise Answer({"error": "made to fail"}, status)
         for pattern, function in ROUTES:
             if match := re.fullmatch(pattern, path):
                 groups = match.groupdict()
@@ -164,8 +170,16 @@ class Handler(BaseHTTPRequestHandler):
             repo.commit("main", {})
         raise Answer({"url": f"{self.server.url}/{'' if kind == 'model' else kind + 's/'}{name}"}, status)
 
+    def delete(self):
+        asked = json.loads(self.body)
+        del self.server.repos[asked.get("type") or "model", f"{asked['organization']}/{asked['name']}"]
+        raise Answer({})
+
     def branch(self, repo: Repo, new: str):
-        repo.branches.setdefault(new, repo.branches["main"])
+        if self.command == "DELETE":
+            del repo.branches[new]
+        else:
+            repo.branches.setdefault(new, repo.branches["main"])
         raise Answer({})
 
     def refs(self, repo: Repo):
@@ -251,6 +265,7 @@ ROUTES = [
     (r"/api/whoami-v2", Handler.whoami),
     (r"/api/validate-yaml", Handler.validate_yaml),
     (r"/api/repos/create", Handler.create),
+    (r"/api/repos/delete", Handler.delete),
     (r"/lfs/upload/(?P<oid>\w+)", Handler.lfs_upload),
     (r"/lfs/verify/(?P<oid>\w+)", Handler.lfs_verify),
     (REPO + r"\.git/info/lfs/objects/batch", Handler.lfs_batch),

@@ -1,5 +1,6 @@
 """Pushing to the Hub, against a server on the loopback address, in processes of their own."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -7,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from loopback_hub import LoopbackHub
+from loopback_hub import LOST, RESET, LoopbackHub, Repo
 
 from probabilistic_sam.errors import UserError
 from probabilistic_sam.hub import check_repo_name
@@ -99,6 +100,86 @@ def test_pushes_replace_each_other_and_failures_are_user_errors(tmp_path):
     assert public == "org/twice: not pushed, it exists and is public; accepted: a new or a private repository"
     assert forbidden.startswith("org/closed: not pushed: ") and "403" in forbidden
     assert unreachable.startswith("org/unreachable: not pushed: ") and "is complete and stays" in unreachable
+
+
+ATTEMPTS = """
+import json
+import sys
+from pathlib import Path
+import huggingface_hub
+from probabilistic_sam.errors import UserError
+from probabilistic_sam.hub import push_folder
+
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+folder, attempts = Path(sys.argv[1]), json.loads(sys.argv[2])
+for name, content, revision in attempts:
+    (folder / "model.safetensors").write_text(content)
+    if content == "interrupt":
+        huggingface_hub.HfApi.upload_folder = interrupt
+    try:
+        push_folder(folder, name, "model", revision=revision, again="do it again")
+        print("pushed")
+    except KeyboardInterrupt:
+        print("interrupted")
+    except UserError as error:
+        print(*str(error).split())
+"""
+
+
+def attempt(hub, tmp_path, *attempts):
+    (tmp_path / "folder").mkdir()
+    done = python(hub, tmp_path / "home", "-c", ATTEMPTS, tmp_path / "folder", json.dumps(attempts))
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_repository_made_for_a_push_that_fails_is_deleted_again(tmp_path):
+    fails = {
+        f"/lfs/upload/{hashlib.sha256(b'unlucky').hexdigest()}": 403, "/org/error/commit/main": 500,
+        "/org/reset/commit/main": RESET, "/org/both/commit/new": 500,
+    }  # fmt: skip
+    with LoopbackHub(fails) as hub:
+        lfs, error, reset, both, interrupted = attempt(
+            hub, tmp_path, ("org/lfs", "unlucky", None), ("org/error", "a", None), ("org/reset", "a", None),
+            ("org/both", "a", "new"), ("org/interrupted", "interrupt", None),
+        )  # fmt: skip
+        assert not hub.repos
+    assert lfs.startswith("org/lfs: not pushed: ") and "403" in lfs
+    assert error.startswith("org/error: not pushed: ") and "500" in error
+    assert reset.startswith("org/reset: not pushed: ")
+    assert both.startswith("org/both: not pushed: ")
+    assert all(line.endswith("to push again: do it again") and "stays" not in line for line in (lfs, reset, both))
+    assert interrupted == "interrupted"
+
+
+def test_what_was_there_before_a_push_that_fails_stays_as_it_was(tmp_path):
+    fails = {"/commit/main": 500, "/commit/kept": RESET, "/commit/fresh": 500}
+    with LoopbackHub(fails) as hub:
+        repo = hub.repos["model", "org/old"] = Repo(private=False)
+        repo.branches["kept"] = repo.commit("main", {})
+        lines = attempt(
+            hub, tmp_path, ("org/old", "a", None), ("org/old", "a", "kept"), ("org/old", "a", "fresh"),
+            ("org/old", "a", "good"),
+        )  # fmt: skip
+        assert repo.branches.keys() == {"main", "kept", "good"} and len(repo.commits) == 2
+        assert repo.files() == repo.files("kept") == {} and repo.files("good") == {"model.safetensors": b"a"}
+    assert ["not pushed" in line for line in lines] == [True, True, True, False]
+
+
+def test_commit_whose_answer_is_lost_stays(tmp_path):
+    with LoopbackHub({"/commit/main": LOST}) as hub:
+        (line,) = attempt(hub, tmp_path, ("org/lost", "a", None))
+        assert hub.repos["model", "org/lost"].files() == {"model.safetensors": b"a"}
+    assert "yet a commit has arrived in the new repository, which stays" in line
+
+
+def test_repository_that_cannot_be_deleted_is_named(tmp_path):
+    with LoopbackHub({"/commit/main": 500, "/repos/delete": 403}) as hub:
+        (line,) = attempt(hub, tmp_path, ("org/stuck", "a", None))
+        assert hub.repos["model", "org/stuck"].files() == {}
+    assert "the new repository stays on the Hub without these files" in line
 
 
 @pytest.mark.parametrize("name", ["", "phantom", "a/b/c", "org/", "org/a--b", "org/a b", "/name", "datasets/org/name"])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamProcessor
+from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamProcessor, model_card
 from probabilistic_sam.configuration_probabilistic_sam import ProbabilisticSamConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,8 +25,8 @@ def entry(mean):
 
 @pytest.fixture
 def result():
-    metrics = {name: entry(0.25) for name in make_card.TABLE}
-    columns = {name: {"count": 1234, **metrics} for name in make_card.COLUMNS}
+    metrics = {name: entry(0.25) for name in model_card.TABLE}
+    columns = {name: {"count": 1234, **metrics} for name in model_card.COLUMNS}
     columns["shape"]["ece"] = entry(None)
     return {
         "split": "validation", "prompt": "union_box", "num_samples": 16, "seed": [0, 1], "num_slices": 1740,
@@ -36,16 +36,29 @@ def result():
 
 
 def test_table_has_means_with_intervals_and_leaves_out_what_does_not_exist(result):
-    lines = make_card.results_table(result).splitlines()
+    lines = model_card.results_table(result).splitlines()
     assert lines[0] == "| | `all` (1,234) | `four_readers` (1,234) | `shape` (1,234) |"
     assert lines[2] == "| GED ↓ | 0.250 [0.240, 0.260] | 0.250 [0.240, 0.260] | 0.250 [0.240, 0.260] |"
-    assert lines[2 + list(make_card.TABLE).index("ece")].endswith("| 0.250 [0.240, 0.260] |  |")
+    assert lines[2 + list(model_card.TABLE).index("ece")].endswith("| 0.250 [0.240, 0.260] |  |")
     assert lines[-1].endswith("|  |  |")  # emptiness is a matter of all slices
 
 
 def test_card_validates_and_names_every_condition_of_its_numbers(result):
-    card = make_card.card(result, make_card.results_section(result, "results/validation.json"), "Trained.")
-    for part in ("pipeline_tag: mask-generation", "1,740 slices of 98 patients", "seeds 0, 1", "`union_box`", "CC BY"):
+    section = model_card.results_section(result, "results/validation.json")
+    card = make_card.card(result, section, "Trained.", {"image": "phantom-1.png", "box": [1, 2, 3, 4]})
+    for part in (
+        "pipeline_tag: mask-generation",
+        "1,740 slices of 98 patients",
+        "seeds 0, 1",
+        "`union_box`",
+        "CC BY",
+        "base_model: ",
+        "datasets:",
+        "bibtex",
+        "box = [1, 2, 3, 4]",
+        "trust_remote_code",
+        "pipeline(",
+    ):
         assert part in card.content
     assert [item.metric_value for item in card.data.eval_results] == [0.25, 0.25, 0.25]
 

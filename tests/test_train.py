@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from loopback_hub import LoopbackHub
 from tiny import SIZE, tiny_model, tiny_rows, tiny_vit_parts
 from transformers import AutoModel, AutoProcessor
 
@@ -82,12 +83,12 @@ def train(script, workspace, monkeypatch):
     return run
 
 
-def start_apart(workspace, output, *more, processes=1):
+def start_apart(workspace, output, *more, processes=1, **variables):
     """Start the script as a user does; with several processes, by torchrun."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = [sys.executable, *(launcher if processes > 1 else []), *arguments(workspace, output, *more)]
     return subprocess.Popen(
-        command, env=ENVIRONMENT, cwd=workspace, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        command, env=ENVIRONMENT | variables, cwd=workspace, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
     )  # fmt: skip
 
@@ -151,9 +152,13 @@ def test_run_folder_opens_as_a_model_with_its_processor(finished, workspace):
 def test_run_folder_holds_one_checkpoint_the_configuration_and_the_best_scores(finished):
     names = {path.name for path in finished.iterdir()} - {"tensorboard"}
     assert names == {
-        "config.json", "model.safetensors", "processor_config.json", "training_config.yaml", "best.json", "log.jsonl",
-        "checkpoint-8",
+        "config.json", "model.safetensors", "processor_config.json", "training_config.yaml", "data.json", "best.json",
+        "log.jsonl", "checkpoint-8",
     }  # fmt: skip
+    assert json.loads((finished / "data.json").read_text()) == {
+        "train": {"slices": 12, "patients": 4, "sources": ["test"]},
+        "validation": {"slices": 6, "patients": 2, "sources": ["test"]},
+    }
     config = yaml.safe_load((finished / "training_config.yaml").read_text())
     assert config["max_steps"] == 8 and config["ema_decay"] == 0.995
     best = json.loads((finished / "best.json").read_text())
@@ -175,6 +180,30 @@ def test_log_has_the_documented_lines(finished):
         assert {"step", "validation/all/ged", "validation/all/hm_iou", "validation/all/sample_diversity"} < line.keys()
         assert {"validation/active_units", "validation/posterior_iou"} < line.keys()
         assert len(line["validation/kl_per_dimension"]) == len(line["validation/posterior_mean_variance"]) == 4
+
+
+def test_run_is_pushed_at_its_end(finished, workspace, tmp_path):
+    with LoopbackHub() as hub:
+        ended = train_apart(
+            workspace, tmp_path / "run", "--push_to_hub", "org/tiny", **hub.environment(tmp_path / "home")
+        )
+        assert ended.returncode == 0, ended.stderr
+        files = hub.repos["model", "org/tiny"].files()
+    assert ended.stdout.splitlines()[-1].startswith("pushed to ")
+    assert files["model.safetensors"] == (finished / "model.safetensors").read_bytes()
+    card = files["README.md"].decode()
+    assert "train: 12 slices of 4 patients, source test" in card and "max_steps: 8" in card
+    assert {"handler.py", "modeling_probabilistic_sam.py", "processor_config.json"} < files.keys()
+    assert not any("checkpoint" in name or name.endswith(".pt") for name in files)
+
+
+def test_push_that_cannot_work_is_refused_before_training(train, workspace, tmp_path):
+    with pytest.raises(UserError, match="'tiny' is no name of a repository"):
+        train(tmp_path / "run", "--push_to_hub", "tiny")
+    unet = configured(workspace, tmp_path, model={"model_type": "dropout_unet"})
+    with pytest.raises(UserError, match="--push_to_hub with model_type 'dropout_unet'; accepted: probabilistic_sam"):
+        train(tmp_path / "run", "--config", unet, "--push_to_hub", "org/tiny")
+    assert not (tmp_path / "run").exists()
 
 
 # -------------------------------------------------------------------------------------------------------- resuming
@@ -365,7 +394,7 @@ def test_wrong_configuration(train, workspace, tmp_path, changes, message):
 def test_numbers_that_yaml_takes_for_text_or_integers_are_read(script, tmp_path):
     (tmp_path / "config.yaml").write_text("base_model: x\nlearning_rate: 2e-4\nmodel: {kl_weight: 1}\n")
     config = script.read_config(
-        SimpleNamespace(config=tmp_path / "config.yaml", base_model=None, max_steps=9, seed=None)
+        SimpleNamespace(config=tmp_path / "config.yaml", base_model=None, max_steps=9, seed=None, push_to_hub=None)
     )
     assert (config.learning_rate, config.max_steps, config.seed) == (2e-4, 9, 0)
     assert isinstance(config.model["kl_weight"], float)

@@ -7,31 +7,28 @@ markers of the project's README comes from the same file; `--check` fails when e
 """
 
 import argparse
+import itertools
 import json
 import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import torch
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import save_file
 
 from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamProcessor
 from probabilistic_sam.errors import UserError, run
 from probabilistic_sam.metrics import paired_difference
+from probabilistic_sam.model_card import CITATION, COLUMNS, PROTOCOL, SPLIT, TAGS, eval_results, results_section, usage
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 BUILD_RESULTS = ROOT / "training" / "results" / "build.json"
 NUM_SCANS = 1018  # of LIDC-IDRI
-TABLE = {  # metric -> how a reader of the table knows it
-    "ged": "GED ↓", "cross_distance": "cross distance ↓", "sample_diversity": "sample diversity",
-    "reader_diversity": "reader diversity", "hm_iou": "HM-IoU ↑", "dice_max_per_reader": "best Dice a reader ↑",
-    "dice_mean": "Dice of the mean ↑", "ece": "ECE ↓", "empty_ece": "ECE of emptiness ↓",
-    "empty_correlation": "correlation of emptiness ↑",
-}  # fmt: skip
-COLUMNS = ("all", "four_readers", "shape")
+NUM_EXAMPLES, SEARCHED_NODULES = 3, 60  # one nodule in ten is a validation patient's
 COMPARED = {  # stem of results files, one or one a training seed (stem_seed0, ...) -> row of the comparison
     "validation": "**Probabilistic SAM, the weights here** (longer training)",
     "probabilistic_sam": "**Probabilistic SAM**",
@@ -87,19 +84,28 @@ def export_weights(source: str, output: Path) -> None:
     ProbabilisticSamProcessor.from_pretrained(source).save_pretrained(output)
 
 
-def results_table(result: dict) -> str:
-    """Markdown table of one results file, means with 95 % intervals."""
-    columns = result["results"]
-    lines = ["| | " + " | ".join(f"`{name}` ({columns[name]['count']:,})" for name in COLUMNS) + " |"]
-    lines.append("|---" * (len(COLUMNS) + 1) + "|")
-    for metric, title in TABLE.items():
-        cells = []
-        for name in COLUMNS:
-            entry = columns[name][metric]
-            skip = entry["mean"] is None or (metric.startswith("empty") and name != "all")
-            cells.append("" if skip else f"{entry['mean']:.3f} [{entry['ci95'][0]:.3f}, {entry['ci95'][1]:.3f}]")
-        lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def write_examples(folder: Path) -> None:
+    """Images to try a model on, with their boxes: phantom slices of validation patients (needs the extra `data`)."""
+    from probabilistic_sam.data import make_prompt, row_seed, split_of
+    from probabilistic_sam.data.phantom import Nodule, phantom_nodules, phantom_row
+    from probabilistic_sam.data.rows import decode_masks
+
+    def is_shown(nodule: Nodule) -> bool:
+        readers = sum(annotation is not None for annotation in nodule.annotation_ids)
+        return split_of(nodule.patient_id) == "validation" and readers > 1
+
+    nodules = filter(is_shown, phantom_nodules(SEARCHED_NODULES))
+    images = []
+    folder.mkdir()
+    for number, nodule in enumerate(itertools.islice(nodules, NUM_EXAMPLES), start=1):
+        row = phantom_row(nodule, nodule.middle)
+        box = make_prompt(decode_masks(row), "union_box", np.random.default_rng(row_seed(row, "union_box")))
+        name = f"phantom-{number}.png"
+        (folder / name).write_bytes(row["image"]["bytes"])
+        place = {key: row[key] for key in ("patient_id", "nodule_id", "slice_index", "pixel_spacing_mm")}
+        images.append({"image": name, "box": [round(value, 1) for value in box["input_boxes"]], **place})
+    note = "real readers' contours on simulated pixels (phantom); box is x1, y1, x2, y2 in pixels"
+    (folder / "examples.json").write_text(json.dumps({"note": note, "images": images}, indent=1) + "\n")
 
 
 def row_results(results: dict[str, dict], stem: str) -> list[dict]:
@@ -223,46 +229,17 @@ def uses_section(results: dict[str, dict]) -> str:
     return text
 
 
-def results_section(result: dict, name: str) -> str:
-    """Table and the words without which its numbers mean nothing."""
-    spread = " drawn together (Latin hypercube)" if result["sampling"] == "together" else ", independent"
-    seeds = result["seed"] if isinstance(result["seed"], list) else [result["seed"]]
-    return (
-        f"{result['split'].capitalize()} split, {result['num_slices']:,} slices of {result['num_patients']} patients, "
-        f"prompt `{result['prompt']}`, {result['num_samples']} samples{spread}, mean over evaluation seeds "
-        f"{', '.join(map(str, seeds))}; in brackets 95 % intervals from a bootstrap over patients. These patients "
-        f"chose the checkpoint; they were not trained on.\n\n{results_table(result)}\n\n"
-        "`all`: at least one reader drew. `four_readers`: all four drew. `shape`: at least two drew, non-empty masks "
-        "only. "
-        f"From `{name}`, commit `{result['commit'][:12]}`, written by\n\n```\n{result['command']}\n```"
-    )
-
-
-def card(result: dict, section: str, training: str) -> ModelCard:
+def card(result: dict, section: str, training: str, example: dict) -> ModelCard:
     """The model card."""
-    shape, everything = result["results"]["shape"], result["results"]["all"]
-    dataset = {"dataset_name": "LIDC-IDRI", "dataset_type": "lidc-idri", "dataset_split": result["split"]}
     data = ModelCardData(
         license="apache-2.0",
         library_name="transformers",
         pipeline_tag="mask-generation",
-        tags=["medical", "ct", "lung-nodule", "uncertainty", "segment-anything", "probabilistic-segmentation"],
+        base_model="dhkim2810/MobileSAM",
+        datasets=["lidc-idri"],
+        tags=["medical", "ct", "lung-nodule", *TAGS],
         model_name="psam-lidc",
-        eval_results=[
-            EvalResult(
-                task_type="mask-generation",
-                metric_type=metric,
-                metric_name=title,
-                metric_value=round(column[metric]["mean"], 4),
-                metric_args={name: result[name] for name in ("prompt", "num_samples", "sampling")},
-                **dataset,
-            )
-            for title, metric, column in (
-                ("GED, all", "ged", everything),
-                ("GED, shape", "ged", shape),
-                ("HM-IoU, all", "hm_iou", everything),
-            )
-        ],
+        eval_results=eval_results(result, "LIDC-IDRI", "lidc-idri"),
     )
     text = f"""---
 {data.to_yaml()}
@@ -276,21 +253,12 @@ decoder) with a latent space after Ward and Imran (arXiv 2509.05809), trained on
 
 **For research only. It is no medical device and must not be used for diagnosis.**
 
+![A nodule: prompt, readers, samples, mean and uncertainty](demo.png)
+*A real nodule's readers on a simulated CT slice, and what the model draws.*
+
 ## Use
 
-```python
-import torch
-from PIL import Image
-from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamProcessor
-
-model = ProbabilisticSamModel.from_pretrained("model_cards/psam-lidc")
-processor = ProbabilisticSamProcessor.from_pretrained("model_cards/psam-lidc")
-image = Image.open("slice.png")  # one axial CT slice
-inputs = processor(image, input_boxes=[[[52, 50, 78, 80]]])  # x1, y1, x2, y2 in pixels
-samples = model.sample(**inputs, num_samples=16, generator=torch.Generator().manual_seed(0))
-result = processor.post_process_samples(samples.pred_masks, inputs["windows"], inputs["original_sizes"])[0]
-print(result["area_quantiles"], result["empty_share"])  # result["masks"], ["mean"], ["entropy"] are maps
-```
+{usage(example)}
 
 The weights are stored as float16 and load as float32.
 
@@ -308,8 +276,8 @@ The weights are stored as float16 and load as float32.
 ## Training data
 
 LIDC-IDRI (Armato et al. 2011, The Cancer Imaging Archive, doi 10.7937/K9/TCIA.2015.LO9QL9SX, CC BY 3.0): 10,964 slices
-of 1,878 nodules of 613 patients, 128x128 pixel crops with the masks of up to four readers. Patients are split by
-`int(sha256(patient_id).hexdigest(), 16) % 100`: below 70 train, 70-79 validation, 80 and above test (never used).
+of 1,878 nodules of 613 patients, 128x128 pixel crops with the masks of up to four readers. Validation:
+1,740 slices of 98 patients. No test patient was used. {SPLIT}
 
 ## Training
 
@@ -318,6 +286,8 @@ of 1,878 nodules of 613 patients, 128x128 pixel crops with the masks of up to fo
 ## Results
 
 {section}
+
+{PROTOCOL}
 
 ![Calibration of pixels and of emptiness](figures/calibration.png)
 *Reliability on the validation slices of the table.*
@@ -328,10 +298,13 @@ of 1,878 nodules of 613 patients, 128x128 pixel crops with the masks of up to fo
 ![What single coordinates of the latent do](figures/traversal.png)
 *One coordinate of the latent moved at a time, on a phantom slice.*
 
-## Licence and attribution
+## Licence, attribution, citation
 
 Apache-2.0. Initialised from MobileSAM (Zhang et al. 2023, Apache-2.0), which distils SAM (Kirillov et al. 2023,
-Apache-2.0). Data: LIDC-IDRI, CC BY 3.0.
+Apache-2.0). Data: LIDC-IDRI, CC BY 3.0. The images in `examples` and `demo.png` are phantom: contours of LIDC's
+readers on simulated pixels. The latent space is the idea of
+
+{CITATION}
 """
     return ModelCard(text)
 
@@ -393,8 +366,12 @@ def main() -> None:
     if row_results(results, "ablation_reference_recipe"):
         section += f"\n\n{ablation_section(results)}"
     training = (output / "TRAINING.md").read_text().strip()
+    examples = output / "examples"
+    if not arguments.check and not examples.exists():
+        write_examples(examples)
+    example = json.loads((examples / "examples.json").read_text())["images"][0]
     texts = {
-        output / "README.md": card(result, section, training).content,
+        output / "README.md": card(result, section, training, example).content,
         README: fill_readme({"results": section, "build": build_section(json.loads(BUILD_RESULTS.read_text()))}),
     }
     for path, text in texts.items():

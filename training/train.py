@@ -46,7 +46,9 @@ from probabilistic_sam.data import make_prompt, row_seed
 from probabilistic_sam.data.rows import decode_masks, load_split
 from probabilistic_sam.embedding_cache import EmbeddingCache, view_masks, view_prompt
 from probabilistic_sam.errors import UserError, run
+from probabilistic_sam.hub import check_repo_name
 from probabilistic_sam.metrics import slice_collapse, slice_metrics, summarize, summarize_collapse
+from probabilistic_sam.staging import push_model
 
 MODELS = {item.config_class.model_type: item for item in (ProbabilisticSamModel, *BASELINES)}
 # Parts of SAM that stay as they are. The last two are heads of its decoder that the single-mask output does not use;
@@ -105,6 +107,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--resume_from_checkpoint", help='a checkpoint folder, or "latest"')
     parser.add_argument("--max_steps", type=int, help="in place of the configuration's max_steps")
     parser.add_argument("--seed", type=int, help="in place of the configuration's seed")
+    parser.add_argument("--push_to_hub", metavar="ORG/NAME", help="push the best model to this repository at the end")
     # For tests of resuming: the process kills itself after this step
     parser.add_argument("--stop_after", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -130,6 +133,10 @@ def read_config(arguments: argparse.Namespace) -> TrainingConfig:
         raise UserError(f"{path}: model_type is {kind!r}; accepted: {', '.join(MODELS)}")
     if issubclass(MODELS[kind], ProbabilisticSamModel) and not config.base_model:
         raise UserError(f"{path} names no base_model, and --base_model is not given")
+    if arguments.push_to_hub:
+        check_repo_name(arguments.push_to_hub)
+        if kind != ProbabilisticSamConfig.model_type:
+            raise UserError(f"--push_to_hub with model_type {kind!r}; accepted: {ProbabilisticSamConfig.model_type}")
     if kind == EllipseConfig.model_type and config.max_steps:
         raise UserError(f"{path}: max_steps is {config.max_steps}; accepted for an ellipse, which is fitted: 0")
     config.model = typed(config.model, model_fields(kind), f"{path}, model")
@@ -471,11 +478,19 @@ def load_checkpoint(path: Path, model, optimizer, scheduler, ema) -> dict:
         raise UserError(f"{path} cannot be resumed from: {error}") from error
 
 
-def finish(directory: Path, best: dict, num_slices: int) -> None:
-    """Write the scores of the best model and say where everything is."""
+def data_counts(rows) -> dict:
+    """What the card of the model says of a split."""
+    sources = sorted(rows.unique("source"))
+    return {"slices": len(rows), "patients": len(rows.unique("patient_id")), "sources": sources}
+
+
+def finish(directory: Path, best: dict, num_slices: int, repo_name: str | None) -> None:
+    """Write the scores of the best model, say where everything is, and push when a repository is named."""
     write_text(directory / "best.json", json.dumps(best, indent=2) + "\n")
     result = f"step {best['step']}, GED {best['all/ged']:.4f} on {num_slices} slices"
     print(f"wrote {directory}: the best model ({result})")
+    if repo_name:
+        print(f"pushed to {push_model(directory, repo_name)}")
 
 
 def main() -> None:
@@ -497,6 +512,8 @@ def main() -> None:
         directory.mkdir(parents=True, exist_ok=True)
         if accelerator.is_main_process:
             write_text(directory / "training_config.yaml", yaml.safe_dump(asdict(config), sort_keys=False))
+            counts = {"train": data_counts(train_rows), "validation": data_counts(validation_rows)}
+            write_text(directory / "data.json", json.dumps(counts, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"--output_dir {directory} cannot be written: {error.strerror}") from error
 
@@ -524,7 +541,7 @@ def main() -> None:
         scores = validate(model, processor, validation_cache, validation_rows, indices, config, accelerator)
         if accelerator.is_main_process:
             save_model(model, processor, directory)
-            finish(directory, {"step": 0, **scores}, len(indices))
+            finish(directory, {"step": 0, **scores}, len(indices), arguments.push_to_hub)
         accelerator.end_training()
         return
 
@@ -605,7 +622,7 @@ def main() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
     progress.close()
     if accelerator.is_main_process:
-        finish(directory, best, len(indices))
+        finish(directory, best, len(indices), arguments.push_to_hub)
     accelerator.end_training()
 
 

@@ -1,0 +1,295 @@
+"""The folder that goes to the Hub: what is in it, what its code may import, what its card may claim."""
+
+import ast
+import importlib.util
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+from tiny import SIZE, tiny_model
+
+from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamProcessor
+from probabilistic_sam.errors import UserError
+from probabilistic_sam.staging import stage_model
+
+ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = ROOT / "model_cards" / "psam-lidc"
+KINDS = ("configuration", "modeling", "pipeline", "processing")  # of modules that travel
+MODULES = sorted(path for kind in KINDS for path in (ROOT / "probabilistic_sam").glob(f"{kind}_*.py"))
+# What a machine with transformers has; Pillow only where files are opened
+ALLOWED = {"torch", "numpy", "transformers", "huggingface_hub.dataclasses", *sys.stdlib_module_names}
+ALLOWED_IN = {"pipeline_probabilistic_sam.py": {"PIL"}}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """What a run folder holds, checkpoints among it."""
+    path = tmp_path_factory.mktemp("run")
+    tiny_model().save_pretrained(path)
+    ProbabilisticSamProcessor(SIZE, 24).save_pretrained(path)
+    (path / "training_config.yaml").write_text("base_model: base\nseed: 0\n")
+    (path / "data.json").write_text(json.dumps({"train": {"slices": 1200, "patients": 4, "sources": ["eyes"]}}))
+    (path / "best.json").write_text(json.dumps({"step": 8, "all/ged": 0.4321}))
+    (path / "log.jsonl").touch()
+    (path / "checkpoint-8").mkdir()
+    (path / "checkpoint-8" / "training_state.pt").touch()
+    return path
+
+
+@pytest.fixture
+def changed(run, tmp_path):
+    """A copy to be changed."""
+    return Path(shutil.copytree(run, tmp_path / "changed"))
+
+
+def files(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_staged_run_has_weights_code_and_examples_and_nothing_of_training(run, tmp_path):
+    stage_model(run, tmp_path / "staged", "alice/eyes")
+    assert files(tmp_path / "staged") == {
+        "README.md", "LICENSE", "config.json", "model.safetensors", "processor_config.json", "handler.py",
+        "requirements.txt", *(path.name for path in MODULES),
+        *(f"examples/{name}" for name in ("examples.json", "phantom-1.png", "phantom-2.png", "phantom-3.png")),
+    }  # fmt: skip
+    staged = tmp_path / "staged"
+    assert (staged / "model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
+    config = json.loads((staged / "config.json").read_text())
+    assert config.pop("auto_map") == {
+        "AutoConfig": "configuration_probabilistic_sam.ProbabilisticSamConfig",
+        "AutoModel": "modeling_probabilistic_sam.ProbabilisticSamModel",
+        "AutoModelForMaskGeneration": "modeling_probabilistic_sam.ProbabilisticSamModel",
+    }
+    assert config.pop("custom_pipelines") == {
+        "probabilistic-mask-generation": {
+            "impl": "pipeline_probabilistic_sam.ProbabilisticMaskGenerationPipeline",
+            "pt": ["AutoModel"],
+            "type": "image",
+        }
+    }
+    plain = {
+        name: value for name, value in json.loads((run / "config.json").read_text()).items() if name[-7:] != "_config"
+    }
+    assert plain.items() <= config.items()
+    processor = json.loads((staged / "processor_config.json").read_text())
+    assert processor["auto_map"] == {"AutoProcessor": "processing_probabilistic_sam.ProbabilisticSamProcessor"}
+
+
+def test_staging_leaves_nothing_in_the_process(run, tmp_path):
+    stage_model(run, tmp_path / "staged", "alice/eyes")
+    tiny_model().save_pretrained(tmp_path / "later")
+    ProbabilisticSamProcessor(SIZE, 24).save_pretrained(tmp_path / "later")
+    assert files(tmp_path / "later") == {"config.json", "model.safetensors", "processor_config.json"}
+
+
+def test_weights_that_were_pulled_are_staged_with_code_of_their_own(run, changed, tmp_path):
+    """`from_pretrained` puts the repository's name before each module; a push elsewhere must not point back there."""
+    model = ProbabilisticSamModel.from_pretrained(run)
+    model.config.auto_map = {"AutoModel": "org/first--modeling_probabilistic_sam.ProbabilisticSamModel"}
+    model.save_pretrained(changed)
+    stage_model(changed, tmp_path / "staged", "alice/second")
+    assert "org/first" not in (tmp_path / "staged" / "config.json").read_text()
+
+
+def test_card_of_a_run_says_what_its_files_say_and_nothing_of_our_weights(run, tmp_path):
+    stage_model(run, tmp_path / "staged", "alice/eyes")
+    card = ModelCard.load(tmp_path / "staged" / "README.md")
+    assert (card.data.pipeline_tag, card.data.library_name) == ("mask-generation", "transformers")
+    assert card.data.eval_results is card.data.license is card.data.datasets is card.data.base_model is None
+    for part in ("# eyes: ", "train: 1,200 slices of 4 patients, source eyes", "GED was 0.432", "base_model: base"):
+        assert part in card.text
+    assert 'from_pretrained("alice/eyes"' in card.text and "org/psam-lidc" not in card.text
+    ours = json.loads((SHIPPED / "results" / "validation.json").read_text())["results"]["all"]["ged"]["mean"]
+    assert f"{ours:.3f}" not in card.text and "1,740" not in card.text and "MobileSAM" not in card.text
+
+
+def test_card_of_a_run_with_results_has_their_table_and_model_index(changed, tmp_path):
+    result = json.loads((SHIPPED / "results" / "validation.json").read_text())
+    result |= {"split": "test", "dataset": "/data/eyes"}
+    result["results"]["all"]["ged"] = {"mean": 0.1234, "ci95": [0.1, 0.2]}
+    result["results"]["shape"]["ged"] = {"mean": None, "ci95": [None, None]}
+    (changed / "results").mkdir()
+    (changed / "results" / "test.json").write_text(json.dumps(result))
+    stage_model(changed, tmp_path / "staged", "alice/eyes")
+    card = ModelCard.load(tmp_path / "staged" / "README.md")
+    assert [(item.metric_name, item.dataset_name, item.dataset_split) for item in card.data.eval_results] == [
+        ("GED, all", "eyes", "test"),
+        ("HM-IoU, all", "eyes", "test"),
+    ]
+    assert card.data.eval_results[0].metric_value == 0.1234
+    assert "| GED ↓ | 0.123 [0.100, 0.200] |" in card.text
+    assert "chose the checkpoint" not in card.text and "0.432" not in card.text
+    assert (tmp_path / "staged" / "results" / "test.json").is_file()
+
+
+def test_card_that_lies_in_the_run_is_taken(changed, tmp_path):
+    (changed / "README.md").write_text("---\nlicense: mit\n---\n\nMine, org/psam-lidc.\n")
+    stage_model(changed, tmp_path / "staged", "alice/eyes")
+    assert (tmp_path / "staged" / "README.md").read_text() == "---\nlicense: mit\n---\n\nMine, alice/eyes.\n"
+
+
+def test_shipped_model_is_staged_whole_with_its_card(tmp_path):
+    stage_model(SHIPPED, tmp_path / "staged", "alice/psam")
+    staged = files(tmp_path / "staged")
+    assert files(SHIPPED) - {"TRAINING.md"} < staged
+    card = ModelCard.load(tmp_path / "staged" / "README.md")
+    assert card.data.license == "apache-2.0" and len(card.data.eval_results) == 3
+    assert 'from_pretrained("alice/psam"' in card.text and "org/psam-lidc" not in card.text
+    linked = [part.split(")")[0] for part in card.text.split("](")[1:]]
+    assert linked and all(name in staged for name in linked if "://" not in name)
+    config = json.loads((tmp_path / "staged" / "config.json").read_text())
+    assert config["dtype"] == "float32"  # of float16 weights
+
+
+def test_examples_are_phantom_slices_with_the_box_of_the_protocol():
+    if not importlib.util.find_spec("pylidc"):
+        pytest.skip("pylidc is not installed")
+    import numpy as np
+
+    from probabilistic_sam.data import make_prompt, row_seed
+    from probabilistic_sam.data.nodules import read_nodule
+    from probabilistic_sam.data.phantom import CROP_SIDE, phantom_row
+    from probabilistic_sam.data.rows import decode_image, decode_masks
+
+    for example in json.loads((SHIPPED / "examples" / "examples.json").read_text())["images"]:
+        nodule = read_nodule(example["patient_id"], example["nodule_id"], CROP_SIDE)
+        row = phantom_row(nodule, example["slice_index"])
+        committed = {"image": {"bytes": (SHIPPED / "examples" / example["image"]).read_bytes(), "path": None}}
+        assert np.array_equal(decode_image(committed), decode_image(row))
+        box = make_prompt(decode_masks(row), "union_box", np.random.default_rng(row_seed(row, "union_box")))
+        assert example["box"] == pytest.approx(box["input_boxes"], abs=0.051)
+
+
+# -------------------------------------------------------------------------------------------------------------- code
+
+
+def forbidden_imports(path: Path) -> list[str]:
+    """What a module may not import when it travels: it has its siblings, torch, numpy and transformers around it."""
+    allowed = ALLOWED | ALLOWED_IN.get(path.name, set())
+    siblings = {module.stem for module in MODULES}
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [item.name for item in node.names if item.name.split(".")[0] not in allowed]
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            if node.level > 1 or node.module not in siblings:
+                found.append("." * node.level + (node.module or ""))
+        elif isinstance(node, ast.ImportFrom) and not {node.module, node.module.split(".")[0]} & allowed:
+            found.append(node.module)
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_modules_that_travel_import_nothing_else(path):
+    assert forbidden_imports(path) == []
+    # transformers finds siblings by a regular expression, in docstrings and comments as well
+    from transformers.dynamic_module_utils import get_imports, get_relative_imports
+
+    assert set(get_relative_imports(path)) <= {module.stem for module in MODULES}
+    assert "probabilistic_sam" not in get_imports(path)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import scipy", "from scipy import ndimage", "import probabilistic_sam.errors", "from . import errors",
+        "from probabilistic_sam.errors import UserError", "from .errors import UserError", "from ..x import y",
+        "from huggingface_hub import HfApi", "def f():\n    import PIL", "from .data.rows import encode_png",
+    ],
+)  # fmt: skip
+def test_forbidden_imports_are_found(tmp_path, line):
+    path = tmp_path / "modeling_x.py"
+    path.write_text(f"import math\nimport torch.nn\nfrom .modeling_tiny_vit import TinyViTVisionEncoder\n{line}\n")
+    assert len(forbidden_imports(path)) == 1
+
+
+# ------------------------------------------------------------------------------------------------------------ faults
+
+
+def break_json(run):
+    (run / "data.json").write_text("{")
+
+
+def break_results(run):
+    (run / "results").mkdir()
+    (run / "results" / "r.json").write_text('{"split": "test"}')
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda run: (run / "processor_config.json").unlink(), "has no processor_config.json"),
+        (lambda run: (run / "model.safetensors").write_bytes(b"x"), "cannot be loaded"),
+        (lambda run: (run / "README.md").write_text("---\na: [\n---\n"), "README.md"),
+        (break_json, "data.json does not open as JSON"),
+        (break_results, "r.json is no results file of training/evaluate.py"),
+    ],
+)
+def test_run_that_cannot_be_staged(changed, tmp_path, change, message):
+    change(changed)
+    with pytest.raises(UserError, match=message):
+        stage_model(changed, tmp_path / "staged", "alice/eyes")
+    assert not (tmp_path / "staged").exists()
+
+
+def test_what_cannot_be_staged_where(run, tmp_path):
+    with pytest.raises(UserError, match="no model directory at .*accepted: a run of training/train.py"):
+        stage_model(tmp_path / "nowhere", tmp_path / "staged", "alice/eyes")
+    with pytest.raises(UserError, match="is no name of a repository"):
+        stage_model(run, tmp_path / "staged", "eyes")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(UserError, match="holds other files"):
+        stage_model(run, tmp_path / "full", "alice/eyes")
+
+
+# ------------------------------------------------------------------------------------------------------------ script
+
+
+@pytest.fixture
+def push_to_hub(monkeypatch):
+    """Run the script in this process."""
+    spec = importlib.util.spec_from_file_location("push_to_hub", ROOT / "training" / "push_to_hub.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["push_to_hub.py", *map(str, arguments)])
+        module.main()
+
+    return run
+
+
+def test_dry_run_writes_the_folder_and_lists_it(push_to_hub, run, tmp_path, capsys):
+    push_to_hub("--model", run, "--repo-id", "alice/eyes", "--dry-run", "--output", tmp_path / "staged")
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert last == f"wrote {tmp_path / 'staged'}; nothing was pushed"
+    assert {line.split()[1] for line in lines} == files(tmp_path / "staged")
+    sizes = dict(reversed(line.split()) for line in lines)
+    assert sizes["model.safetensors"] == f"{(run / 'model.safetensors').stat().st_size:,}"
+
+
+def test_arguments_that_do_not_go_together(push_to_hub, run, tmp_path):
+    for more in (("--dry-run",), ("--output", tmp_path / "staged")):
+        with pytest.raises(UserError, match="--dry-run writes the folder to --output; accepted: both or none"):
+            push_to_hub("--model", run, "--repo-id", "alice/eyes", *more)
+
+
+def test_arguments_of_the_push_and_what_an_error_advises(push_to_hub, run, monkeypatch, capsys):
+    seen = {}
+
+    def push_folder(folder, name, *arguments, **options):
+        seen.update(options, files=files(Path(folder)), arguments=(name, *arguments))
+        return "address"
+
+    monkeypatch.setattr("probabilistic_sam.staging.push_folder", push_folder)
+    push_to_hub("--model", run, "--repo-id", "alice/eyes", "--private", "--revision", "v1")
+    assert capsys.readouterr().out.splitlines()[-1] == "pushed to address"
+    assert seen["arguments"] == ("alice/eyes", "model", True, "v1") and "model.safetensors" in seen["files"]
+    assert seen["again"] == (
+        f"python training/push_to_hub.py --model {run} --repo-id alice/eyes --private --revision v1"
+    )

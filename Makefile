@@ -22,13 +22,14 @@ help:
 
 install: $(STAMP)
 
-# The venv is made anew only when missing: a changed pyproject.toml or constraints.txt updates it in place.
-$(STAMP): pyproject.toml constraints.txt
+# The venv is made anew only when missing: a changed list of packages updates it in place.
+$(STAMP): pyproject.toml constraints.txt requirements-app.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  version=`$(PYTHON) --version 2>/dev/null || echo missing`; \
 	  echo "error: $(PYTHON) is $$version; accepted: Python 3.11 or newer, as in make PYTHON=python3.11" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[all]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-app.txt
 	@touch $@
 
 demo: $(STAMP)

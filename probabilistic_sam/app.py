@@ -32,6 +32,7 @@ MAX_UPLOAD = "128mb"
 MAX_WAITING = 16  # requests in the queue
 KEPT_SECONDS = 3600
 EXAMPLES = 3
+START = "### Open a slice, drag a box around the lesion, draw samples"
 SHOWN_PERCENTILES = (0.5, 99.5)  # black and white
 
 # The picture and the prompt on it. `value` is the prompt, {"box": [x1, y1, x2, y2]} or {"points": [[x, y], ...]} in
@@ -150,13 +151,14 @@ def open_file(path: str | None) -> tuple[np.ndarray, float | None]:
 
 
 def show(path: str | None, side: float | None = None) -> list[Any]:
-    """A new slice: its picture without a prompt, its pixel spacing, and no results.
+    """A new slice: its picture without a prompt, its pixel spacing, what to do next, and no results.
 
     Args:
         path: of the uploaded file; None shows nothing.
         side: of a pixel in mm, when the caller knows better than the file.
     """
-    nothing = [gr.HTML(value={}, src="", width=1, height=1), side, gr.Column(visible=False)]
+    rest = [START, gr.Column(visible=False)]
+    nothing = [gr.HTML(value={}, src="", width=1, height=1), None, *rest]
     if path is None:
         return nothing
     try:
@@ -165,7 +167,7 @@ def show(path: str | None, side: float | None = None) -> list[Any]:
         gr.Warning(str(error), title="This file was not accepted", duration=None)
         return nothing
     height, width = image.shape
-    return [gr.HTML(value={}, src=picture(image), width=width, height=height), side or found, gr.Column(visible=False)]
+    return [gr.HTML(value={}, src=picture(image), width=width, height=height), side or found, *rest]
 
 
 def sample(
@@ -217,8 +219,8 @@ def sample(
         words = f"{area:.{0 if area >= 100 else 1}f} {unit}" if area else "empty"
         gallery.append((figure_pixels(contour_figure(image, mask, zoom)), f"{index}: {words}"))
     return [
-        gr.Column(visible=True),
         f"### {result_words(result).replace('mm2', 'mm²')}",
+        gr.Column(visible=True),
         figure_pixels(map_figure(image, drawn.mean, drawn.entropy, zoom, box, points)),
         figure_pixels(area_figure(drawn.areas * scale, unit)),
         gallery,
@@ -264,8 +266,9 @@ def build(model: ProbabilisticSamModel, processor: ProbabilisticSamProcessor, na
         title="Probabilistic SAM", analytics_enabled=False, delete_cache=(KEPT_SECONDS // 6, KEPT_SECONDS)
     ) as page:
         gr.Markdown(
-            "# Probabilistic SAM\nOne slice, one prompt: as many masks as you ask for, each what one more expert might "
-            f"have drawn. Model: {Path(name).name}. Research only, no medical device. Nothing leaves this computer."
+            "# Probabilistic SAM\nOne slice, one prompt: as many masks as you ask for, each what one more expert "
+            f"might have drawn. Model: {Path(name).name}. Research only, no medical device. Nothing leaves this "
+            "computer."
         )
         with gr.Row():
             with gr.Column(scale=5, min_width=380):
@@ -287,17 +290,16 @@ def build(model: ProbabilisticSamModel, processor: ProbabilisticSamProcessor, na
                         None, label="Pixel spacing (mm)", info="DICOM says it; for mm²", elem_id="spacing"
                     )
                 start = gr.Button("Draw samples", variant="primary", elem_id="draw")
-            with (
-                gr.Column(scale=8, min_width=560),
-                gr.Column(visible=False, elem_id="results") as results,
-            ):
-                line = gr.Markdown(elem_id="line")
+            with gr.Column(scale=8, min_width=560):
+                line = gr.Markdown(START, elem_id="line")
+                results = gr.Column(visible=False, elem_id="results")
+            with results:
                 plain: dict[str, Any] = {"format": "png", "show_label": False, "container": False, "buttons": []}
                 maps = gr.Image(elem_id="maps", interactive=False, **plain)
                 areas = gr.Image(elem_id="areas", interactive=False, **plain)
                 gallery = gr.Gallery(elem_id="gallery", interactive=False, columns=6, object_fit="contain", **plain)
                 archive = gr.DownloadButton("Download masks, maps and areas (zip)", elem_id="download")
-        shown = [canvas, side, results]
+        shown = [canvas, side, line, results]
         with offered:
             if examples:
                 gr.Examples(
@@ -308,8 +310,8 @@ def build(model: ProbabilisticSamModel, processor: ProbabilisticSamProcessor, na
         gr.on([file.upload, file.clear], show, file, shown, api_visibility="private")
         clear.click(lambda: {}, None, canvas, api_visibility="private")
         start.click(
-            draw_samples, [file, canvas, number, seed, side], [results, line, maps, areas, gallery, archive],
-            show_progress_on=canvas, api_visibility="private",
+            draw_samples, [file, canvas, number, seed, side], [line, results, maps, areas, gallery, archive],
+            show_progress_on=line, api_visibility="private",
         )  # fmt: skip
     return page.queue(max_size=MAX_WAITING, default_concurrency_limit=1, api_open=False)
 

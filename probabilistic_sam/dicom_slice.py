@@ -41,6 +41,8 @@ def read_dicom(path: str | os.PathLike, max_pixels: int) -> tuple[np.ndarray, fl
         slope, intercept = float(dataset.get("RescaleSlope", 1)), float(dataset.get("RescaleIntercept", 0))
         syntax = dataset.file_meta.TransferSyntaxUID
         values = dataset.pixel_array * slope + intercept
+        if values.shape != (height, width):
+            raise ValueError(f"{height}x{width} pixels in its header, {values.shape} in its data")
         if not np.isfinite(values).all():
             raise ValueError("NaN or infinite grey values")
         if dataset.get("PhotometricInterpretation") == "MONOCHROME1":

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from .errors import UserError
 
@@ -248,13 +249,13 @@ def area_figure(areas: np.ndarray, unit: str) -> Figure:
     end = 1.05 * drawn.max() if len(drawn) else 1.0
     empty = len(areas) - len(drawn)
     if len(drawn):
-        axes.hist(drawn, bins=np.linspace(0, end, 31), color=SAMPLE_COLOR, label=f"with a mask: {len(drawn)}")
+        axes.hist(drawn, bins=list(np.linspace(0, end, 31)), color=SAMPLE_COLOR, label=f"with a mask: {len(drawn)}")
     label = f"empty: {empty} of {len(areas)} ({empty / len(areas):.0%})"
     median = float(np.median(areas))
     axes.axvline(median, color="0.2", linewidth=1, linestyle="--", label=f"median of all: {median:.4g} {unit}")
     axes.bar(-end / 30, empty, end / 30, color="0.55", label=label)
     axes.set(title="areas of the samples", xlabel=f"area ({unit})", ylabel="samples", xlim=(-end / 15, end))
-    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1), fontsize=9)
     return figure

@@ -265,6 +265,12 @@ class Page:
     def actions(self):
         from selenium.webdriver.common.action_chains import ActionChains
 
+        def settled():  # Gradio renders anew for each property that changes
+            before = self.find("#canvas svg")
+            time.sleep(0.3)
+            return before == self.find("#canvas svg")
+
+        until(settled)
         return ActionChains(self.driver)
 
     def offset(self, x, y):
@@ -273,14 +279,16 @@ class Page:
         return round((x / 128 - 0.5) * rect["width"]), round((y / 128 - 0.5) * rect["height"])
 
     def drag(self, x1, y1, x2, y2):
+        actions = self.actions()
         (left, top), (right, bottom) = self.offset(x1, y1), self.offset(x2, y2)
-        actions = self.actions().move_to_element_with_offset(self.find("#canvas svg"), left, top).click_and_hold()
+        actions.move_to_element_with_offset(self.find("#canvas svg"), left, top).click_and_hold()
         half = (right - left) // 2, (bottom - top) // 2
         actions.move_by_offset(*half).move_by_offset(right - left - half[0], bottom - top - half[1])
         actions.release().perform()
 
     def click(self, x, y):
-        self.actions().move_to_element_with_offset(self.find("#canvas svg"), *self.offset(x, y)).click().perform()
+        actions = self.actions()
+        actions.move_to_element_with_offset(self.find("#canvas svg"), *self.offset(x, y)).click().perform()
 
     def draw(self, num_samples):
         """Move the slider, press the button, and return the zip's result and masks when the gallery is there."""

@@ -229,20 +229,18 @@ def sample(
 
 
 def write_examples(folder: Path) -> list[list[Any]]:
-    """Phantom slices of nodules that all four readers drew: path and pixel spacing each; none without extra `data`."""
-    try:
-        from .data.phantom import phantom_nodules, phantom_row
-    except ModuleNotFoundError:
-        return []
+    """Phantom slices of validation patients: path and pixel spacing each; none without the extra `data`."""
     examples: list[list[Any]] = []
-    for nodule in phantom_nodules(100):
-        if all(nodule.annotation_ids[:4]) and len(nodule.annotation_ids) == 4:
+    try:
+        from .data.phantom import demo_nodules, phantom_row
+
+        for number, nodule in enumerate(demo_nodules(EXAMPLES), start=1):
             row = phantom_row(nodule, nodule.middle)
-            path = folder / f"phantom-{len(examples) + 1}.png"
+            path = folder / f"phantom-{number}.png"
             path.write_bytes(row["image"]["bytes"])
             examples.append([str(path), row["pixel_spacing_mm"]])
-        if len(examples) == EXAMPLES:
-            break
+    except (ModuleNotFoundError, UserError):
+        return []
     return examples
 
 

@@ -152,6 +152,20 @@ def test_dicom_brings_its_pixel_spacing(tmp_path):
     assert (canvas.props["width"], canvas.props["height"]) == (128, 128)
 
 
+def test_examples_are_optional(monkeypatch, tmp_path):
+    from probabilistic_sam.data import phantom
+
+    assert [(Path(path).name, 0.3 < side < 2) for path, side in app.write_examples(tmp_path)] == [
+        (f"phantom-{number}.png", True) for number in (1, 2, 3)
+    ]
+
+    def absent(count):
+        raise UserError("pylidc is not installed")
+
+    monkeypatch.setattr(phantom, "demo_nodules", absent)
+    assert app.write_examples(tmp_path) == []
+
+
 def test_a_port_that_is_taken_is_one_line(monkeypatch, tmp_path):
     with gradio.Blocks(analytics_enabled=False) as page:
         pass
@@ -362,6 +376,13 @@ def test_a_person_errs_and_then_clicks_points(page, server, image_path, tmp_path
     until(lambda: "128 x 128 px" in page.words())
     page.find("#draw").click()
     until(lambda: "no prompt yet; drag a box" in messages())
+
+    until(lambda: page.driver.find_element("xpath", "//button[contains(., 'phantom 2')]")).click()
+    until(lambda: float(page.find("#spacing input").get_property("value") or 0) > 0.3)  # an example knows its own
+    page.find("#slice button[aria-label=Clear]").click()
+    until(lambda: page.words().startswith("No slice yet"))
+    page.upload(image_path)
+    until(lambda: "128 x 128 px" in page.words())
 
     page.drag(42, 38, 78, 74)
     until(lambda: page.words().startswith("Box "))

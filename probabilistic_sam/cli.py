@@ -2,7 +2,8 @@
 
     probabilistic-sam segment slice.png --box 40 52 71 80 --num-samples 16 --output result
 
-writes masks, mean probability, uncertainty, a figure and areas to `result`.
+writes masks, mean probability, uncertainty, a figure and areas to `result`. `probabilistic-sam demo` opens a page that
+does the same.
 """
 
 import argparse
@@ -27,13 +28,14 @@ from safetensors import SafetensorError
 
 from . import ProbabilisticSamModel, ProbabilisticSamProcessor, __version__
 from .errors import UserError, run
-from .pipeline_probabilistic_sam import IMAGE_FORMATS, open_image
+from .pipeline_probabilistic_sam import IMAGE_FORMATS, MAX_PIXELS, open_image
 from .plotting import sample_figure, save_figure
 from .processing_probabilistic_sam import QUANTILES
 
 DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "model_cards" / "psam-lidc"
 MAX_SAMPLES = 1_000
 MAX_SAMPLED_PIXELS = 2**30  # samples times pixels: one byte each is kept
+MODEL_HELP = "directory or owner/name; default model_cards/psam-lidc"
 RESULT_FILES = ("masks", "mean.png", "uncertainty.png", "figure.png", "result.json")
 
 
@@ -72,12 +74,36 @@ def load_image(path: str | os.PathLike) -> np.ndarray:
         if image.mode not in ("L", "I", "F") and not image.mode.startswith("I;16"):
             image = image.convert("L")
     except ValueError as error:
-        hint = ": it is a DICOM file, which is not read yet; export the slice as PNG" if _is_dicom(path) else ""
-        raise UserError(f"{error}{hint}") from error
+        raise UserError(str(error)) from error
     array = np.asarray(image)
     if not np.isfinite(array).all():
         raise UserError(f"image {path} holds NaN or infinite values; accepted: finite grey values")
     return array
+
+
+def load_slice(path: str | os.PathLike) -> tuple[np.ndarray, float | None]:
+    """Read a DICOM file or what `load_image` reads.
+
+    Returns:
+        (H, W) grey values, Hounsfield units as float32 of a CT in DICOM; and the side of a pixel in mm, which only
+        DICOM says.
+
+    Raises:
+        UserError: as `load_image`; DICOM that is damaged, in colour, of several frames, or without pydicom to read it.
+    """
+    if not _is_dicom(path):
+        return load_image(path), None
+    try:
+        from .dicom_slice import read_dicom
+    except ModuleNotFoundError as error:
+        raise UserError(f"{path} is a DICOM file; to read it, pip install pydicom") from error
+    try:
+        values, side = read_dicom(path, MAX_PIXELS)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"DICOM file {path} cannot be read: {error}") from error
+    return values.astype(np.float32), side
 
 
 def load_model(name: str | os.PathLike) -> tuple[ProbabilisticSamModel, ProbabilisticSamProcessor]:
@@ -244,64 +270,116 @@ def check_prompt(prompt: dict[str, Any], width: int, height: int) -> None:
             raise UserError(f"point {x:g} {y:g} lies outside {size}; accepted: 0 <= x <= {width}, 0 <= y <= {height}")
 
 
-def segment(arguments: argparse.Namespace) -> None:
-    """`probabilistic-sam segment`: draw masks for one prompt and write them."""
-    image = load_image(arguments.image)
-    height, width = image.shape
-    prompt = {"box": arguments.box} if arguments.box else {"points": arguments.point}
-    check_prompt(prompt, width, height)
-    if arguments.num_samples * image.size > MAX_SAMPLED_PIXELS:
+def check_num_samples(num_samples: int, image: np.ndarray) -> None:
+    """Raise `UserError` when so many masks of the image (H, W) need too much memory."""
+    if num_samples * image.size > MAX_SAMPLED_PIXELS:
+        height, width = image.shape
         raise UserError(
-            f"{arguments.num_samples} samples of {width} x {height} pixels need too much memory; accepted: at most "
+            f"{num_samples} samples of {width} x {height} pixels need too much memory; accepted: at most "
             f"{MAX_SAMPLED_PIXELS // image.size} samples for this image"
         )
-    if arguments.model is None and not DEFAULT_MODEL.is_dir():
-        raise UserError("no --model given; accepted: a directory that training/train.py wrote, or owner/name")
-    name = str(arguments.model or DEFAULT_MODEL)
 
+
+def write_result(
+    folder: Path,
+    image: np.ndarray,
+    drawn: Drawn,
+    prompt: dict[str, Any],
+    name: str,
+    model: str,
+    seed: int,
+    pixel_spacing: float | None = None,
+) -> dict[str, Any]:
+    """Write masks, mean, uncertainty, figure and `result.json` into `folder`.
+
+    Args:
+        folder: new or empty.
+        image: (H, W).
+        drawn: what the model drew on it.
+        prompt: as `draw` takes it.
+        name: of the image.
+        model: directory or owner/name.
+        seed: of the noise.
+        pixel_spacing: side of a pixel in mm; adds areas in mm^2.
+
+    Returns:
+        What `result.json` holds.
+    """
+    write_samples(folder, drawn)
+    write_grey(folder / "mean.png", drawn.mean)
+    write_grey(folder / "uncertainty.png", drawn.entropy)
+    figure = sample_figure(
+        image, drawn.masks, drawn.mean, drawn.entropy, box=prompt.get("box"), point=prompt.get("points"),
+        title=Path(name).name,
+    )  # fmt: skip
+    save_figure(figure, folder / "figure.png")
+    result = {
+        "image": name,
+        "image_size": {"width": image.shape[1], "height": image.shape[0]},
+        "prompt": prompt,
+        "model": model,
+        "num_samples": len(drawn.masks),
+        "seed": seed,
+        "empty_share": drawn.empty_share,
+        "area_px": area_summary(drawn.areas),
+    }
+    if pixel_spacing is not None:
+        result["pixel_spacing_mm"] = pixel_spacing
+        result["area_mm2"] = area_summary(drawn.areas, pixel_spacing**2)
+    result["files"] = {
+        "masks/sample-*.png": "one mask a sample, 1 bit",
+        "mean.png": "mean probability, 16 bit, 65535 = 1",
+        "uncertainty.png": "entropy of the mean probability, 16 bit, 65535 = 1 bit",
+        "figure.png": "everything on one page",
+    }
+    result["versions"] = {
+        "probabilistic_sam": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
+    }  # fmt: skip
+    (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def result_words(result: dict[str, Any]) -> str:
+    """What `write_result` returned, in one line: number of samples, median area and its range, share of empty ones."""
+    unit = "mm2" if "area_mm2" in result else "px"
+    low, middle, high = (result[f"area_{unit}"]["quantiles"][level] for level in ("0.05", "0.5", "0.95"))
+    return (
+        f"{result['num_samples']} samples, median area {middle:.4g} {unit} (5 to 95 %: {low:.4g} to {high:.4g}), "
+        f"{result['empty_share']:.0%} empty"
+    )
+
+
+def segment(arguments: argparse.Namespace) -> None:
+    """`probabilistic-sam segment`: draw masks for one prompt and write them."""
+    image, side = load_slice(arguments.image)
+    prompt = {"box": arguments.box} if arguments.box else {"points": arguments.point}
+    check_prompt(prompt, image.shape[1], image.shape[0])
+    check_num_samples(arguments.num_samples, image)
+    name = _model_name(arguments)
     with replaced_directory(arguments.output, RESULT_FILES) as folder:
         model, processor = load_model(name)
         if torch.cuda.is_available():
             model = model.to("cuda")
         drawn = draw(model, processor, image, prompt, arguments.num_samples, arguments.seed)
-        write_samples(folder, drawn)
-        write_grey(folder / "mean.png", drawn.mean)
-        write_grey(folder / "uncertainty.png", drawn.entropy)
-        figure = sample_figure(
-            image, drawn.masks, drawn.mean, drawn.entropy, box=prompt.get("box"), point=prompt.get("points"),
-            title=Path(arguments.image).name,
-        )  # fmt: skip
-        save_figure(figure, folder / "figure.png")
-        result = {
-            "image": str(arguments.image),
-            "image_size": {"width": width, "height": height},
-            "prompt": prompt,
-            "model": name,
-            "num_samples": arguments.num_samples,
-            "seed": arguments.seed,
-            "empty_share": drawn.empty_share,
-            "area_px": area_summary(drawn.areas),
-        }
-        if arguments.pixel_spacing is not None:
-            result["pixel_spacing_mm"] = arguments.pixel_spacing
-            result["area_mm2"] = area_summary(drawn.areas, arguments.pixel_spacing**2)
-        result["files"] = {
-            "masks/sample-*.png": "one mask a sample, 1 bit",
-            "mean.png": "mean probability, 16 bit, 65535 = 1",
-            "uncertainty.png": "entropy of the mean probability, 16 bit, 65535 = 1 bit",
-            "figure.png": "everything on one page",
-        }
-        result["versions"] = {
-            "probabilistic_sam": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
-        }  # fmt: skip
-        (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+        result = write_result(
+            folder, image, drawn, prompt, str(arguments.image), name, arguments.seed, arguments.pixel_spacing or side
+        )
+    print(f"wrote {arguments.output}: {result_words(result)}; see figure.png, result.json")
 
-    unit = "px" if arguments.pixel_spacing is None else "mm2"
-    low, middle, high = (result[f"area_{unit}"]["quantiles"][level] for level in ("0.05", "0.5", "0.95"))
-    print(
-        f"wrote {arguments.output}: {arguments.num_samples} samples, median area {middle:.4g} {unit} (5 to 95 %: "
-        f"{low:.4g} to {high:.4g}), {drawn.empty_share:.0%} empty; see figure.png, result.json"
-    )
+
+def demo(arguments: argparse.Namespace) -> None:
+    """`probabilistic-sam demo`: serve the page until the command is interrupted."""
+    try:
+        from .app import serve
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"the page needs {error.name}, which is not installed; accepted: pip install 'probabilistic-sam[app]'"
+        ) from error
+    name = _model_name(arguments)
+    model, processor = load_model(name)
+    if torch.cuda.is_available():
+        model = model.to("cuda")
+    serve(model, processor, name, arguments.port)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -357,7 +435,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="sample masks for one prompt in one image",
         description="Sample masks for one prompt. Coordinates are pixels of the image, counted at the pixels' edges.",
     )
-    command.add_argument("image", metavar="IMAGE", help=f"{', '.join(IMAGE_FORMATS)}; grey or colour, 8 or 16 bit")
+    command.set_defaults(run=segment)
+    command.add_argument(
+        "image", metavar="IMAGE", help=f"{', '.join(IMAGE_FORMATS)}, grey or colour, 8 or 16 bit; or a DICOM slice"
+    )
     prompt = command.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--box", type=number, nargs=4, metavar=("X1", "Y1", "X2", "Y2"), help="box around the lesion")
     prompt.add_argument(
@@ -366,9 +447,20 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     samples = whole_number(1, MAX_SAMPLES)
     command.add_argument("--num-samples", type=samples, default=16, metavar="N", help="masks to draw; default 16")
     command.add_argument("--output", required=True, metavar="DIR", help="folder: new, empty or a previous result")
-    command.add_argument("--model", metavar="M", help="directory or owner/name; default model_cards/psam-lidc")
+    command.add_argument("--model", metavar="M", help=MODEL_HELP)
     command.add_argument("--seed", type=whole_number(0, 2**63 - 1), default=0, metavar="S", help="default 0")
-    command.add_argument("--pixel-spacing", type=spacing, metavar="MM", help="side of a pixel; adds areas in mm^2")
+    command.add_argument(
+        "--pixel-spacing", type=spacing, metavar="MM", help="side of a pixel; adds areas in mm^2; default: DICOM's own"
+    )
+    command = commands.add_parser(
+        "demo",
+        allow_abbrev=False,
+        help="open a page on this computer: drag a box, see samples",
+        description="Serve a page at http://127.0.0.1:PORT until interrupted. Nothing leaves this computer.",
+    )
+    command.set_defaults(run=demo)
+    command.add_argument("--port", type=whole_number(1, 65535), default=7860, metavar="N", help="default 7860")
+    command.add_argument("--model", metavar="M", help=MODEL_HELP)
     return parser.parse_args(argv)
 
 
@@ -376,7 +468,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse, and do what was asked for."""
     arguments = parse_args(argv)
     quiet_transformers()
-    segment(arguments)
+    arguments.run(arguments)
 
 
 def quiet_transformers() -> None:
@@ -389,6 +481,12 @@ def quiet_transformers() -> None:
 def entry() -> None:
     """Console script."""
     run(main)
+
+
+def _model_name(arguments: argparse.Namespace) -> str:
+    if arguments.model is None and not DEFAULT_MODEL.is_dir():
+        raise UserError("no --model given; accepted: a directory that training/train.py wrote, or owner/name")
+    return str(arguments.model or DEFAULT_MODEL)
 
 
 def _model_type(name: str | os.PathLike) -> str | None:
@@ -406,8 +504,11 @@ def _first_line(error: Exception) -> str:
 
 
 def _is_dicom(path: str | os.PathLike) -> bool:
-    with open(path, "rb") as file:
-        return file.read(132)[128:] == b"DICM"
+    try:
+        with open(path, "rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
 
 
 if __name__ == "__main__":

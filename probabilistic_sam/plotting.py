@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from .errors import UserError
 
@@ -179,6 +181,91 @@ def sample_figure(
         if not sample.any():
             _note(axes, "empty")
     return figure
+
+
+def map_figure(
+    image: np.ndarray,
+    mean: np.ndarray,
+    entropy: np.ndarray,
+    zoom: tuple[int, int, int],
+    box: Sequence[float] | None = None,
+    points: np.ndarray | None = None,
+) -> Figure:
+    """Mean probability and uncertainty over the slice, side by side.
+
+    Args:
+        image: (H, W) grey values of any scale.
+        mean: (H, W) mean probability, 0 to 1; below 0.01 the slice shows alone.
+        entropy: (H, W) in bits, 0 to 1; the same.
+        zoom: x0, y0 and side of the square to show.
+        box: prompt box x1, y1, x2, y2 in pixel edges.
+        points: (K, 2) prompt points.
+    """
+    panel, gap, top = 3.9, 1.05, 0.3
+    figure = Figure(figsize=(2 * (panel + gap), top + panel + 0.35), dpi=DPI, facecolor="white")
+    maps = ("mean probability", mean, "viridis", "probability"), ("uncertainty", entropy, "magma", "entropy (bits)")
+    for index, (title, values, colors, label) in enumerate(maps):
+        axes = _add_axes(figure, 0.05 + index * (panel + gap), top, panel, title)
+        _show(axes, image, zoom, cmap="gray")
+        _draw_map(figure, axes, np.ma.masked_less(values, 0.01), zoom, colors, label, alpha=0.55)
+        _draw_prompt(axes, box, points, faint=True)
+        prompt = "; dashed: box" if box is not None else ""
+        if index == 0:
+            _draw_outline(axes, mean > 0.5, "white", 1.6)
+            _caption(axes, ("white: above 0.5" if (mean > 0.5).any() else "nowhere above 0.5") + prompt)
+        else:
+            _caption(axes, "entropy of the mean probability" + prompt)
+    return figure
+
+
+def contour_figure(image: np.ndarray, mask: np.ndarray, zoom: tuple[int, int, int]) -> Figure:
+    """Outline of one sample on the slice, without any frame: a picture for a gallery.
+
+    Args:
+        image: (H, W) grey values of any scale.
+        mask: (H, W) bool; an empty one is labelled so.
+        zoom: x0, y0 and side of the square to show.
+    """
+    figure = Figure(figsize=(2, 2), dpi=DPI, facecolor="white")
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.axis("off")
+    _show(axes, image, zoom, cmap="gray")
+    _draw_outline(axes, mask, SAMPLE_COLOR, 1.8)
+    if not mask.any():
+        _note(axes, "empty")
+    return figure
+
+
+def area_figure(areas: np.ndarray, unit: str) -> Figure:
+    """Histogram of the samples' areas; empty samples are a bar of their own at 0.
+
+    Args:
+        areas: (N,) in `unit`.
+        unit: as written below the axis.
+    """
+    figure = Figure(figsize=(9.9, 2.6), dpi=DPI, facecolor="white", layout="constrained")
+    axes = figure.subplots()
+    drawn = areas[areas > 0]
+    end = 1.05 * drawn.max() if len(drawn) else 1.0
+    empty = len(areas) - len(drawn)
+    if len(drawn):
+        axes.hist(drawn, bins=list(np.linspace(0, end, 31)), color=SAMPLE_COLOR, label=f"with a mask: {len(drawn)}")
+    label = f"empty: {empty} of {len(areas)} ({empty / len(areas):.0%})"
+    median = float(np.median(areas))
+    axes.axvline(median, color="0.2", linewidth=1, linestyle="--", label=f"median of all: {median:.4g} {unit}")
+    axes.bar(-end / 30, empty, end / 30, color="0.55", label=label)
+    axes.set(title="areas of the samples", xlabel=f"area ({unit})", ylabel="samples", xlim=(-end / 15, end))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1), fontsize=9)
+    return figure
+
+
+def figure_pixels(figure: Figure) -> np.ndarray:
+    """Render a figure: (H, W, 3) uint8."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.array(canvas.buffer_rgba())[..., :3]
 
 
 def grid_figure(
@@ -361,9 +448,9 @@ def _show(axes: Axes, values: np.ndarray, zoom: tuple[int, int, int], **kwargs: 
 
 
 def _draw_map(
-    figure: Figure, axes: Axes, values: np.ndarray, zoom: tuple[int, int, int], cmap: str, label: str
+    figure: Figure, axes: Axes, values: np.ndarray, zoom: tuple[int, int, int], cmap: str, label: str, alpha: float = 1
 ) -> None:
-    drawn = _show(axes, values, zoom, cmap=cmap, vmin=0, vmax=1)
+    drawn = _show(axes, values, zoom, cmap=cmap, vmin=0, vmax=1, alpha=alpha)
     bar = figure.colorbar(drawn, cax=axes.inset_axes((1.03, 0, 0.045, 1)), ticks=[0, 0.25, 0.5, 0.75, 1])
     bar.ax.set_yticklabels(["0", ".25", ".5", ".75", "1"])
     bar.ax.tick_params(labelsize=9, length=2, pad=2)

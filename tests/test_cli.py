@@ -10,9 +10,12 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 import torch
+from dicom_files import write_slice
 from PIL import Image
+from pydicom.uid import DeflatedExplicitVRLittleEndian
 from transformers import SamConfig, SamModel
 
 from probabilistic_sam import (
@@ -200,7 +203,7 @@ def png_header(width, height):
         (None, "no image file"),
         (b"", "not an image"),
         (b"hello", "not an image"),
-        (bytes(128) + b"DICM", "DICOM"),
+        (bytes(128) + b"DICM", "DICOM file .* cannot be read"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),  # would start a PostScript interpreter
         (png_header(8001, 8000), "8001 x 8000 pixels"),
         (png_header(100_000, 100_000), "too large|100000 x 100000"),
@@ -212,7 +215,7 @@ def test_bad_images_are_refused(tmp_path, data, message):
     if data is not None:
         path.write_bytes(data)
     with pytest.raises(UserError, match=message):
-        cli.load_image(path)
+        cli.load_slice(path)
 
 
 def test_truncated_stacked_and_infinite_images_are_refused(tmp_path, image_path):
@@ -228,6 +231,63 @@ def test_truncated_stacked_and_infinite_images_are_refused(tmp_path, image_path)
         cli.load_image(tmp_path / "nan.tiff")
     with pytest.raises(UserError, match="no image file"):
         cli.load_image(tmp_path)
+
+
+def test_segment_reads_dicom_and_its_pixel_spacing(run_segment, tmp_path):
+    hu = np.random.default_rng(0).integers(-1000, 400, size=(48, 60))
+    path = write_slice(tmp_path / "IM1", hu, "1.2", 0.0, "1.3", PixelSpacing=[0.5, 0.8])
+    image, side = cli.load_slice(path)
+    np.testing.assert_array_equal(image, hu)
+    assert side**2 == pytest.approx(0.4)
+    result = json.loads((run_segment("--num-samples", 3, image=path) / "result.json").read_text())
+    assert result["area_mm2"]["mean"] == pytest.approx(0.4 * result["area_px"]["mean"], abs=1e-3)
+    out = run_segment("--num-samples", 3, "--pixel-spacing", 2, image=path, output=tmp_path / "given")
+    assert json.loads((out / "result.json").read_text())["pixel_spacing_mm"] == 2
+
+
+def test_dicom_without_spacing_and_dark_where_others_are_bright(tmp_path):
+    hu = np.array([[-1000, 0], [100, 400]])
+    path = write_slice(tmp_path / "IM1", hu, "1.2", 0.0, "1.3", PhotometricInterpretation="MONOCHROME1")
+    image, side = cli.load_slice(path)
+    assert side is None
+    np.testing.assert_array_equal(image, [[400, -600], [-700, -1000]])  # -1000 + 400 - hu
+
+
+@pytest.mark.parametrize(
+    ("tags", "message"),
+    [
+        ({"NumberOfFrames": 2}, "60 x 48 pixels, 2 frames"),
+        ({"SamplesPerPixel": 3}, "3 channels"),
+        ({"Rows": 40_000, "Columns": 40_000}, "40000 x 40000 pixels"),
+        ({"Rows": 0}, "60 x 0 pixels"),
+        ({"PixelData": b"short"}, "cannot be read"),
+    ],
+)
+def test_other_dicom_is_refused(tmp_path, tags, message):
+    path = write_slice(tmp_path / "IM1", np.zeros((48, 60), dtype=int), "1.2", 0.0, "1.3", **tags)
+    with pytest.raises(UserError, match=message):
+        cli.load_slice(path)
+
+
+def test_deflated_dicom_is_refused_before_it_unpacks(tmp_path):
+    path = write_slice(tmp_path / "IM1", np.zeros((48, 60), dtype=int), "1.2", 0.0, "1.3")
+    data = pydicom.dcmread(path)
+    data.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    data.save_as(path)
+    with pytest.raises(UserError, match="deflated"):
+        cli.load_slice(path)
+
+
+def test_missing_packages_are_named(tmp_path, monkeypatch):
+    path = write_slice(tmp_path / "IM1", np.zeros((8, 8), dtype=int), "1.2", 0.0, "1.3")
+    for missing, module, message, call in (
+        ("pydicom", "dicom_slice", "pip install pydicom", lambda: cli.load_slice(path)),
+        ("gradio", "app", "needs gradio, .* pip install", lambda: cli.main(["demo"])),
+    ):
+        monkeypatch.setitem(sys.modules, missing, None)
+        monkeypatch.delitem(sys.modules, f"probabilistic_sam.{module}", raising=False)
+        with pytest.raises(UserError, match=message):
+            call()
 
 
 # --------------------------------------------------------------------------------------------------------- arguments
@@ -280,7 +340,10 @@ def test_more_samples_than_memory_are_refused(run_segment, monkeypatch):
         run_segment("--num-samples", 11)
 
 
-@pytest.mark.parametrize("arguments", [[], ["segment"], ["cut"], ["segment", "a.png", "--box", "1", "1", "2", "2"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["segment"], ["cut"], ["demo", "--port", "0"], ["segment", "a.png", "--box", "1", "1", "2", "2"]],
+)
 def test_incomplete_commands_are_refused(arguments):
     with pytest.raises(UserError, match="--help"):
         cli.parse_args(arguments)

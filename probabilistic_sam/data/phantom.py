@@ -25,8 +25,10 @@ from .parts import Job
 from .pylidc_adapter import load_pylidc
 from .report import Note
 from .rows import NUM_READERS, encode_png, image_row
+from .splits import split_of
 
 CROP_SIDE = 128  # px
+SEARCHED_NODULES = 1_000  # for a demonstration, at most; one in ten belongs to a validation patient
 NODULES_PER_TURN = 2  # of a patient, before the next one has a turn
 
 LUNG_HU = -850.0
@@ -47,6 +49,18 @@ def phantom_nodules(num_nodules: int) -> Iterator[Nodule]:
     """
     for patient_id, number in _chosen(num_nodules):
         yield read_nodule(patient_id, number, CROP_SIDE)
+
+
+def demo_nodules(count: int) -> Iterator[Nodule]:
+    """Yield nodules that at least two readers drew, one a validation patient, always the same ones."""
+    seen: set[str] = set()
+    for nodule in phantom_nodules(SEARCHED_NODULES):
+        readers = sum(annotation is not None for annotation in nodule.annotation_ids)
+        if split_of(nodule.patient_id) == "validation" and readers >= 2 and nodule.patient_id not in seen:
+            seen.add(nodule.patient_id)
+            yield nodule
+            if len(seen) == count:
+                return
 
 
 def phantom_jobs(num_nodules: int) -> list[Job]:

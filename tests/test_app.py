@@ -105,9 +105,7 @@ def test_zip_holds_what_segment_writes_and_the_page_shows_the_same(draw, image_p
     with zipfile.ZipFile(archive) as file:
         names = file.namelist()
         result = json.loads(file.read("result.json"))
-        masks = np.stack(
-            [np.asarray(Image.open(file.open(name))) for name in sorted(names) if "masks/sample" in name]
-        )
+        masks = np.stack([np.asarray(Image.open(file.open(name))) for name in sorted(names) if "masks/sample" in name])
     assert {name.split("/")[0] for name in names} == set(cli.RESULT_FILES)
     assert (masks.shape, masks.dtype) == ((5, 128, 128), bool)
     assert result["area_px"]["samples"] == masks.sum((1, 2)).tolist()

@@ -116,7 +116,7 @@ class LatentFreeSamModel(ProbabilisticSamModel):
         )
         return masks[:, 0].float(), iou_scores[:, 0]
 
-    def forward(  # type: ignore[override]  # neither latents nor tuples
+    def forward(  # neither latents nor tuples
         self,
         pixel_values: torch.Tensor | None = None,
         input_points: torch.Tensor | None = None,

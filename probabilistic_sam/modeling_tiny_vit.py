@@ -195,6 +195,8 @@ class TinyViTVisionEncoder(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, TinyViTAttention):
             init.zeros_(module.attention_biases)
+        elif isinstance(module, nn.Conv2d):  # no norm follows it, since batch norms are folded into convolutions
+            init.kaiming_normal_(module.weight)
 
     def get_input_embeddings(self) -> nn.Module:
         """The first layer, as SAM's encoder has it."""

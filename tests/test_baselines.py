@@ -21,8 +21,10 @@ from probabilistic_sam.baselines import (
     DropoutUNetModel,
     EllipseConfig,
     EllipseModel,
+    PixelPriorModel,
     ProbabilisticUNetConfig,
     ProbabilisticUNetModel,
+    PromptFreePriorModel,
 )
 from probabilistic_sam.baselines.common import drop_channels, reconstruction_loss
 from probabilistic_sam.errors import UserError
@@ -47,6 +49,14 @@ def make_sam(model_class, **fields):
     return model
 
 
+def make_ablation(model_class):
+    """Its last bias, of the prior's mean, makes readers who draw."""
+    model = make_sam(model_class)
+    bias = list(model.prior.parameters())[-1]
+    torch.nn.init.constant_(bias[:1], 5.0)
+    return model
+
+
 MAKERS = {
     "dropout_unet": lambda: DropoutUNetModel(DropoutUNetConfig(image_size=SIZE, hidden_size=8, num_blocks=1)),
     "dropout_sam": lambda: make_sam(DropoutSamModel),
@@ -55,6 +65,8 @@ MAKERS = {
     ),
     "deterministic_sam": lambda: make_sam(DeterministicSamModel, jitter=2.0),
     "ellipse": make_ellipse,
+    "pixel_prior": lambda: make_ablation(PixelPriorModel),
+    "prompt_free_prior": lambda: make_ablation(PromptFreePriorModel),
 }
 TRAINED = [name for name in MAKERS if name != "ellipse"]
 
@@ -220,6 +232,24 @@ def test_ellipses_have_the_fitted_sizes():
     assert (rows <= columns).all()  # twice as wide as high
 
 
+@pytest.mark.parametrize(("name", "sees_sam"), [("pixel_prior", False), ("prompt_free_prior", True)])
+def test_ablated_priors_do_not_see_what_was_taken(name, sees_sam):
+    torch.manual_seed(0)
+    model = MAKERS[name]().eval()
+    embeddings = model.get_image_embeddings(images())
+    output = model(image_embeddings=embeddings, input_boxes=BOXES, labels=readers())
+    moved = model(image_embeddings=embeddings, input_boxes=BOXES.flip(0), labels=readers())
+    assert torch.equal(moved.prior_mean, output.prior_mean) and torch.equal(moved.prior_log_std, output.prior_log_std)
+    assert torch.equal(moved.posterior_mean[..., 1:], output.posterior_mean[..., 1:])
+    without_sam = torch.cat([torch.zeros_like(embeddings[:, :-16]), embeddings[:, -16:]], dim=1)
+    blind = model(image_embeddings=without_sam, input_boxes=BOXES)
+    assert torch.equal(blind.prior_mean, output.prior_mean) != sees_sam
+    other_pixels = torch.cat([embeddings[:, :-16], embeddings[:, -16:].flip(0)], dim=1)
+    assert not torch.equal(model(image_embeddings=other_pixels, input_boxes=BOXES).prior_mean, output.prior_mean)
+    # The posterior tells readers apart
+    assert not torch.allclose(output.posterior_mean[0, 0, 0, 1:], output.posterior_mean[0, 0, 1, 1:])
+
+
 # -------------------------------------------------------------------------------------------------------- training
 
 
@@ -296,7 +326,10 @@ FIELDS = {
     "dropout_sam": {"dropout": 0.2},
     "deterministic_sam": {"jitter": 3.0},
     "ellipse": {},
+    "pixel_prior": {"dice_weight": 0.0},
+    "prompt_free_prior": {"energy_weight": 200.0},
 }
+LATENT = ("probabilistic_unet", "pixel_prior", "prompt_free_prior")
 
 
 @pytest.fixture
@@ -305,7 +338,7 @@ def train(workspace, tmp_path, monkeypatch):
 
     def run(name, **changes):
         config = CONFIG | {"model": {"model_type": name, **FIELDS[name]}} | changes
-        if name.endswith("sam"):
+        if name.endswith(("sam", "prior")):
             config["base_model"] = str(workspace / "base")
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
         given = {
@@ -334,13 +367,17 @@ def test_scripts_train_and_score(name, train, workspace, tmp_path):
     assert all(getattr(model.config, field) == value for field, value in FIELDS[name].items())
     best = json.loads((run / "best.json").read_text())
     assert 0 <= best["all/ged"] <= 2
-    latent = name == "probabilistic_unet"
+    latent = name in LATENT
     assert ("posterior_iou" in best) == latent
     if name != "ellipse":
         lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
         training = next(line for line in lines if "loss" in line)
         assert training.keys() - {"seconds"} == {"step", "loss", "reconstruction_loss", "grad_norm", "lr"} | (
-            {"kl"} if latent else set()
+            {
+                "probabilistic_unet": {"kl"},
+                "pixel_prior": {"outline_kl", "drawing_nll"},
+                "prompt_free_prior": {"outline_kl", "drawing_nll", "energy_distance"},
+            }.get(name, set())
         )
     content = evaluate(workspace, run, tmp_path / "results.json")
     assert ("collapse" in content) == latent

@@ -1,5 +1,6 @@
 """The card: weights of half the size, and texts whose numbers come from the results file."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -29,7 +30,7 @@ def result():
     columns["shape"]["ece"] = entry(None)
     return {
         "split": "validation", "prompt": "union_box", "num_samples": 16, "seed": [0, 1], "num_slices": 1740,
-        "num_patients": 98, "sampling": "together",
+        "num_patients": 98, "dataset": "lidc", "sampling": "together",
         "commit": "abc", "command": "python training/evaluate.py", "results": columns,
     }  # fmt: skip
 
@@ -49,16 +50,50 @@ def test_card_validates_and_names_every_condition_of_its_numbers(result):
     assert [item.metric_value for item in card.data.eval_results] == [0.25, 0.25, 0.25]
 
 
-def test_comparison_has_a_row_a_file_and_paired_differences(result):
+def test_comparison_has_a_row_a_model_and_paired_differences(result):
     result["ged_by_patient"] = {name: {"a": [1, 0.2], "b": [1, 0.4]} for name in ("all", "shape")}
     worse = result | {"ged_by_patient": {name: {"a": [1, 0.3], "b": [1, 0.5]} for name in ("all", "shape")}}
     lines = make_card.comparison_table({"dropout_unet": worse, "validation": result}).splitlines()
-    assert len(lines) == 4 and lines[2].startswith("| **Probabilistic SAM**") and lines[2].endswith("|  |  |")
+    assert len(lines) == 4 and lines[2].startswith("| **Probabilistic SAM, the w") and lines[2].endswith("|  |  |")
     assert lines[3] == (
         "| Dropout U-Net | 0.250 | 0.250 | 0.250 | 0.250 | 0.250 | +0.100 [+0.100, +0.100] | +0.100 [+0.100, +0.100] |"
     )
-    with pytest.raises(make_card.UserError, match="differ in num_samples"):
-        make_card.comparison_section({"validation": result, "dropout_unet": worse | {"num_samples": 4}}, "results")
+
+
+def test_several_training_seeds_are_one_row(result):
+    result["ged_by_patient"] = {name: {"a": [1, 0.2], "b": [1, 0.4]} for name in ("all", "shape")}
+    second = copy.deepcopy(result)
+    second["results"]["all"]["ged"] = entry(0.35)
+    second["ged_by_patient"]["all"] = {"a": [1, 0.4], "b": [1, 0.6]}
+    results = {"validation": result, "probabilistic_sam_seed0": result, "probabilistic_sam_seed1": second}
+    first, ours = make_card.comparison_table(results).splitlines()[2:]
+    assert ours.startswith("| **Probabilistic SAM** | 0.300 (0.250-0.350) | 0.250 (0.250-0.250) |")
+    assert ours.endswith("|  |  |")  # at the common budget, not the weights of the folder, is what others compare to
+    assert first.endswith("| -0.100 [-0.100, -0.100] | +0.000 [+0.000, +0.000] |")
+
+
+@pytest.mark.parametrize("field", ["num_samples", "num_slices"])
+def test_a_table_is_of_one_protocol(result, field):
+    results = {"validation": result, "dropout_unet": result | {field: 4}}
+    with pytest.raises(make_card.UserError, match=f"results differ in {field}: "):
+        make_card.comparison_section(results, "results")
+
+
+def test_prompts_that_leak_show_no_distance(result):
+    many = copy.deepcopy(result) | {"num_samples": 100}
+    many["results"]["all"]["ged"] = entry(0.175)
+    text = make_card.uses_section({"validation": result, "reader_box": result, "samples_100": many})
+    leaking = next(line for line in text.splitlines() if "reader_box" in line)
+    assert leaking.endswith("leaks the answer |  |  |  |  |  | 0.250 | 0.250 |")
+    assert "With 100 samples in place of 16, drawn together, GED is 0.175 (`all`), 0.250 (`four_readers`)" in text
+
+
+def test_ablations_show_the_latent_space(result):
+    result["collapse"] = {"active_units": 6, "posterior_iou": 0.7}
+    dead = result | {"collapse": {"active_units": 0, "posterior_iou": 0.5}}
+    text = make_card.ablation_section({"probabilistic_sam_seed0": result, "ablation_reference_recipe": dead})
+    ours, ablated = text.splitlines()[-2:]
+    assert ours.endswith("| 6.000 | 0.700 |") and ablated.endswith("| 0.000 | 0.500 |")
 
 
 def test_exported_weights_are_half_precision_and_load_as_float32(tmp_path):

@@ -292,6 +292,28 @@ def test_batch_has_the_shapes_of_the_model(script):
     assert make_batches(script, prompts={"center_point": 1.0})(0)["input_points"].shape == (4, 1, 1, 2)
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "training" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configurations_are_read(script, path):
+    arguments = dict.fromkeys(("base_model", "max_steps", "seed"))
+    config = script.read_config(SimpleNamespace(config=path, **arguments))
+    assert path.stem == "ellipse" or config.max_steps > config.warmup_steps
+    assert config.crop_size == 64 and config.image_size % 16 == 0
+
+
+def test_base_model_without_weights(script):
+    config = script.TrainingConfig(base_model="random", image_size=SIZE)
+    models = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        models.append(script.load_base_model(config, {"latent_dim": 3}))
+    assert models[0].config.latent_dim == 3 and models[0].config.vision_config.image_size == SIZE
+    weights = [model.mask_decoder.mask_tokens.weight for model in models]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    images = torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    embeddings = models[0].eval().get_image_embeddings(images)[:, :-16]
+    assert embeddings.std() > 0.1 and not torch.allclose(embeddings[0], embeddings[1], atol=0.01)  # it sees the image
+
+
 def test_average_of_weights(script):
     model = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.constant_(model.weight, 1.0)

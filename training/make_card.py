@@ -8,7 +8,9 @@ markers of the project's README comes from the same file; `--check` fails when e
 
 import argparse
 import json
+import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -30,11 +32,9 @@ TABLE = {  # metric -> how a reader of the table knows it
     "empty_correlation": "correlation of emptiness ↑",
 }  # fmt: skip
 COLUMNS = ("all", "four_readers", "shape")
-COMPARED = {  # results file -> row of the comparison, if there is such a file
-    "validation": "**Probabilistic SAM** (these weights)",
-    "independent": "the same, samples drawn independently",
-    "center_box": "the same, prompt `center_box`",
-    "center_point": "the same, prompt `center_point`",
+COMPARED = {  # stem of results files, one or one a training seed (stem_seed0, ...) -> row of the comparison
+    "validation": "**Probabilistic SAM, the weights here** (longer training)",
+    "probabilistic_sam": "**Probabilistic SAM**",
     "probabilistic_unet": "Probabilistic U-Net",
     "dropout_unet": "Dropout U-Net",
     "dropout_sam": "Dropout SAM, fine-tuned",
@@ -44,6 +44,24 @@ COMPARED = {  # results file -> row of the comparison, if there is such a file
     "oracle_majority": "oracle: majority of the readers",
     "oracle_readers": "oracle: the readers, drawn at random",
 }
+ABLATIONS = {
+    "probabilistic_sam": "Probabilistic SAM",
+    "ablation_prior_without_prompt": "prior is not told the prompt",
+    "ablation_no_pretraining": "without MobileSAM's weights",
+    "ablation_reference_recipe": "recipe of the public code: prior of raw pixels, mean BCE, beta 10",
+}
+USES = {  # of the weights in the folder
+    "validation": "`union_box`, samples drawn together",
+    "independent": "`union_box`, samples drawn independently",
+    "center_box": "`center_box`: where, not how large",
+    "center_point": "`center_point`: one click",
+    "reader_box": "`reader_box`: the scored reader's own box, which leaks the answer",
+}
+SAMPLES_100 = "samples_100"
+SHOWN = {  # (column, metric) -> title in the tables that compare
+    ("all", "ged"): "GED `all` ↓", ("shape", "ged"): "GED `shape` ↓", ("all", "hm_iou"): "HM-IoU ↑",
+    ("all", "ece"): "ECE ↓", ("all", "empty_correlation"): "correlation of emptiness ↑",
+}  # fmt: skip
 
 
 def parse_args() -> argparse.Namespace:
@@ -84,50 +102,125 @@ def results_table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def comparison_table(results: dict[str, dict]) -> str:
-    """Markdown table with a row a results file, and the paired difference of its GED to the first row's."""
-    shown = (("all", "ged"), ("shape", "ged"), ("all", "hm_iou"), ("all", "ece"), ("all", "empty_correlation"))
-    titles = ("GED `all` ↓", "GED `shape` ↓", "HM-IoU ↑", "ECE ↓", "correlation of emptiness ↑")
-    lines = [f"| | {' | '.join(titles)} | GED `all`, more than ours | GED `shape`, more than ours |", "|---" * 8 + "|"]
-    ours = results["validation"]
-    for name, title in COMPARED.items():
-        if name not in results:
-            continue
-        result = results[name]
-        means = [result["results"][column][metric]["mean"] for column, metric in shown]
-        cells = ["" if mean is None else f"{mean:.3f}" for mean in means]
-        for column in ("all", "shape"):
-            sums = [item["ged_by_patient"][column] for item in (result, ours)]
-            mean, low, high = paired_difference(*sums)
-            cells.append("" if result is ours else f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]")
-        lines.append(f"| {title} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+def row_results(results: dict[str, dict], stem: str) -> list[dict]:
+    """Results files of a row, one a training seed."""
+    names = sorted(name for name in results if name == stem or re.fullmatch(rf"{stem}_seed\d+", name))
+    return [results[name] for name in names]
 
 
-def comparison_section(results: dict[str, dict], folder: str) -> str:
-    """The comparison and what its rows have in common."""
-    budgets = sorted({len(item["seed"]) if isinstance(item["seed"], list) else 1 for item in results.values()})
-    return (
-        f"{comparison_table(results)}\n\n"
-        f"All rows: the same slices, prompts (`union_box` unless the row says otherwise) and {ours_samples(results)} "
-        "samples a slice. Models that draw from a latent or move a box spread the samples of one call evenly "
-        "(Latin hypercube); each sample by itself is distributed as ever. With independent samples the expected GED "
-        "of even an exact model is higher by its diversity / 16. Brackets: 95 % interval of the paired difference, "
-        f"bootstrap over patients; evaluation seeds a row: {', '.join(map(str, budgets))}. Each row is a file of "
-        f"`{folder}` that names command and commit."
-    )
+def mean_and_range(values: list[float | None]) -> str:
+    """A cell: the mean, and over several training seeds smallest and largest value."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    text = f"{sum(known) / len(known):.3f}"
+    return text if len(known) == 1 else f"{text} ({min(known):.3f}-{max(known):.3f})"
 
 
-def ours_samples(results: dict[str, dict]) -> int:
-    """The number of samples, which all rows share.
+def metric_cells(rows: list[dict], shown) -> list[str]:
+    """Cells of the metrics (column, metric) of one row."""
+    return [mean_and_range([row["results"][column][metric]["mean"] for row in rows]) for column, metric in shown]
+
+
+def patient_means(rows: list[dict], column: str) -> dict[str, list[float]]:
+    """Slices and summed GED of each patient for `paired_difference`: the mean over training seeds."""
+    columns = [row["ged_by_patient"][column] for row in rows]
+    return {
+        patient: [sum(item[patient][part] for item in columns) / len(columns) for part in (0, 1)]
+        for patient in columns[0]
+    }
+
+
+def check_alike(results: dict[str, dict], stems: Iterable[str]) -> dict:
+    """One of the rows of a table, all of which have the same number of samples and the same slices.
 
     Raises:
         UserError: they do not.
     """
-    numbers = {name: item["num_samples"] for name, item in results.items() if name in COMPARED}
-    if len(set(numbers.values())) > 1:
-        raise UserError(f"results differ in num_samples: {numbers}; accepted: one number for the rows of a table")
-    return numbers["validation"]
+    rows = [row for stem in stems for row in row_results(results, stem)]
+    for name in ("num_samples", "num_slices", "split", "dataset"):
+        values = {row[name] for row in rows}
+        if len(values) > 1:
+            raise UserError(f"results differ in {name}: {sorted(values)}; accepted: one for the rows of a table")
+    return rows[0]
+
+
+def table(titles: Iterable[str], lines: Iterable[list[str]]) -> str:
+    """Markdown."""
+    head = ["", *titles]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines))
+
+
+def comparison_table(results: dict[str, dict]) -> str:
+    """A row a model, and the paired difference of its GED to ours at the common budget."""
+    reference = row_results(results, "probabilistic_sam") or row_results(results, "validation")
+    lines = []
+    for stem, title in COMPARED.items():
+        if not (rows := row_results(results, stem)):
+            continue
+        cells = metric_cells(rows, SHOWN)
+        for column in ("all", "shape"):
+            mean, low, high = paired_difference(*(patient_means(item, column) for item in (rows, reference)))
+            cells.append("" if rows == reference else f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]")
+        lines.append([title, *cells])
+    return table((*SHOWN.values(), "GED `all`, more than ours", "GED `shape`, more than ours"), lines)
+
+
+def comparison_section(results: dict[str, dict], folder: str) -> str:
+    """The comparison and what its rows have in common."""
+    num_samples = check_alike(results, COMPARED)["num_samples"]
+    return (
+        f"{comparison_table(results)}\n\n"
+        f"All rows: the same slices, `union_box` prompts and {num_samples} samples a slice. Each trained row but the "
+        "first had the same budget, that of `training/configs`: as many steps as two idle CPU cores make in half an "
+        "hour, over the same cached views; the checkpoint is the better of two by GED on 200 of these slices. Three "
+        "numbers are mean, smallest and largest of three training seeds. Brackets: paired difference to "
+        "Probabilistic SAM at the common budget, 95 % interval of a bootstrap over patients. Models that draw from a "
+        "latent or move a box spread the samples of one call evenly (Latin hypercube), which lowers their GED. Each "
+        f"row is a file of `{folder}` that names command and commit."
+    )
+
+
+def ablation_section(results: dict[str, dict]) -> str:
+    """What one change does to our model at the common budget, and to its latent space."""
+    shown = [("all", "ged"), ("shape", "ged"), ("shape", "sample_diversity"), ("all", "empty_correlation")]
+    titles = ("GED `all` ↓", "GED `shape` ↓", "sample diversity `shape`", "correlation of emptiness ↑")
+    lines = []
+    for stem, title in ABLATIONS.items():
+        if rows := row_results(results, stem):
+            inside = [
+                mean_and_range([row["collapse"][name] for row in rows]) for name in ("active_units", "posterior_iou")
+            ]
+            lines.append([title, *metric_cells(rows, shown), *inside])
+    check_alike(results, ABLATIONS)
+    text = table((*titles, "active units", "IoU of the posterior's masks"), lines)
+    return (
+        f"What single parts are worth, at the same budget (active units: latent coordinates that are used):\n\n{text}"
+    )
+
+
+def uses_section(results: dict[str, dict]) -> str:
+    """The weights of the folder with other prompts, drawn independently, and with 100 samples."""
+    shown = {
+        **SHOWN,
+        ("all", "dice_mean"): "Dice of the mean ↑",
+        ("all", "dice_max_per_reader"): "best Dice a reader ↑",
+    }
+    lines = []
+    for stem, title in USES.items():
+        if rows := row_results(results, stem):
+            # With a box for each reader there is no one set of samples; see the file's note
+            kept = [stem != "reader_box" or metric.startswith("dice") for _, metric in shown]
+            cells = metric_cells(rows, shown)
+            lines.append([title, *(cell if keep else "" for cell, keep in zip(cells, kept, strict=True))])
+    check_alike(results, USES)
+    text = f"The weights here with other prompts and ways to draw:\n\n{table(shown.values(), lines)}"
+    if SAMPLES_100 in results:
+        many = results[SAMPLES_100]
+        values = [many["results"][column]["ged"]["mean"] for column in COLUMNS]
+        said = ", ".join(f"{value:.3f} (`{column}`)" for value, column in zip(values, COLUMNS, strict=True))
+        text += f"\n\nWith {many['num_samples']} samples in place of 16, drawn together, GED is {said}."
+    return text
 
 
 def results_section(result: dict, name: str) -> str:
@@ -295,7 +388,10 @@ def main() -> None:
     name = f"model_cards/{output.name}/results/{main_result.name}"
     section = results_section(result, name)
     if len(results) > 1:
-        section += f"\n\n{comparison_section(results, f'model_cards/{output.name}/results')}"
+        parts = (comparison_section(results, f"model_cards/{output.name}/results"), uses_section(results))
+        section = "\n\n".join((section, *parts))
+    if row_results(results, "ablation_reference_recipe"):
+        section += f"\n\n{ablation_section(results)}"
     training = (output / "TRAINING.md").read_text().strip()
     texts = {
         output / "README.md": card(result, section, training).content,

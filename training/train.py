@@ -28,13 +28,20 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from scipy.special import expit
 from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedModel, get_cosine_schedule_with_warmup
 
 from probabilistic_sam import ProbabilisticSamConfig, ProbabilisticSamModel, ProbabilisticSamProcessor
 from probabilistic_sam.baselines import BASELINES, EllipseConfig, EllipseModel
-from probabilistic_sam.baselines.sams import LatentFreeSamModel
-from probabilistic_sam.conversion import convert_mobile_sam, convert_sam, load_torch_file, save_model
+from probabilistic_sam.baselines.common import SamVariant
+from probabilistic_sam.conversion import (
+    convert_mobile_sam,
+    convert_sam,
+    load_torch_file,
+    mobile_sam_config,
+    save_model,
+)
 from probabilistic_sam.data import make_prompt, row_seed
 from probabilistic_sam.data.rows import decode_masks, load_split
 from probabilistic_sam.embedding_cache import EmbeddingCache, view_masks, view_prompt
@@ -48,6 +55,7 @@ FROZEN = (
     "shared_image_embedding.", "vision_encoder.", "prompt_encoder.", "mask_decoder.iou_prediction_head.",
     *(f"mask_decoder.output_hypernetworks_mlps.{i}." for i in (1, 2, 3)),
 )  # fmt: skip
+RANDOM = "random"  # base_model that is MobileSAM without its weights
 TRAINING_PROMPTS = ("union_box", "center_box", "center_point")
 AUGMENTATIONS = ("max_shift", "max_zoom", "max_gamma")
 MINIMA = dict.fromkeys(("crop_size", "batch_size", "log_every", "eval_every", "eval_slices"), 1) | {
@@ -59,7 +67,8 @@ MINIMA = dict.fromkeys(("crop_size", "batch_size", "log_every", "eval_every", "e
 class TrainingConfig:
     """Fields of the YAML file; `model` holds its `model_type` and fields of the configuration of that model."""
 
-    base_model: str = ""  # directory or Hub name of a SAM, or MobileSAM's .pt / .safetensors file; if there is a SAM
+    # Directory or Hub name of a SAM, MobileSAM's .pt / .safetensors file, or "random": MobileSAM without its weights
+    base_model: str = ""
     image_size: int = 256  # px, the model's input
     crop_size: int = 64  # px of the image around a prompt
     model: dict = field(default_factory=dict)
@@ -175,7 +184,7 @@ def load_model(config: TrainingConfig) -> PreTrainedModel:
         return load_base_model(config, values)
     model_class = MODELS[kind]
     try:
-        if not issubclass(model_class, LatentFreeSamModel):
+        if not issubclass(model_class, SamVariant):
             return model_class(model_class.config_class(image_size=config.image_size, **values))
         shared = {name: value for name, value in values.items() if name in ProbabilisticSamConfig.__annotations__}
         return model_class.from_sam(load_base_model(config, shared), **values)
@@ -189,6 +198,8 @@ def load_base_model(config: TrainingConfig, values: dict) -> ProbabilisticSamMod
     """A MobileSAM file, a SAM, or a Probabilistic SAM, with `values` in its configuration."""
     base, accepted = config.base_model, "MobileSAM's file (.pt, .safetensors), or directory or Hub name of a SAM"
     try:
+        if base == RANDOM:
+            return ProbabilisticSamModel(mobile_sam_config(config.image_size, **values))
         if base.endswith((".pt", ".pth", ".safetensors")):
             return convert_mobile_sam(base, config.image_size, **values)
         kind = AutoConfig.from_pretrained(base).model_type
@@ -335,7 +346,7 @@ def validate(model, processor, cache, rows, indices, config, accelerator) -> dic
         logits = processor.post_process_logits(
             samples.pred_masks.cpu(), torch.tensor([[x, y, side]]), torch.tensor([masks.shape[-2:]])
         )[0].numpy()
-        result = {"index": index, "metrics": slice_metrics(logits > 0, 1 / (1 + np.exp(-logits)), masks)}
+        result = {"index": index, "metrics": slice_metrics(logits > 0, expit(logits), masks)}
         if hasattr(model, "posterior"):
             target = view_masks(masks, view, samples.pred_masks.shape[-1])
             output = model(**inputs, labels=target[None, None].to(accelerator.device), generator=generator)

@@ -4,6 +4,7 @@ Shapes as in the model: B images, P prompts an image, S samples, R readers, h = 
 """
 
 from collections.abc import Callable
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +74,19 @@ def check_dropout(share: float) -> None:
     """Raise ValueError for a share that is none."""
     if not 0 <= share < 1:
         raise ValueError(f"dropout must be at least 0 and less than 1, got {share}")
+
+
+class SamVariant(ProbabilisticSamModel):
+    """Of a model that begins with a SAM's weights."""
+
+    @classmethod
+    def from_sam(cls, sam: ProbabilisticSamModel, **fields) -> Self:
+        """With the weights of a converted SAM, as far as names agree; `fields` of the configuration."""
+        others = ("model_type", "architectures", "transformers_version")
+        values = {name: value for name, value in sam.config.to_dict().items() if name not in others}
+        model = cls(cls.config_class(**(values | fields)))
+        model.load_state_dict(sam.state_dict(), strict=False)
+        return model
 
 
 @strict

@@ -1,19 +1,16 @@
 """SAM without a latent: samples differ by dropout in the decoder, or by a prompt that is moved."""
 
-from typing import Self
-
 import torch
 from huggingface_hub.dataclasses import strict
 
 from ..configuration_probabilistic_sam import ProbabilisticSamConfig
 from ..modeling_probabilistic_sam import (
     MAX_DECODED,
-    ProbabilisticSamModel,
     ProbabilisticSamOutput,
     draw_spread_noise,
     reader_targets,
 )
-from .common import check_dropout, drop_channels, reconstruction_loss, to_embeddings
+from .common import SamVariant, check_dropout, drop_channels, reconstruction_loss, to_embeddings
 
 RELATIVE_JITTER = 0.1  # of a box's side, as in the protocol's union_box
 
@@ -58,7 +55,7 @@ class DeterministicSamConfig(LatentFreeSamConfig):
     jitter: float = 6.0
 
 
-class LatentFreeSamModel(ProbabilisticSamModel):
+class LatentFreeSamModel(SamVariant):
     """Probabilistic SAM's encoder, detail network and decoder without its latent space: one mask a pass.
 
     Before training its masks are SAM's own.
@@ -70,15 +67,6 @@ class LatentFreeSamModel(ProbabilisticSamModel):
     def __init__(self, config: LatentFreeSamConfig):
         super().__init__(config)
         del self.prior, self.posterior, self.latent_proj
-
-    @classmethod
-    def from_sam(cls, sam: ProbabilisticSamModel, **fields) -> Self:
-        """With the weights of a converted SAM; `fields` of the configuration."""
-        others = ("model_type", "architectures", "transformers_version")
-        values = {name: value for name, value in sam.config.to_dict().items() if name not in others}
-        model = cls(cls.config_class(**(values | fields)))
-        model.load_state_dict(sam.state_dict(), strict=False)  # the latent networks stay behind
-        return model
 
     def move_prompts(
         self, num_samples: int, generator: torch.Generator | None, prompts: dict[str, torch.Tensor]

@@ -7,6 +7,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import sam_parts, tiny_inputs, tiny_labels, tiny_model, tiny_vit_parts
 
+# peft and we use the names of gradient checkpointing that transformers 5.20 knows
+pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
+
 DECODER = ["q_proj", "k_proj", "v_proj", "out_proj"]  # as README recommends
 
 
@@ -95,7 +98,6 @@ def test_adapters_that_the_decoder_could_not_use_are_refused():
         with_adapters(tiny_model(), target_modules=["upscale_conv1"])
 
 
-@pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
 @pytest.mark.parametrize("parts", [sam_parts, tiny_vit_parts], ids=["vit", "tiny_vit"])
 def test_adapters_in_the_encoder_train_with_gradient_checkpointing(parts):
     model = with_adapters(tiny_model(parts, latent_dropout=0.0), target_modules=["qkv"], init_lora_weights=False)

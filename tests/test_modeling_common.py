@@ -44,7 +44,9 @@ def loss_of(model):
 # --------------------------------------------------------------------------------------------------------- weights
 
 
-@pytest.mark.parametrize("origin", ["nothing", "sam"])
+@pytest.mark.parametrize(
+    ("parts", "origin"), [(sam_parts, "nothing"), (sam_parts, "sam"), (tiny_vit_parts, "nothing")]
+)
 def test_missing_weights_are_initialised_as_by_the_constructor(monkeypatch, parts, origin):
     initialise = PreTrainedModel._init_weights
 
@@ -55,8 +57,6 @@ def test_missing_weights_are_initialised_as_by_the_constructor(monkeypatch, part
     monkeypatch.setattr(PreTrainedModel, "_init_weights", seeded)
     given = {}
     if origin == "sam":
-        if parts is tiny_vit_parts:
-            pytest.skip("SAM itself has a ViT")
         given = {name: value + 1 for name, value in SamModel(SamConfig(**parts())).state_dict().items()}
     fresh = tiny_model(parts)
     loaded, info = ProbabilisticSamModel.from_pretrained(

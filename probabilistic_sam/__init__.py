@@ -1,9 +1,11 @@
 """Probabilistic SAM: one image and one prompt give a distribution of masks."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForMaskGeneration, AutoProcessor
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_probabilistic_sam import ProbabilisticSamConfig, TinyViTVisionConfig
 from .modeling_probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamOutput
+from .pipeline_probabilistic_sam import ProbabilisticMaskGenerationPipeline
 from .processing_probabilistic_sam import ProbabilisticSamProcessor
 
 __version__ = "0.1.0"
@@ -13,8 +15,18 @@ AutoConfig.register(ProbabilisticSamConfig.model_type, ProbabilisticSamConfig)
 AutoModel.register(ProbabilisticSamConfig, ProbabilisticSamModel)
 AutoModelForMaskGeneration.register(ProbabilisticSamConfig, ProbabilisticSamModel)
 AutoProcessor.register(ProbabilisticSamConfig, ProbabilisticSamProcessor)
+PIPELINE_REGISTRY.register_pipeline(
+    "probabilistic-mask-generation", ProbabilisticMaskGenerationPipeline, pt_model=AutoModel, type="image"
+)
+
+# A repository names the pipeline's code that lies in it. The package has its own, which needs no trust in a
+# repository: `pipeline` shall not see that entry. It stays in `__dict__`, from which a configuration is saved.
+ProbabilisticSamConfig.custom_pipelines = property(
+    lambda config: {}, lambda config, value: config.__dict__.update(custom_pipelines=value)
+)
 
 __all__ = [
+    "ProbabilisticMaskGenerationPipeline",
     "ProbabilisticSamConfig",
     "ProbabilisticSamModel",
     "ProbabilisticSamOutput",

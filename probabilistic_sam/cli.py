@@ -11,7 +11,6 @@ import math
 import os
 import shutil
 import tempfile
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,20 +22,18 @@ import huggingface_hub
 import numpy as np
 import torch
 import transformers
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from safetensors import SafetensorError
 
 from . import ProbabilisticSamModel, ProbabilisticSamProcessor, __version__
 from .errors import UserError, run
+from .pipeline_probabilistic_sam import IMAGE_FORMATS, open_image
 from .plotting import sample_figure, save_figure
-from .processing_probabilistic_sam import QUANTILES, binary_entropy
+from .processing_probabilistic_sam import QUANTILES
 
 DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "model_cards" / "psam-lidc"
-IMAGE_FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "PPM", "WEBP")
-MAX_PIXELS = 64_000_000
 MAX_SAMPLES = 1_000
 MAX_SAMPLED_PIXELS = 2**30  # samples times pixels: one byte each is kept
-CHUNK_PIXELS = 2**26  # samples times pixels that are floating point at one time
 RESULT_FILES = ("masks", "mean.png", "uncertainty.png", "figure.png", "result.json")
 
 
@@ -68,33 +65,16 @@ def load_image(path: str | os.PathLike) -> np.ndarray:
     Raises:
         UserError: no such file, not an image, truncated, several frames, or more than 64 million pixels.
     """
-    accepted = f"accepted: {', '.join(IMAGE_FORMATS)} of at most {MAX_PIXELS // 10**6} million pixels"
     if not Path(path).is_file():
-        raise UserError(f"no image file at {path}; {accepted}")
+        raise UserError(f"no image file at {path}; accepted: {', '.join(IMAGE_FORMATS)}")
     try:
-        # The header says the size: an image that would not fit into memory is refused before it is decoded.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image: Image.Image = Image.open(path, formats=IMAGE_FORMATS)
-        with image:
-            if image.width * image.height > MAX_PIXELS:
-                raise UserError(f"image {path} has {image.width} x {image.height} pixels; {accepted}")
-            frames = getattr(image, "n_frames", 1)
-            if frames > 1:
-                raise UserError(f"image {path} holds {frames} frames; accepted: one slice a file")
-            image = ImageOps.exif_transpose(image)
-            if image.mode not in ("L", "I", "F") and not image.mode.startswith("I;16"):
-                image = image.convert("L")
-            array = np.asarray(image)
-    except Image.DecompressionBombError as error:
-        raise UserError(f"image {path} is too large ({error}); {accepted}") from error
-    except UnidentifiedImageError as error:
-        kind = "a DICOM file, which is not read yet: export the slice as PNG" if _is_dicom(path) else "not an image"
-        raise UserError(f"{path} is {kind}; {accepted}") from error
-    except UserError:
-        raise
-    except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
-        raise UserError(f"image {path} cannot be read ({error}); {accepted}") from error
+        image = open_image(path, f"image {path}")
+        if image.mode not in ("L", "I", "F") and not image.mode.startswith("I;16"):
+            image = image.convert("L")
+    except ValueError as error:
+        hint = ": it is a DICOM file, which is not read yet; export the slice as PNG" if _is_dicom(path) else ""
+        raise UserError(f"{error}{hint}") from error
+    array = np.asarray(image)
     if not np.isfinite(array).all():
         raise UserError(f"image {path} holds NaN or infinite values; accepted: finite grey values")
     return array
@@ -172,21 +152,13 @@ def draw(
     generator = torch.Generator().manual_seed(seed)
     pred_masks = model.sample(**inputs.to(model.device), num_samples=num_samples, generator=generator).pred_masks
     assert pred_masks is not None  # always there; the output's fields are optional for mypy
-    if not torch.isfinite(pred_masks).all():
-        raise UserError("the model's logits are not finite: its training diverged or its weights are damaged")
-
-    # Some samples at a time return to the image's size, so that memory stays bounded.
-    chunk = max(1, CHUNK_PIXELS // max(image.size, int(windows[0, 2]) ** 2))
-    masks = np.empty((num_samples, *image.shape), dtype=bool)
-    mean = torch.zeros(image.shape)
-    for start in range(0, num_samples, chunk):
-        logits = pred_masks[:, :, start : start + chunk].cpu()
-        part = processor.post_process_samples(logits, windows, sizes)[0]
-        masks[start : start + chunk] = part["masks"].numpy()
-        mean += part["mean"] * (len(part["masks"]) / num_samples)
-    mean = mean.clamp(0, 1)
+    try:
+        (result,) = processor.post_process_samples(pred_masks.cpu(), windows, sizes)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    masks = result["masks"].numpy()
     areas = masks.sum(axis=(1, 2))
-    return Drawn(masks, mean.numpy(), binary_entropy(mean).numpy(), areas, float(np.mean(areas == 0)))
+    return Drawn(masks, result["mean"].numpy(), result["entropy"].numpy(), areas, result["empty_share"])
 
 
 def area_summary(areas: np.ndarray, scale: float = 1.0) -> dict[str, Any]:

@@ -11,6 +11,7 @@ it is not positive. The others shape the outline and enter SAM's mask decoder wi
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -309,14 +310,23 @@ def draw_noise(shape: tuple[int, ...], generator: torch.Generator | None, device
 
 
 def draw_spread_noise(
-    shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device | str
+    shape: tuple[int, ...],
+    generator: torch.Generator | Sequence[torch.Generator] | None,
+    device: torch.device | str,
 ) -> torch.Tensor:
     """Standard normal noise (B, P, S, L) whose S samples spread evenly: Latin hypercube sampling.
 
     Each coordinate has one sample in each of S intervals of equal probability (McKay, Beckman and Conover 1979). Every
     single sample is distributed as with `draw_noise`; together they stand for the distribution with less chance, so
     that, say, a quarter of 16 samples is empty when the probability of drawing nothing is 1/4.
+
+    Raises:
+        ValueError: generators that are not one an image.
     """
+    if isinstance(generator, Sequence):
+        if len(generator) != shape[0]:
+            raise ValueError(f"{len(generator)} generators are for as many images, but there are {shape[0]}.")
+        return torch.cat([draw_spread_noise((1, *shape[1:]), item, device) for item in generator])
     source = device if generator is None else generator.device
     places = torch.empty(shape, device=source).uniform_(generator=generator).argsort(dim=2)
     inside = torch.empty(shape, device=source).uniform_(generator=generator)
@@ -616,7 +626,7 @@ class ProbabilisticSamModel(SamModel):
         labels: torch.Tensor | None = None,
         num_samples: int = 1,
         latents: torch.Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
         windows: torch.Tensor | None = None,
         original_sizes: torch.Tensor | None = None,
     ) -> ProbabilisticSamOutput:
@@ -635,7 +645,8 @@ class ProbabilisticSamModel(SamModel):
                 who drew nothing has an empty mask.
             num_samples: samples a prompt when neither `labels` nor `latents` are given.
             latents: `(B, P, S, L)`, to decode instead of drawing them.
-            generator: source of the noise; the same seed gives the same samples.
+            generator: source of the noise; the same seed gives the same samples. One generator an image makes what
+                is drawn for an image independent of the others; only without `labels`.
             windows: not used; `model(**inputs)` takes all that the processor gives.
             original_sizes: not used.
 
@@ -704,6 +715,8 @@ class ProbabilisticSamModel(SamModel):
                 prior_log_std=prior_log_std,
             )
         else:
+            if isinstance(generator, Sequence):
+                raise ValueError("With labels one generator serves all images.")
             posterior_inputs = (features, coarse_maps)
             output = self.train_on_readers(embeddings, posterior_inputs, prior_mean, prior_log_std, labels, generator)
         return output
@@ -790,7 +803,7 @@ class ProbabilisticSamModel(SamModel):
         pixel_values: torch.Tensor | None = None,
         input_boxes: torch.Tensor | None = None,
         num_samples: int = 16,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
         input_points: torch.Tensor | None = None,
         input_labels: torch.Tensor | None = None,
         input_masks: torch.Tensor | None = None,

@@ -5,6 +5,7 @@ each prompt (`crop_size` image pixels, more when the prompt is larger), stretche
 model's `image_size`, and pastes the results back.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ PROMPT_SHARE = 0.75  # largest share of the window's side that a prompt may take
 OUTSIDE_LOGIT = -30.0  # pixels outside of the window
 PADDING_LABEL = -10  # of a point that is not there, as in SAM
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+CHUNK_PIXELS = 2**26  # samples times pixels that are floating point at one time
 
 
 class ProbabilisticSamProcessor(ProcessorMixin):
@@ -240,6 +242,7 @@ class ProbabilisticSamProcessor(ProcessorMixin):
         windows: torch.Tensor,
         original_sizes: torch.Tensor,
         pixel_spacing_mm: float | Sequence[float] | None = None,
+        threshold: float = 0.5,
     ) -> list[dict]:
         """Everything a user looks at, one dictionary a prompt (W * P of them, windows first).
 
@@ -248,6 +251,7 @@ class ProbabilisticSamProcessor(ProcessorMixin):
             windows: (W, 3), of the processor's output.
             original_sizes: (W, 2), of the processor's output.
             pixel_spacing_mm: side of a pixel, one number or one a prompt; areas are then in mm^2.
+            threshold: probability above which a pixel belongs to a mask.
 
         Returns:
             `masks` (N, H, W) boolean, `mean` (H, W) probability averaged over samples, `entropy` (H, W) of that mean
@@ -255,20 +259,37 @@ class ProbabilisticSamProcessor(ProcessorMixin):
             samples.
 
         Raises:
-            ValueError: a spacing that is not positive, or not one a prompt.
+            ValueError: a spacing that is not positive, or not one a prompt; a threshold that is not within 0..1;
+                logits that are not finite.
         """
-        logits = self.post_process_logits(pred_masks, windows, original_sizes)
+        if not 0 < threshold < 1:
+            raise ValueError(f"threshold must lie between 0 and 1, got {threshold}")
+        if not torch.isfinite(pred_masks).all():
+            raise ValueError("the model's logits are not finite: its training diverged or its weights are damaged")
+        limit = math.log(threshold / (1 - threshold))
+        count = pred_masks.shape[0] * pred_masks.shape[1]
         unit = "px" if pixel_spacing_mm is None else "mm2"
         spacings = np.asarray(1.0 if pixel_spacing_mm is None else pixel_spacing_mm, dtype=float).reshape(-1)
-        if len(spacings) not in (1, len(logits)) or not (np.isfinite(spacings) & (spacings > 0)).all():
+        if len(spacings) not in (1, count) or not (np.isfinite(spacings) & (spacings > 0)).all():
             raise ValueError(
-                f"pixel_spacing_mm must be one positive number, or one for each of {len(logits)} prompts, got "
+                f"pixel_spacing_mm must be one positive number, or one for each of {count} prompts, got "
                 f"{pixel_spacing_mm}"
             )
         results = []
-        for item, spacing in zip(logits, np.broadcast_to(spacings, len(logits)).tolist(), strict=True):
-            masks = item > 0
-            mean = item.sigmoid().mean(dim=0)
+        for index, spacing in enumerate(np.broadcast_to(spacings, count).tolist()):
+            window, prompt = divmod(index, pred_masks.shape[1])
+            place = windows[window : window + 1], original_sizes[window : window + 1]
+            samples = pred_masks[window : window + 1, prompt : prompt + 1]  # (1, 1, N, h, w)
+            (height, width), side = original_sizes[window].tolist(), int(windows[window, 2])
+            masks = torch.empty((samples.shape[2], height, width), dtype=torch.bool, device=samples.device)
+            mean = torch.zeros((height, width), device=samples.device)
+            # Some samples at a time are floating point at the image's size, so that memory stays bounded
+            chunk = max(1, CHUNK_PIXELS // max(height * width, side**2))
+            for part, drawn in zip(samples.split(chunk, dim=2), masks.split(chunk), strict=True):
+                (logits,) = self.post_process_logits(part, *place)
+                drawn.copy_(logits > limit)
+                mean += logits.sigmoid().sum(dim=0)
+            mean = (mean / len(masks)).clamp(max=1)
             areas = masks.sum(dim=(-2, -1)).float() * spacing**2
             quantiles = torch.quantile(areas, torch.tensor(QUANTILES, device=areas.device)).tolist()
             results.append(

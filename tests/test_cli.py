@@ -15,7 +15,13 @@ import torch
 from PIL import Image
 from transformers import SamConfig, SamModel
 
-from probabilistic_sam import ProbabilisticSamConfig, ProbabilisticSamModel, ProbabilisticSamProcessor, cli
+from probabilistic_sam import (
+    ProbabilisticSamConfig,
+    ProbabilisticSamModel,
+    ProbabilisticSamProcessor,
+    cli,
+    processing_probabilistic_sam,
+)
 from probabilistic_sam.errors import UserError
 
 IMAGE_SIZE = 64
@@ -121,7 +127,7 @@ def test_points_are_repeatable(run_segment):
 
 def test_chunks_do_not_change_the_result(run_segment, tmp_path, monkeypatch):
     whole = contents(run_segment("--num-samples", 7, output=tmp_path / "a"))
-    monkeypatch.setattr(cli, "CHUNK_PIXELS", 2 * 48 * 60)
+    monkeypatch.setattr(processing_probabilistic_sam, "CHUNK_PIXELS", 2 * 48 * 60)
     parts = contents(run_segment("--num-samples", 7, output=tmp_path / "b"))
     assert {name: data for name, data in whole.items() if "masks" in name or "json" in name} == {
         name: data for name, data in parts.items() if "masks" in name or "json" in name

@@ -378,3 +378,17 @@ def test_gradients_flow_to_the_latents(inputs):
     latents = torch.ones(2, 3, 2, 4, requires_grad=True)
     model(**inputs, latents=latents).pred_masks.sum().backward()
     assert (latents.grad[..., 1:].abs().sum() > 0) and np.all(latents.grad[..., 0].numpy() == 0)
+
+
+def test_one_generator_an_image_makes_images_independent(model, inputs):
+    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    together = model.sample(**inputs, num_samples=4, generator=generators).latents
+    for index, seed in enumerate((5, 6)):
+        one = {name: value[index : index + 1] for name, value in inputs.items()}
+        alone = model.sample(**one, num_samples=4, generator=torch.Generator().manual_seed(seed)).latents
+        assert torch.allclose(alone, together[index : index + 1], atol=1e-5)
+    with pytest.raises(ValueError, match="1 generators are for as many images, but there are 2"):
+        model.sample(**inputs, generator=generators[:1])
+    labels = torch.ones(2, 3, 1, SIZE // 4, SIZE // 4)
+    with pytest.raises(ValueError, match="With labels one generator serves all images"):
+        model(**inputs, labels=labels, generator=generators)

@@ -1,0 +1,82 @@
+"""What stands before `handler.py` in an Inference Endpoint, on the loopback address: huggingface-inference-toolkit.
+
+As there, an image body reaches the handler as an RGB image of PIL, JSON as it is, and any exception becomes status 400
+with its text. A body of another type reaches it as bytes. GET answers the process's peak of memory in MiB.
+
+    python endpoint_server.py FOLDER    # serves FOLDER/handler.py without the package, prints its address
+"""
+
+import importlib.util
+import io
+import json
+import resource
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from PIL import Image
+
+
+def load_handler(folder):
+    spec = importlib.util.spec_from_file_location("handler", folder / "handler.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.EndpointHandler(str(folder))
+
+
+class EndpointServer(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 32
+
+    def __init__(self, handler):
+        super().__init__(("127.0.0.1", 0), Request)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.handler = handler
+
+    def __enter__(self):
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.shutdown()
+        self.server_close()
+
+
+class Request(BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        kind = self.headers.get("Content-Type", "")
+        try:
+            if kind == "application/json":
+                data = json.loads(body)
+            elif kind.startswith("image/"):
+                data = {"inputs": Image.open(io.BytesIO(body)).convert("RGB")}
+            else:
+                data = {"inputs": body}
+            status, answer = 200, self.server.handler(data)
+        except Exception as error:
+            status, answer = 400, {"error": str(error)}
+        self.answer(status, answer)
+
+    def do_GET(self):
+        self.answer(200, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+    def answer(self, status, answer):
+        content = json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+
+if __name__ == "__main__":
+    from pathlib import Path
+
+    sys.modules["probabilistic_sam"] = None  # importing it fails
+    server = EndpointServer(load_handler(Path(sys.argv[1])))
+    print(server.url, flush=True)
+    server.serve_forever()

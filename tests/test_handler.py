@@ -1,0 +1,294 @@
+"""The endpoint's handler, behind a server on the loopback address: clients, hostile requests, many at once."""
+
+import base64
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import tomllib
+import urllib.error
+import urllib.request
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import pytest
+from conftest import ROOT
+from endpoint_server import EndpointServer, load_handler
+from PIL import Image
+from test_cli import png_header
+from test_pipeline_probabilistic_sam import BOX, OTHER_BOX, POINTS, TASK, expressive_model, make_image
+from tiny import SIZE
+from transformers import pipeline
+
+from probabilistic_sam import ProbabilisticSamProcessor
+
+CARD = ROOT / "model_cards" / "psam-lidc"
+
+
+def file_of(image, kind="PNG"):
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, format=kind)
+    return file.getvalue()
+
+
+def encoded(content):
+    return base64.b64encode(content).decode()
+
+
+def decoded(mask):
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(mask))))
+
+
+def post(url, body, kind="application/json"):
+    """Status and answer."""
+    body = body if isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(url, body, {"Content-Type": kind})
+    try:
+        with urllib.request.urlopen(request, timeout=300) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return pipeline(TASK, model=expressive_model(), processor=ProbabilisticSamProcessor(SIZE, 24), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(pipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hub") / "psam-lidc"
+    pipe.save_pretrained(folder)
+    shutil.copy(CARD / "handler.py", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def url(folder):
+    with EndpointServer(load_handler(folder)) as server:
+        yield server.url
+
+
+@pytest.fixture
+def client(url, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # of the suite; this is loopback
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    return huggingface_hub.InferenceClient(model=url, token="hf_test")
+
+
+REQUEST = {"inputs": encoded(file_of(make_image())), "parameters": {"boxes": [BOX], "num_samples": 6, "seed": 3}}
+
+
+def answers_well(url):
+    status, answer = post(url, REQUEST)
+    return status == 200 and [item["label"] for item in answer] == ["mean", "uncertainty"] + [
+        f"sample {index}" for index in range(6)
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------- answers
+
+
+def test_answer_is_what_the_pipeline_draws(url, pipe):
+    parameters = {"boxes": [BOX, OTHER_BOX], "num_samples": 6, "seed": 3, "threshold": 0.4, "pixel_spacing_mm": 0.5}
+    status, answer = post(url, {"inputs": REQUEST["inputs"], "parameters": parameters})
+    assert status == 200 and len(answer) == 2 * (2 + 6)
+    for prompt, expected in enumerate(pipe(make_image(), **parameters)):
+        mean, uncertainty, *samples = answer[8 * prompt : 8 * prompt + 8]
+        assert (mean["label"], uncertainty["label"]) == ("mean", "uncertainty")
+        assert {item["prompt"] for item in (mean, uncertainty, *samples)} == {prompt}
+        assert np.abs(decoded(mean["mask"]) / 255 - expected["mean"]).max() <= 0.5 / 255 + 1e-6
+        assert np.abs(decoded(uncertainty["mask"]) / 255 - expected["uncertainty"]).max() <= 0.5 / 255 + 1e-6
+        assert mean["areas"] == expected["areas"].tolist() and mean["area_unit"] == "mm2"
+        assert mean["area_quantiles"] == expected["area_quantiles"]
+        assert mean["score"] == 1 - expected["empty_share"]
+        for index, (sample, mask) in enumerate(zip(samples, expected["masks"], strict=True)):
+            assert (sample["label"], sample["score"]) == (f"sample {index}", 1 / 6)
+            assert np.array_equal(decoded(sample["mask"]), np.where(mask, 255, 0))
+            assert sample["area"] == pytest.approx(mask.sum() / 4)
+
+
+def test_every_form_of_an_image_is_the_same(url):
+    content = file_of(make_image())
+    # Without parameters, so the prompt is the centre
+    bodies = (
+        (content, "image/png"), (content, "application/octet-stream"), ({"inputs": encoded(content)},),
+        ({"inputs": "data:image/png;base64," + encoded(content), "parameters": None},),
+        ({"inputs": encoded(content), "parameters": {"points": [[30, 24]], "num_samples": 16, "seed": 0}},),
+        ({"inputs": encoded(content), "parameters": {"points": [[[30, 24]]], "labels": [[1]]}},),
+    )  # fmt: skip
+    answers = [post(url, *body) for body in bodies]
+    assert all(answer == answers[0] for answer in answers) and answers[0][0] == 200
+
+
+def test_handler_takes_what_needs_no_server(folder):
+    handler = load_handler(folder)
+    content = file_of(make_image())
+    forms = (content, encoded(content), {"inputs": Image.open(io.BytesIO(content)), "parameters": {}})
+    answers = [handler(form) for form in forms]
+    assert answers[0] == answers[1] == answers[2]
+    deep = handler({"inputs": encoded(file_of(make_image().astype(np.uint16) * 200))})
+    assert np.array_equal(decoded(deep[0]["mask"]), decoded(answers[0][0]["mask"]))  # grey values are stretched
+
+
+def test_inference_client_reads_it(client, tmp_path):
+    path = tmp_path / "slice.png"
+    path.write_bytes(file_of(make_image()))
+    items = client.image_segmentation(path)  # binary
+    assert [item.label for item in items] == ["mean", "uncertainty", *(f"sample {index}" for index in range(16))]
+    assert all(item.mask.size == (60, 48) and item.mask.mode == "L" for item in items)
+    assert items[0].score == 1 - items[0]["empty_share"] and items[1].score is None and items[2].score == 1 / 16
+    masks = np.stack([np.asarray(item.mask) for item in items[2:]])
+    assert set(np.unique(masks)) == {0, 255}
+    wider = client.image_segmentation(str(path), mask_threshold=0.1)  # JSON
+    assert [item.label for item in wider] == [item.label for item in items]
+    assert (np.stack([np.asarray(item.mask) for item in wider[2:]]) >= masks).all()
+    assert wider[0]["areas"] != items[0]["areas"]
+
+
+def test_inference_client_gets_the_reason(client, tmp_path):
+    (tmp_path / "slice.png").write_bytes(file_of(make_image()))
+    with pytest.raises(huggingface_hub.errors.HfHubHTTPError) as caught:
+        client.image_segmentation(tmp_path / "slice.png", subtask="semantic")
+    assert caught.value.response.status_code == 400
+    assert caught.value.response.json()["error"].startswith("unknown parameter subtask; accepted: boxes, points")
+
+
+# --------------------------------------------------------------------------------------------------------- hostility
+
+
+def with_parameters(**parameters):
+    return {"inputs": REQUEST["inputs"], "parameters": parameters}
+
+
+NESTED: list = []
+for _ in range(50):
+    NESTED = [NESTED]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"", "the input is not an image; accepted: PNG, JPEG"),
+        (b"hello", "the input is not an image; accepted: PNG, JPEG"),
+        (file_of(make_image())[:-200], "the input cannot be read"),
+        (png_header(20_000, 20_000), "20000 x 20000|too large"),
+        (png_header(20_000, 900), "the input has 20000 x 900 pixels; accepted: .* at most 8 million pixels"),
+        ({"inputs": encoded(png_header(20_000, 20_000))}, "20000 x 20000|too large"),
+        ({}, 'the request has no "inputs", only nothing'),
+        ({"image": REQUEST["inputs"]}, 'the request has no "inputs", only image; accepted: {"inputs"'),
+        ({"inputs": {"image": "x"}}, "inputs are of type dict; accepted: an image file"),
+        ({"inputs": 5}, "inputs are of type int"),
+        ([1, 2], "inputs are of type list"),
+        ({"inputs": "/etc/passwd"}, "the input is not an image|inputs are no base64"),
+        ({"inputs": "http://127.0.0.1/slice.png"}, "inputs are no base64"),
+        ({"inputs": REQUEST["inputs"], "parameters": [1]}, "parameters are of type list; accepted: boxes"),
+        (with_parameters(box=BOX), "unknown parameter box; accepted: boxes"),
+        (with_parameters(boxes=[BOX], num_samples=10**6), "num_samples is 1000000; accepted: a whole number from 1"),
+        (with_parameters(num_samples=0), "num_samples is 0"),
+        (with_parameters(num_samples=True), "num_samples is True"),
+        (with_parameters(num_samples="16"), "num_samples is '16'"),
+        (with_parameters(boxes=[BOX, BOX], num_samples=501), "501 samples for each of 2 prompts .* at most 500"),
+        (with_parameters(seed=-1), "seed is -1"),
+        (with_parameters(seed=2**63), "seed is 9223372036854775808"),
+        (with_parameters(threshold=1.5), "threshold is 1.5; accepted: a number between 0 and 1"),
+        (with_parameters(threshold=float("nan")), "threshold is nan"),
+        (with_parameters(pixel_spacing_mm=-1), "pixel_spacing_mm is -1"),
+        (with_parameters(boxes=[[float("nan"), 1, 2, 3]]), "boxes contain nan; accepted: nested lists of finite"),
+        (with_parameters(boxes=[[float("inf"), 1, 2, 3]]), "boxes contain inf"),
+        (with_parameters(boxes=[[10**300, 1, 2, 3]]), "boxes contain 1000"),
+        (with_parameters(boxes=[]), r"boxes contain \[\]"),
+        (with_parameters(boxes=[[]] * 20_000), r"boxes contain \[\]"),
+        (with_parameters(boxes=NESTED), r"boxes contain \[\["),
+        (with_parameters(boxes="all"), "boxes contain 'all'"),
+        (with_parameters(boxes=[[1, 2, 3]]), "a box must be four finite numbers"),
+        (with_parameters(boxes=[30, 12, 10, 28]), "has no area"),
+        (with_parameters(boxes=[10, 12, 61, 28]), "outside of the image of 60 x 48"),
+        (with_parameters(boxes=[BOX] * 20_000), "boxes have too many numbers; accepted: at most 10000"),
+        (with_parameters(points=[[5, 60]]), "outside of the image"),
+        (with_parameters(points=POINTS, labels=[1]), "2 points need as many labels"),
+        (with_parameters(boxes=[BOX], points=[POINTS, POINTS]), "different numbers of prompts"),
+    ],
+)
+def test_bad_requests_get_a_reason_and_the_next_one_an_answer(url, body, message):
+    kind = "application/octet-stream" if isinstance(body, bytes) else "application/json"
+    status, answer = post(url, body, kind)
+    assert status == 400 and list(answer) == ["error"]
+    assert "\n" not in answer["error"] and len(answer["error"]) < 600
+    assert re.search(message, answer["error"])
+    assert answers_well(url)
+
+
+def test_eight_at_once_are_answered_as_one_by_one(url):
+    requests = [
+        {
+            "inputs": encoded(file_of(make_image(index, 40 + index, 60))),
+            "parameters": {"boxes": [BOX], "num_samples": 3 + index, "seed": index},
+        }
+        for index in range(7)
+    ]
+    requests.insert(3, {"inputs": "broken"})
+    one_by_one = [post(url, request) for request in requests]
+    assert [status for status, _ in one_by_one] == [200] * 3 + [400] + [200] * 4
+    gate = threading.Barrier(len(requests))
+
+    def go(request):
+        gate.wait()
+        return post(url, request)
+
+    with ThreadPoolExecutor(len(requests)) as pool:
+        assert list(pool.map(go, requests)) == one_by_one
+
+
+# --------------------------------------------------------------------------------------------------------- the folder
+
+
+def real_png(width, height):
+    """A valid PNG of one grey value: 1000 times smaller than its pixels."""
+    content = png_header(width, height)
+    start = content.index(b"IDAT") - 4
+    compressor = zlib.compressobj(9)
+    rows = b"".join(compressor.compress(bytes(width + 1)) for _ in range(height)) + compressor.flush()
+    chunk = b"IDAT" + rows
+    head, tail = content[:start], content[-12:]
+    return head + len(rows).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big") + tail
+
+
+@pytest.mark.slow
+def test_folder_alone_serves_and_a_bomb_costs_no_memory(folder, url, tmp_path):
+    command = [sys.executable, str(Path(__file__).with_name("endpoint_server.py")), str(folder)]
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            alone = process.stdout.readline().strip()
+            assert post(alone, REQUEST) == post(url, REQUEST)
+
+            def peak():
+                with urllib.request.urlopen(alone, timeout=60) as response:
+                    return json.load(response)
+
+            before = peak()
+            bomb = real_png(10_000, 10_000)  # 100 MB of pixels, within what PIL itself lets pass with a warning
+            assert len(bomb) < 200_000
+            for body in (bomb, {"inputs": encoded(bomb)}):
+                kind = "application/octet-stream" if isinstance(body, bytes) else "application/json"
+                status, answer = post(alone, body, kind)
+                assert status == 400 and "10000 x 10000 pixels" in answer["error"]
+            assert peak() - before < 30  # MiB
+            assert answers_well(alone)
+        finally:
+            process.terminate()
+
+
+def test_requirements_are_those_of_the_package():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = (CARD / "requirements.txt").read_text().split()
+    assert {line.split(">=")[0] for line in wanted} == {"numpy", "pillow", "torch", "transformers"}
+    assert set(wanted) < set(project["dependencies"])

@@ -1,0 +1,246 @@
+"""The pipeline: what it returns, for which inputs, and that a seed means the same in any company."""
+
+import json
+import os
+import subprocess
+import sys
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_cli import png_header
+from tiny import SIZE, tiny_model
+from transformers import pipeline
+from transformers.pipelines.pt_utils import KeyDataset
+
+from probabilistic_sam import ProbabilisticSamProcessor
+
+TASK = "probabilistic-mask-generation"
+BOX, OTHER_BOX = [10, 12, 30, 28], [40, 5, 52, 20]
+POINTS = [[20, 20], [25, 21]]
+
+
+def make_image(seed=0, height=48, width=60):
+    return np.random.default_rng(seed).integers(0, 255, (height, width), dtype=np.uint8)
+
+
+def expressive_model(**kwargs):
+    """Its masks depend on the latent, and some are empty."""
+    model = tiny_model(**kwargs)
+    with torch.no_grad():
+        model.latent_proj[-1].weight.mul_(100)
+    return model
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return pipeline(TASK, model=expressive_model(), processor=ProbabilisticSamProcessor(SIZE, 24), device="cpu")
+
+
+def same(left, right):
+    """Whether results of one image are the same up to rounding."""
+    return len(left) == len(right) and all(
+        (a["masks"] == b["masks"]).mean() > 0.999 and np.allclose(a["mean"], b["mean"], atol=1e-4)
+        for a, b in zip(left, right, strict=True)
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- results
+
+
+def test_result_of_a_prompt_agrees_with_itself(pipe):
+    results = pipe(make_image(), boxes=[BOX, OTHER_BOX], num_samples=12, seed=3, pixel_spacing_mm=0.5)
+    assert len(results) == 2
+    for result in results:
+        masks = result["masks"]
+        assert masks.shape == (12, 48, 60) and masks.dtype == bool
+        assert np.array_equal(result["areas"], masks.sum((1, 2)) / 4) and result["area_unit"] == "mm2"
+        assert result["area_quantiles"]["0.5"] == pytest.approx(np.median(result["areas"]))
+        assert result["empty_share"] == pytest.approx((result["areas"] == 0).mean())
+        mean = result["mean"].astype(float)
+        assert mean.shape == result["uncertainty"].shape == (48, 60)
+        inside = (mean > 1e-6) & (mean < 1 - 1e-6)
+        p = mean[inside]
+        assert np.allclose(result["uncertainty"][inside], -p * np.log2(p) - (1 - p) * np.log2(1 - p), atol=1e-4)
+    assert 0 < results[0]["empty_share"] < 1  # the seed was chosen so that both kinds occur
+    assert not np.array_equal(results[0]["masks"].any((1, 2)), results[1]["masks"].any((1, 2)))  # noise of their own
+
+
+def test_one_prompt_is_what_the_model_draws_with_that_seed(pipe):
+    inputs = pipe.processor(make_image(), input_boxes=[BOX])
+    generator = torch.Generator().manual_seed(5)
+    samples = pipe.model.sample(**inputs, num_samples=6, generator=generator)
+    (expected,) = pipe.processor.post_process_samples(samples.pred_masks, inputs["windows"], inputs["original_sizes"])
+    (result,) = pipe(make_image(), boxes=BOX, num_samples=6, seed=5)
+    assert np.array_equal(result["masks"], expected["masks"].numpy())
+    assert np.array_equal(result["uncertainty"], expected["entropy"].numpy())
+    assert result["areas"].tolist() == expected["areas"].tolist() and result["area_unit"] == "px"
+
+
+def test_threshold_is_a_probability(pipe):
+    low, middle, high = (pipe(make_image(), boxes=BOX, threshold=value)[0] for value in (0.1, 0.5, 0.9))
+    assert (low["masks"] | middle["masks"] == low["masks"]).all() and low["areas"].sum() > middle["areas"].sum()
+    assert (high["masks"] & middle["masks"] == high["masks"]).all() and high["areas"].sum() < middle["areas"].sum()
+    assert np.array_equal(low["mean"], high["mean"])
+    for value in (0, 1, float("nan")):
+        with pytest.raises(ValueError, match="threshold must lie between 0 and 1"):
+            pipe(make_image(), boxes=BOX, threshold=value)
+
+
+def test_points_labels_and_both_kinds_of_prompt(pipe):
+    (points,), (one,) = pipe(make_image(), points=POINTS), pipe(make_image(), points=POINTS[:1])
+    (signed,) = pipe(make_image(), points=POINTS, labels=[1, 0])
+    (both,) = pipe(make_image(), points=POINTS, boxes=BOX)
+    means = [result["mean"] for result in (points, one, signed, both)]
+    assert not any(np.allclose(means[i], means[j]) for i in range(4) for j in range(i))
+    assert same(pipe(make_image(), points=[POINTS, POINTS[:1]])[:1], [points])
+
+
+# ----------------------------------------------------------------------------------------------------------- inputs
+
+
+def test_inputs_of_every_kind_give_the_same(pipe, tmp_path):
+    image = make_image()
+    Image.fromarray(image).save(tmp_path / "slice.png")
+    expected = pipe(image, boxes=BOX)
+    for given in (
+        str(tmp_path / "slice.png"), tmp_path / "slice.png", Image.fromarray(image), torch.from_numpy(image),
+        np.repeat(image[..., None], 3, axis=2), {"image": image}, {"image": image, "boxes": [BOX], "points": None},
+    ):  # fmt: skip
+        assert same(pipe(given, boxes=BOX), expected)
+    for given in ([image, tmp_path / "slice.png"], (image, image)):
+        results = pipe(given, boxes=BOX)
+        assert isinstance(results, list) and len(results) == 2
+        assert all(same(result, expected) for result in results)
+
+
+def test_dataset_columns_rows_and_generators_stream(pipe):
+    images = [Image.fromarray(make_image(seed)) for seed in range(3)]
+    rows = datasets.Dataset.from_dict({"image": images, "boxes": [[BOX], [BOX, OTHER_BOX], [OTHER_BOX]]})
+    rows = rows.cast_column("image", datasets.Image())
+    expected = [pipe(image, boxes=BOX) for image in images]
+    streams = (rows["image"], KeyDataset(rows, "image"), (row["image"] for row in rows), rows.to_iterable_dataset())
+    for stream in streams[:3]:
+        results = pipe(stream, boxes=BOX, batch_size=2)
+        assert not isinstance(results, list)
+        assert all(same(*pair) for pair in zip(results, expected, strict=True))
+    for stream in (rows, streams[3]):
+        results = list(pipe(stream, batch_size=2))
+        assert [len(result) for result in results] == [1, 2, 1]
+        assert same(results[0], expected[0]) and same(results[1][:1], expected[1])
+
+
+def test_company_and_batch_size_do_not_change_what_is_drawn(pipe):
+    rows = [
+        {"image": make_image(0), "boxes": [BOX, OTHER_BOX]},
+        {"image": make_image(1, 40, 70), "points": POINTS},
+        {"image": make_image(2), "points": [POINTS, POINTS[:1]], "labels": [[1, 0], [1]]},
+        {"image": make_image(0), "boxes": [BOX]},
+        {"image": make_image(3), "boxes": [OTHER_BOX, BOX, BOX]},
+    ]
+    alone = [pipe(row, seed=7) for row in rows]
+    for batch_size in (1, 2, 16):
+        assert all(same(*pair) for pair in zip(pipe(rows, seed=7, batch_size=batch_size), alone, strict=True))
+    assert same(pipe(rows[::-1], seed=7, batch_size=3)[-1], alone[0])
+    assert same(alone[3], alone[0][:1])  # later prompts do not change earlier ones
+    assert not same(pipe(rows[0], seed=8), alone[0])
+
+
+def test_whole_images_with_different_numbers_of_prompts():
+    processor = ProbabilisticSamProcessor(SIZE, crop_size=None)
+    pipe = pipeline(TASK, model=expressive_model(), processor=processor, device="cpu", num_samples=4)
+    rows = [{"image": make_image(0), "boxes": [BOX]}, {"image": make_image(1), "boxes": [BOX, OTHER_BOX]}]
+    results = pipe(rows, batch_size=2)
+    assert [[item["masks"].shape for item in result] for result in results] == [[(4, 48, 60)], [(4, 48, 60)] * 2]
+    assert same(results[1], pipe(rows[1]))
+
+
+def test_model_in_bfloat16_takes_images():
+    model = expressive_model().to(torch.bfloat16)
+    pipe = pipeline(TASK, model=model, processor=ProbabilisticSamProcessor(SIZE, 24), device="cpu")
+    (result,) = pipe(make_image(), boxes=BOX)
+    assert result["mean"].dtype == np.float32 and np.isfinite(result["mean"]).all()
+
+
+# ----------------------------------------------------------------------------------------------------------- faults
+
+
+@pytest.mark.parametrize(
+    ("image", "arguments", "message"),
+    [
+        (make_image(), {}, "a prompt must be given"),
+        (make_image(), {"boxes": [10, 10, 61, 20]}, "outside of the image of 60 x 48"),
+        (make_image(), {"boxes": [float("nan"), 10, 20, 20]}, "four finite numbers"),
+        (make_image(), {"boxes": BOX, "num_samples": 0}, "num_samples must be at least 1"),
+        (make_image(), {"boxes": BOX, "pixel_spacing_mm": -1}, "pixel_spacing_mm must be one positive number"),
+        (np.full((8, 8), np.nan), {"boxes": [1, 1, 5, 5]}, "finite numbers only"),
+        ({"picture": make_image()}, {"boxes": BOX}, "must hold an image, got picture"),
+        ("missing.png", {"boxes": BOX}, "image missing.png cannot be read.*accepted: PNG"),
+    ],
+)
+def test_faults_are_named(pipe, image, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pipe(image, **arguments)
+
+
+def test_image_files_are_bounded_and_unknown_arguments_refused(pipe, tmp_path):
+    (tmp_path / "bomb.png").write_bytes(png_header(8001, 8000))
+    with pytest.raises(ValueError, match="8001 x 8000 pixels; accepted: PNG.* at most 64 million"):
+        pipe(tmp_path / "bomb.png", boxes=BOX)
+    with pytest.raises(TypeError, match="n_samples"):
+        pipe(make_image(), boxes=BOX, n_samples=3)
+    with pytest.raises(TypeError, match="n_samples"):
+        pipeline(TASK, model=pipe.model, processor=pipe.processor, n_samples=3)
+
+
+# -------------------------------------------------------------------------------------------------------------- hub
+
+
+LOAD = """
+import json
+import sys
+import numpy as np
+if sys.argv[2] == "absent":
+    sys.modules["probabilistic_sam"] = None  # importing it fails
+    options = {"trust_remote_code": True}
+else:
+    import probabilistic_sam
+    options = {}
+from transformers import pipeline
+pipe = pipeline("probabilistic-mask-generation", model=sys.argv[1], device="cpu", **options)
+results = pipe(np.load(sys.argv[1] + "/image.npy"), boxes=[[10, 12, 30, 28], [40, 5, 52, 20]], seed=3)
+np.savez(sys.argv[1] + "/result.npz", *(result["masks"] for result in results), *(r["mean"] for r in results))
+print(json.dumps([type(pipe).__module__.split(".")[0], type(pipe.model).__module__.split(".")[0]]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("package", ["present", "absent"])
+def test_saved_folder_works_by_itself_and_with_the_package(pipe, tmp_path, package):
+    folder = tmp_path / "psam-lidc"
+    pipe.save_pretrained(folder)
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        "config.json", "model.safetensors", "processor_config.json", "configuration_probabilistic_sam.py",
+        "modeling_probabilistic_sam.py", "modeling_tiny_vit.py", "pipeline_probabilistic_sam.py",
+        "processing_probabilistic_sam.py",
+    }  # fmt: skip
+    pipe.model.save_pretrained(tmp_path / "model")  # is as before: code goes with the pipeline only
+    assert {path.name for path in (tmp_path / "model").iterdir()} == {"config.json", "model.safetensors"}
+    config = json.loads((folder / "config.json").read_text())
+    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForMaskGeneration"}
+    assert config["custom_pipelines"][TASK]["pt"] == ["AutoModel"]
+
+    np.save(folder / "image.npy", make_image())
+    command = [sys.executable, "-c", LOAD, str(folder), package]
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr
+    expected = "probabilistic_sam" if package == "present" else "transformers_modules"
+    assert json.loads(done.stdout.splitlines()[-1]) == [expected, expected]
+    results = pipe(make_image(), boxes=[BOX, OTHER_BOX], seed=3)
+    arrays = [result["masks"] for result in results] + [result["mean"] for result in results]
+    with np.load(folder / "result.npz") as saved:
+        assert all(np.array_equal(*pair) for pair in zip(saved.values(), arrays, strict=True))

@@ -297,7 +297,7 @@ def build(model: ProbabilisticSamModel, processor: ProbabilisticSamProcessor, na
                 areas = gr.Image(elem_id="areas", interactive=False, **plain)
                 gallery = gr.Gallery(elem_id="gallery", interactive=False, columns=6, object_fit="contain", **plain)
                 archive = gr.DownloadButton("Download masks, maps and areas (zip)", elem_id="download")
-        shown = [canvas, side, line, results]
+        shown: list[Any] = [canvas, side, line, results]
         with offered:
             if examples:
                 gr.Examples(

@@ -26,7 +26,7 @@ from transformers.models.sam.modeling_sam import (
     SamPromptEncoder,
     SamVisionEncoder,
 )
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_probabilistic_sam import ProbabilisticSamConfig, TinyViTVisionConfig
 from .modeling_tiny_vit import TinyViTVisionEncoder
@@ -306,7 +306,7 @@ def truncated_normal(mean: torch.Tensor, positive: torch.Tensor) -> tuple[torch.
 def draw_noise(shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device | str) -> torch.Tensor:
     """Standard normal noise, drawn on the generator's device so that a seed means the same everywhere."""
     source = device if generator is None else generator.device
-    return torch.randn(shape, generator=generator, device=source).to(device)
+    return torch.empty(shape, device=source).normal_(generator=generator).to(device)
 
 
 def draw_spread_noise(
@@ -328,8 +328,8 @@ def draw_spread_noise(
             raise ValueError(f"{len(generator)} generators are for as many images, but there are {shape[0]}.")
         return torch.cat([draw_spread_noise((1, *shape[1:]), item, device) for item in generator])
     source = device if generator is None else generator.device
-    places = torch.rand(shape, generator=generator, device=source).argsort(dim=2)
-    inside = torch.rand(shape, generator=generator, device=source)
+    places = torch.empty(shape, device=source).uniform_(generator=generator).argsort(dim=2)
+    inside = torch.empty(shape, device=source).uniform_(generator=generator)
     level = ((places + inside.double()) / shape[2]).clamp(1e-9, 1 - 1e-9)  # float32 has no numbers close to 1
     return torch.special.ndtri(level).float().to(device)
 
@@ -394,7 +394,8 @@ class ProbabilisticSamMaskDecoder(SamMaskDecoder):
 
     What all prompts of an image share is computed once: until the end of the first layer the image is the same for
     each of them. Projections of the image that read the same tensor are one matrix product, the transposed
-    convolutions of stride 2 are products as well, and only the mask token that is used is upscaled.
+    convolutions of stride 2 are products as well, and only the mask token that is used is upscaled. Its attention is
+    the same for every `attn_implementation`, which is the vision encoder's.
     """
 
     def forward(
@@ -480,8 +481,13 @@ class ProbabilisticSamMaskDecoder(SamMaskDecoder):
 
     @staticmethod
     def project(image, positions, *projections) -> list[torch.Tensor]:
-        """Linear projections of the image, each with (True) or without its positions, in one matrix product."""
+        """Linear projections of the image, each with (True) or without its positions, in one matrix product.
+
+        A layer that is more than its weight and bias, such as one with a LoRA adapter or a quantised one, is called.
+        """
         layers = [layer for layer, _ in projections]
+        if any(type(layer) is not nn.Linear for layer in layers):
+            return [layer(image + positions if positioned else image) for layer, positioned in projections]
         weight, bias = torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
         parts = F.linear(image, weight, bias).split([layer.out_features for layer in layers], dim=-1)
         return [
@@ -545,7 +551,7 @@ class ProbabilisticSamModel(SamModel):
         return torch.cat([embeddings, pack_pixels(pixel_values).to(embeddings.dtype)], dim=1)
 
     @torch.no_grad()
-    def get_image_embeddings(self, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
+    def get_image_embeddings(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """What `forward` takes as `image_embeddings`: (B, C + 16, g, g), see `encode`; no gradients."""
         return self.encode(pixel_values)
 
@@ -608,6 +614,7 @@ class ProbabilisticSamModel(SamModel):
         draws = latents[..., 0, None, None] > 0
         return torch.where(draws, masks, EMPTY_LOGIT), iou_scores.unflatten(0, lead[:2])
 
+    @can_return_tuple
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
@@ -620,10 +627,12 @@ class ProbabilisticSamModel(SamModel):
         num_samples: int = 1,
         latents: torch.Tensor | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        return_dict: bool | None = None,
-        **kwargs,
-    ) -> ProbabilisticSamOutput | tuple:
-        """Draw masks, or with `labels` compute the loss.
+        windows: torch.Tensor | None = None,
+        original_sizes: torch.Tensor | None = None,
+    ) -> ProbabilisticSamOutput:
+        """Draw masks, or with `labels` compute the loss; `return_dict=False` gives a plain tuple.
+
+        Hidden states and attentions are those of `vision_encoder`: call it by itself to see them.
 
         Args:
             pixel_values: `(B, 3, image_size, image_size)`.
@@ -638,8 +647,8 @@ class ProbabilisticSamModel(SamModel):
             latents: `(B, P, S, L)`, to decode instead of drawing them.
             generator: source of the noise; the same seed gives the same samples. One generator an image makes what
                 is drawn for an image independent of the others; only without `labels`.
-            return_dict: `False` for a plain tuple.
-            kwargs: not used; `windows` and `original_sizes` of the processor's output may be passed.
+            windows: not used; `model(**inputs)` takes all that the processor gives.
+            original_sizes: not used.
 
         Raises:
             ValueError: neither or both of image and embeddings, no prompt, or shapes that do not fit.
@@ -691,9 +700,13 @@ class ProbabilisticSamModel(SamModel):
             elif latents.shape[:2] != prior_mean.shape[:2] or latents.shape[-1] != self.config.latent_dim:
                 expected = (*prior_mean.shape[:2], "S", self.config.latent_dim)
                 raise ValueError(f"latents must have the shape {expected}, got {tuple(latents.shape)}.")
-            chunk = max(1, MAX_DECODED // prior_mean[..., 0].numel())
-            chunks = [self.decode(embeddings, part) for part in latents.split(chunk, dim=2)]
-            masks, iou_scores = (torch.cat(parts, dim=2) for parts in zip(*chunks, strict=True))
+            count = math.prod(lead)
+            if count * latents.shape[2] <= MAX_DECODED:  # no loop: an exported graph serves all batches so small
+                masks, iou_scores = self.decode(embeddings, latents)
+            else:
+                parts = latents.split(max(1, MAX_DECODED // count), dim=2)
+                chunks = [self.decode(embeddings, part) for part in parts]
+                masks, iou_scores = (torch.cat(chunk, dim=2) for chunk in zip(*chunks, strict=True))
             output = ProbabilisticSamOutput(
                 pred_masks=masks,
                 iou_scores=iou_scores,
@@ -706,7 +719,7 @@ class ProbabilisticSamModel(SamModel):
                 raise ValueError("With labels one generator serves all images.")
             posterior_inputs = (features, coarse_maps)
             output = self.train_on_readers(embeddings, posterior_inputs, prior_mean, prior_log_std, labels, generator)
-        return output if return_dict is not False else output.to_tuple()
+        return output
 
     def train_on_readers(
         self,
@@ -812,6 +825,7 @@ class ProbabilisticSamModel(SamModel):
             image_embeddings=image_embeddings,
             num_samples=num_samples,
             generator=generator,
+            return_dict=True,
         )
 
 

@@ -10,7 +10,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.models.sam.modeling_sam import SamVisionEncoderOutput, SamVisionNeck
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.sam.modeling_sam import SamVisionEncoderOutput, SamVisionNeck, eager_attention_forward
+from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_probabilistic_sam import TinyViTVisionConfig
 
@@ -39,7 +42,7 @@ class TinyViTPatchEmbeddings(nn.Module):
         return self.conv2(self.act(self.conv1(pixel_values)))
 
 
-class TinyViTMBConv(nn.Module):
+class TinyViTMBConv(GradientCheckpointingLayer):
     """Inverted bottleneck: expand, depthwise 3x3, project, add, activate."""
 
     def __init__(self, config: TinyViTVisionConfig, width: int):
@@ -78,6 +81,7 @@ class TinyViTAttention(nn.Module):
 
     def __init__(self, config: TinyViTVisionConfig, width: int, num_heads: int, window_size: int):
         super().__init__()
+        self.config = config
         self.num_heads = num_heads
         self.head_dim = width // num_heads
         self.window_size = window_size
@@ -93,12 +97,16 @@ class TinyViTAttention(nn.Module):
         index = offset[:, None, :, None] * self.window_size + offset[None, :, None, :]  # (w, w, w, w): y, x, y', x'
         return self.attention_biases[:, index.reshape(self.window_size**2, self.window_size**2)]
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Returns the context and, from the eager implementation, the weights (windows, heads, length, length)."""
         batch, length, width = hidden_states.shape  # one item a window
         qkv = self.qkv(self.layer_norm(hidden_states)).view(batch, length, self.num_heads, 3 * self.head_dim)
         query, key, value = qkv.transpose(1, 2).split(self.head_dim, dim=-1)  # (windows, heads, length, head_dim)
-        context = F.scaled_dot_product_attention(query, key, value, attn_mask=self.bias().to(query.dtype))
-        return self.proj(context.transpose(1, 2).reshape(batch, length, width))
+        implementation = self.config._attn_implementation
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        bias = self.bias().to(query.dtype)
+        context, weights = attend(self, query, key, value, attention_mask=bias, scaling=self.head_dim**-0.5)
+        return self.proj(context.reshape(batch, length, width)), weights
 
 
 class TinyViTMLP(nn.Module):
@@ -115,7 +123,7 @@ class TinyViTMLP(nn.Module):
         return self.fc2(self.act(self.fc1(self.layer_norm(hidden_states))))
 
 
-class TinyViTBlock(nn.Module):
+class TinyViTBlock(GradientCheckpointingLayer):
     """Windowed attention, a depthwise convolution that joins the windows, and an MLP. (B, C, H, W) in and out."""
 
     def __init__(self, config: TinyViTVisionConfig, width: int, num_heads: int, window_size: int):
@@ -133,7 +141,7 @@ class TinyViTBlock(nn.Module):
         padded = F.pad(tokens, (0, 0, 0, -length % size, 0, -height % size))
         rows, columns = padded.shape[1] // size, padded.shape[2] // size
         windows = padded.view(batch, rows, size, columns, size, width).transpose(2, 3).reshape(-1, size * size, width)
-        windows = self.attn(windows).view(batch, rows, columns, size, size, width)
+        windows = self.attn(windows)[0].view(batch, rows, columns, size, size, width)
         context = windows.transpose(2, 3).reshape(batch, rows * size, columns * size, width)[:, :height, :length]
         hidden_states = self.local_conv((tokens + context).permute(0, 3, 1, 2))
         tokens = hidden_states.permute(0, 2, 3, 1)
@@ -172,6 +180,8 @@ class TinyViTVisionEncoder(PreTrainedModel):
     main_input_name = "pixel_values"
     _no_split_modules = ["TinyViTStage"]
     _supports_sdpa = True
+    supports_gradient_checkpointing = True
+    _can_record_outputs = {"hidden_states": TinyViTStage, "attentions": TinyViTAttention}
 
     def __init__(self, config: TinyViTVisionConfig):
         super().__init__(config)
@@ -192,8 +202,13 @@ class TinyViTVisionEncoder(PreTrainedModel):
         """The first layer, as SAM's encoder has it."""
         return self.patch_embed
 
+    @capture_outputs(tie_last_hidden_states=False)
     def forward(self, pixel_values: torch.Tensor | None = None, **kwargs) -> SamVisionEncoderOutput:
-        """`last_hidden_state` are the image embeddings."""
+        """`last_hidden_state` are the image embeddings.
+
+        `output_hidden_states=True` adds what enters the first stage and what leaves each one, `output_attentions=True`
+        the weights of each attention (of the eager implementation only).
+        """
         if pixel_values is None:
             raise ValueError("You have to specify pixel_values")
         hidden_states = self.patch_embed(pixel_values)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from tiny import GRID, SIZE, sam_parts, tiny_model, tiny_vit_parts
+from tiny import GRID, SIZE, sam_parts, tiny_inputs, tiny_model, tiny_vit_parts
 from transformers import AutoConfig, AutoModel, AutoModelForMaskGeneration, AutoProcessor, SamConfig, SamModel
 from transformers.models.sam.modeling_sam import SamMaskDecoder
 
@@ -32,9 +32,7 @@ def model(request):
 
 @pytest.fixture
 def inputs():
-    generator = torch.Generator().manual_seed(1)
-    boxes = torch.tensor([[[4.0, 4, 20, 20], [8, 8, 30, 30], [0, 0, 9, 9]]] * 2)
-    return {"pixel_values": torch.randn(2, 3, SIZE, SIZE, generator=generator), "input_boxes": boxes}
+    return tiny_inputs()
 
 
 def test_samples_have_the_documented_shapes(model, inputs):

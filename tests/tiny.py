@@ -38,6 +38,20 @@ def tiny_model(parts=sam_parts, seed=0, **kwargs):
     return ProbabilisticSamModel(ProbabilisticSamConfig(**parts(), **fields)).eval()
 
 
+def tiny_inputs():
+    """Two images with three boxes each."""
+    generator = torch.Generator().manual_seed(1)
+    boxes = torch.tensor([[[4.0, 4, 20, 20], [8, 8, 30, 30], [0, 0, 9, 9]]] * 2)
+    return {"pixel_values": torch.randn(2, 3, SIZE, SIZE, generator=generator), "input_boxes": boxes}
+
+
+def tiny_labels():
+    """Two readers of each of them: two squares."""
+    labels = torch.zeros(2, 3, 2, 4 * GRID, 4 * GRID)
+    labels[:, :, 0, 2:5, 2:5] = labels[:, :, 1, 1:6, 2:6] = 1
+    return labels
+
+
 def tiny_rows(patients_by_split, slices=3, size=SIZE):
     """Rows of a dataset build: discs that four readers draw with different radii, or not at all."""
     from probabilistic_sam.data import split_of

@@ -104,7 +104,7 @@ class LatentFreeSamModel(SamVariant):
         )
         return masks[:, 0].float(), iou_scores[:, 0]
 
-    def forward(  # type: ignore[override]  # neither latents nor tuples
+    def forward(  # neither latents nor tuples
         self,
         pixel_values: torch.Tensor | None = None,
         input_points: torch.Tensor | None = None,

@@ -138,7 +138,7 @@ def test_what_the_page_would_not_send_is_refused(draw, image_path, changes, mess
 
 def test_messages_name_the_file_and_not_its_place(tmp_path):
     (tmp_path / "notes.txt").write_text("hello")
-    with pytest.raises(UserError, match="^notes.txt is not an image") as caught:
+    with pytest.raises(UserError, match="^image notes.txt is not an image") as caught:
         app.open_file(str(tmp_path / "notes.txt"))
     assert str(tmp_path) not in str(caught.value)
 

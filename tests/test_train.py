@@ -323,7 +323,7 @@ def test_batch_has_the_shapes_of_the_model(script):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "training" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configurations_are_read(script, path):
-    arguments = dict.fromkeys(("base_model", "max_steps", "seed"))
+    arguments = dict.fromkeys(("base_model", "max_steps", "seed", "push_to_hub"))
     config = script.read_config(SimpleNamespace(config=path, **arguments))
     assert path.stem == "ellipse" or config.max_steps > config.warmup_steps
     assert config.crop_size == 64 and config.image_size % 16 == 0

@@ -29,20 +29,21 @@ README = ROOT / "README.md"
 BUILD_RESULTS = ROOT / "training" / "results" / "build.json"
 NUM_SCANS = 1018  # of LIDC-IDRI
 NUM_EXAMPLES, SEARCHED_NODULES = 3, 60  # one nodule in ten is a validation patient's
+OURS = "probabilistic_sam"  # at the common budget
 COMPARED = {  # stem of results files, one or one a training seed (stem_seed0, ...) -> row of the comparison
     "validation": "**Probabilistic SAM, the weights here** (longer training)",
-    "probabilistic_sam": "**Probabilistic SAM**",
+    OURS: "**Probabilistic SAM**",
     "probabilistic_unet": "Probabilistic U-Net",
     "dropout_unet": "Dropout U-Net",
     "dropout_sam": "Dropout SAM, fine-tuned",
     "deterministic_sam": "SAM, fine-tuned, jittered boxes",
     "sam_as_it_is": "MobileSAM as it is, jittered boxes",
     "ellipse": "no image: ellipse of random size, empty as often as readers",
-    "oracle_majority": "oracle: majority of the readers",
+    "oracle_majority": "oracle: majority of the readers, empty without one",
     "oracle_readers": "oracle: the readers, drawn at random",
 }
 ABLATIONS = {
-    "probabilistic_sam": "Probabilistic SAM",
+    OURS: "Probabilistic SAM",
     "ablation_prior_without_prompt": "prior is not told the prompt",
     "ablation_no_pretraining": "without MobileSAM's weights",
     "ablation_reference_recipe": "recipe of the public code: prior of raw pixels, mean BCE, beta 10",
@@ -159,7 +160,7 @@ def table(titles: Iterable[str], lines: Iterable[list[str]]) -> str:
 
 def comparison_table(results: dict[str, dict]) -> str:
     """A row a model, and the paired difference of its GED to ours at the common budget."""
-    reference = row_results(results, "probabilistic_sam") or row_results(results, "validation")
+    reference = row_results(results, OURS) or row_results(results, "validation")
     lines = []
     for stem, title in COMPARED.items():
         if not (rows := row_results(results, stem)):
@@ -175,15 +176,17 @@ def comparison_table(results: dict[str, dict]) -> str:
 def comparison_section(results: dict[str, dict], folder: str) -> str:
     """The comparison and what its rows have in common."""
     num_samples = check_alike(results, COMPARED)["num_samples"]
+    several = any(len(row_results(results, stem)) > 1 for stem in COMPARED)
+    note = "Three numbers are mean, smallest and largest of the training seeds. " if several else ""
+    ours = "Probabilistic SAM at the common budget" if row_results(results, OURS) else "the weights here"
     return (
         f"{comparison_table(results)}\n\n"
         f"All rows: the same slices, `union_box` prompts and {num_samples} samples a slice. Each trained row but the "
         "first had the same budget, that of `training/configs`: as many steps as two idle CPU cores make in half an "
-        "hour, over the same cached views; the checkpoint is the better of two by GED on 200 of these slices. Three "
-        "numbers are mean, smallest and largest of three training seeds. Brackets: paired difference to "
-        "Probabilistic SAM at the common budget, 95 % interval of a bootstrap over patients. Models that draw from a "
-        "latent or move a box spread the samples of one call evenly (Latin hypercube), which lowers their GED. Each "
-        f"row is a file of `{folder}` that names command and commit."
+        "hour, over the same cached views; the checkpoint is the better of two by GED on 200 of these slices. "
+        f"{note}Brackets: paired difference to {ours}, 95 % interval of a bootstrap over patients. Models that draw "
+        "from a latent or move a box spread the samples of one call evenly (Latin hypercube), which lowers their GED. "
+        f"Each row is a file of `{folder}` that names command and commit."
     )
 
 

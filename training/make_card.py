@@ -7,7 +7,6 @@ markers of the project's README comes from the same file; `--check` fails when e
 """
 
 import argparse
-import itertools
 import json
 import re
 import shutil
@@ -28,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 BUILD_RESULTS = ROOT / "training" / "results" / "build.json"
 NUM_SCANS = 1018  # of LIDC-IDRI
-NUM_EXAMPLES, SEARCHED_NODULES = 3, 60  # one nodule in ten is a validation patient's
+NUM_EXAMPLES = 3
 OURS = "probabilistic_sam"  # at the common budget
 COMPARED = {  # stem of results files, one or one a training seed (stem_seed0, ...) -> row of the comparison
     "validation": "**Probabilistic SAM, the weights here** (longer training)",
@@ -87,18 +86,13 @@ def export_weights(source: str, output: Path) -> None:
 
 def write_examples(folder: Path) -> None:
     """Images to try a model on, with their boxes: phantom slices of validation patients (needs the extra `data`)."""
-    from probabilistic_sam.data import make_prompt, row_seed, split_of
-    from probabilistic_sam.data.phantom import Nodule, phantom_nodules, phantom_row
+    from probabilistic_sam.data import make_prompt, row_seed
+    from probabilistic_sam.data.phantom import demo_nodules, phantom_row
     from probabilistic_sam.data.rows import decode_masks
 
-    def is_shown(nodule: Nodule) -> bool:
-        readers = sum(annotation is not None for annotation in nodule.annotation_ids)
-        return split_of(nodule.patient_id) == "validation" and readers > 1
-
-    nodules = filter(is_shown, phantom_nodules(SEARCHED_NODULES))
     images = []
     folder.mkdir()
-    for number, nodule in enumerate(itertools.islice(nodules, NUM_EXAMPLES), start=1):
+    for number, nodule in enumerate(demo_nodules(NUM_EXAMPLES), start=1):
         row = phantom_row(nodule, nodule.middle)
         box = make_prompt(decode_masks(row), "union_box", np.random.default_rng(row_seed(row, "union_box")))
         name = f"phantom-{number}.png"
@@ -280,7 +274,7 @@ The weights are stored as float16 and load as float32.
 
 LIDC-IDRI (Armato et al. 2011, The Cancer Imaging Archive, doi 10.7937/K9/TCIA.2015.LO9QL9SX, CC BY 3.0): 10,964 slices
 of 1,878 nodules of 613 patients, 128x128 pixel crops with the masks of up to four readers. Validation:
-1,740 slices of 98 patients. No test patient was used. {SPLIT}
+{result["num_slices"]:,} slices of {result["num_patients"]} patients. No test patient was used. {SPLIT}
 
 ## Training
 

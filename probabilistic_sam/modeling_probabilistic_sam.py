@@ -380,22 +380,31 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, num_head
     One side is a handful of tokens, so the scores are small and plain matrix products do; the fused kernel's backward
     pass is slow in bfloat16 on a CPU.
     """
-    lead = query.shape[:2]
-    query, key, value = (
-        item.flatten(0, 1).unflatten(-1, (num_heads, -1)).transpose(1, 2) for item in (query, key, value)
-    )
+    query, key, value = (item.unflatten(-1, (num_heads, -1)).transpose(2, 3) for item in (query, key, value))
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
     context = scores.softmax(dim=-1).to(value.dtype) @ value
-    return context.transpose(1, 2).flatten(-2).unflatten(0, lead)
+    return context.transpose(2, 3).flatten(-2)
+
+
+def weight_and_bias(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight (out, in) and bias (out,) of a linear layer; of one with an adapter or a quantised one, what it does."""
+    if type(layer) is nn.Linear:
+        return layer.weight, layer.bias
+    bias = layer(layer.weight.new_zeros(1, layer.in_features))
+    return (layer(torch.eye(layer.in_features, dtype=bias.dtype, device=bias.device)) - bias).T, bias[0]
 
 
 class ProbabilisticSamMaskDecoder(SamMaskDecoder):
-    """SAM's mask decoder, same weights and same masks, for many prompts of one image at a fraction of the cost.
+    """SAM's mask decoder, same weights and same masks, for many prompts of one image at half the cost.
 
-    What all prompts of an image share is computed once: until the end of the first layer the image is the same for
-    each of them. Projections of the image that read the same tensor are one matrix product, the transposed
-    convolutions of stride 2 are products as well, and only the mask token that is used is upscaled. Its attention is
-    the same for every `attn_implementation`, which is the vision encoder's.
+    - What all prompts of an image share is computed once: until the end of the first layer the image is the same for
+      each of them.
+    - Afterwards each prompt has an image of its own, and projecting its G cells costs more than all the rest of an
+      attention. The products are taken in another order, (q W) x^T for q (x W^T)^T: a head's weights go to the few
+      tokens, and the cells meet heads x T vectors (8 x 7 with a box) where the projection has C / 2 = 128.
+    - The transposed convolutions of stride 2 are matrix products, and only the mask token that is used is upscaled.
+
+    Its attention is the same for every `attn_implementation`, which is the vision encoder's.
     """
 
     def forward(
@@ -432,20 +441,20 @@ class ProbabilisticSamMaskDecoder(SamMaskDecoder):
         for layer in self.transformer.layers:
             tokens, image = self.two_way_layer(layer, tokens, image, prompt_tokens, positions)
         attention = self.transformer.final_attn_token_to_image
-        key, value = self.project(image, positions, (attention.k_proj, True), (attention.v_proj, False))
-        context = attend(attention.q_proj(tokens + prompt_tokens), key, value, attention.num_attention_heads)
-        tokens = self.transformer.layer_norm_final_attn(tokens + attention.out_proj(context))
+        context = self.token_to_image(attention, tokens + prompt_tokens, image, positions)
+        tokens = self.transformer.layer_norm_final_attn(tokens + context)
 
         hyper = self.output_hypernetworks_mlps[0](tokens[:, :, 1])  # (B, N, C / 8)
         hidden = self.upscale(image, self.upscale_conv1)  # (B, N, G, 4, C / 4)
         details = F.pixel_unshuffle(middle_details, 2).flatten(2).unflatten(1, (-1, 4))  # (B, C / 4, 4, G)
-        hidden = hidden + details.permute(0, 3, 2, 1)[:, None]
+        hidden += (details.permute(0, 3, 2, 1) + self.upscale_conv1.bias)[:, None]
         norm = self.upscale_layer_norm
         hidden = self.activation(F.layer_norm(hidden, norm.normalized_shape, norm.weight, norm.bias, norm.eps))
         hidden = self.upscale(hidden, self.upscale_conv2)  # (B, N, G, 4, 4, C / 8)
         details = fine_details.unflatten(3, (grid, 2, 2)).unflatten(2, (grid, 2, 2))  # (B, C / 8, g, 2, 2, g, 2, 2)
         details = details.permute(0, 2, 5, 3, 6, 4, 7, 1).flatten(1, 2).flatten(2, 3).flatten(3, 4)
-        hidden = self.activation(hidden + details[:, None])
+        hidden += (details + self.upscale_conv2.bias)[:, None]
+        hidden = self.activation(hidden)
         masks = (hidden.flatten(2, 4) @ hyper[..., None].to(hidden.dtype))[..., 0]  # (B, N, G * 16)
         # y, x, then the rows and columns of both upscalings
         masks = masks.view(batch, prompts, grid, grid, 2, 2, 2, 2)
@@ -463,44 +472,60 @@ class ProbabilisticSamMaskDecoder(SamMaskDecoder):
         context = attention.out_proj(context)
         tokens = layer.layer_norm1(context if layer.skip_first_layer_pe else tokens + context)
 
-        to_image, to_token = layer.cross_attn_token_to_image, layer.cross_attn_image_to_token
-        key, value, image_query = ProbabilisticSamMaskDecoder.project(
-            image, positions, (to_image.k_proj, True), (to_image.v_proj, False), (to_token.q_proj, True)
+        context = ProbabilisticSamMaskDecoder.token_to_image(
+            layer.cross_attn_token_to_image, tokens + prompt_tokens, image, positions
         )
-        query = to_image.q_proj(tokens + prompt_tokens)
-        # While K = 1, the tokens of all prompts are one sequence
-        shared = query.reshape(*image.shape[:2], -1, query.shape[-1])
-        context = attend(shared, key, value, to_image.num_attention_heads).view_as(query)
-        tokens = layer.layer_norm2(tokens + to_image.out_proj(context))
+        tokens = layer.layer_norm2(tokens + context)
         tokens = layer.layer_norm3(tokens + layer.mlp(tokens))
-
-        key, value = to_token.k_proj(tokens + prompt_tokens), to_token.v_proj(tokens)
-        image_query = image_query.expand(-1, tokens.shape[1], -1, -1)
-        context = attend(image_query, key, value, to_token.num_attention_heads)
-        return tokens, layer.layer_norm4(image + to_token.out_proj(context))
+        context = ProbabilisticSamMaskDecoder.image_to_token(
+            layer.cross_attn_image_to_token, image, positions, tokens + prompt_tokens, tokens
+        )
+        return tokens, layer.layer_norm4(image + context)
 
     @staticmethod
-    def project(image, positions, *projections) -> list[torch.Tensor]:
-        """Linear projections of the image, each with (True) or without its positions, in one matrix product.
+    def scores(tokens, projection, image, positions) -> torch.Tensor:
+        """Tokens (B, N, T, heads, D) times the projected cells of image + positions: (B, N, heads, T, G)."""
+        heads = tokens.shape[3]
+        shared = image + positions if image.shape[1] == 1 else positions
+        scores = torch.einsum("bnthd,bghd->bnhtg", tokens, projection(shared)[:, 0].unflatten(-1, (heads, -1)))
+        if image.shape[1] == 1:
+            return scores
+        weight, _ = weight_and_bias(projection)
+        tokens = torch.einsum("bnthd,hdc->bnhtc", tokens, weight.unflatten(0, (heads, -1))).flatten(2, 3)
+        return scores + (tokens @ image.transpose(-2, -1)).view_as(scores)
 
-        A layer that is more than its weight and bias, such as one with a LoRA adapter or a quantised one, is called.
-        """
-        layers = [layer for layer, _ in projections]
-        if any(type(layer) is not nn.Linear for layer in layers):
-            return [layer(image + positions if positioned else image) for layer, positioned in projections]
-        weight, bias = torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
-        parts = F.linear(image, weight, bias).split([layer.out_features for layer in layers], dim=-1)
-        return [
-            part + F.linear(positions, layer.weight) if positioned else part
-            for part, (layer, positioned) in zip(parts, projections, strict=True)
-        ]
+    @staticmethod
+    def token_to_image(attention, tokens, image, positions) -> torch.Tensor:
+        """`SamAttention` of tokens (B, N, T, C) to the image (B, K, G, C)."""
+        heads = attention.num_attention_heads
+        query = (attention.q_proj(tokens) * attention.scaling).unflatten(-1, (heads, -1))
+        weights = ProbabilisticSamMaskDecoder.scores(query, attention.k_proj, image, positions).softmax(dim=-1)
+        if image.shape[1] == 1:
+            value = attention.v_proj(image)[:, 0].unflatten(-1, (heads, -1))
+            context = torch.einsum("bnhtg,bghd->bnthd", weights, value)
+        else:
+            weight, bias = (item.unflatten(0, (heads, -1)) for item in weight_and_bias(attention.v_proj))
+            context = (weights.flatten(2, 3) @ image).unflatten(2, (heads, -1))
+            context = torch.einsum("bnhtc,hdc->bnthd", context, weight) + bias
+        return attention.out_proj(context.flatten(-2))
+
+    @staticmethod
+    def image_to_token(attention, image, positions, tokens, values) -> torch.Tensor:
+        """`SamAttention` of the image (B, K, G, C) to tokens (B, N, T, C) with their `values`: (B, N, G, C)."""
+        heads = attention.num_attention_heads
+        key = (attention.k_proj(tokens) * attention.scaling).unflatten(-1, (heads, -1))
+        weights = ProbabilisticSamMaskDecoder.scores(key, attention.q_proj, image, positions).softmax(dim=3)
+        weight, bias = weight_and_bias(attention.out_proj)
+        value = attention.v_proj(values).unflatten(-1, (heads, -1))
+        # A head's weights sum to 1, so the bias can be part of the values
+        value = torch.einsum("bnthd,chd->bnhtc", value, weight.unflatten(-1, (heads, -1))) + bias / heads
+        return weights.flatten(2, 3).transpose(-2, -1) @ value.flatten(2, 3)
 
     @staticmethod
     def upscale(hidden: torch.Tensor, conv: nn.ConvTranspose2d) -> torch.Tensor:
-        """A transposed convolution of kernel and stride 2, channels last: (..., C) to (..., rows x columns, C')."""
+        """A transposed convolution of kernel and stride 2 without its bias: (..., C) to (..., rows x columns, C')."""
         weight = conv.weight.permute(2, 3, 1, 0).reshape(-1, conv.in_channels)
-        bias = None if conv.bias is None else conv.bias.repeat(4)
-        return F.linear(hidden, weight, bias).unflatten(-1, (4, conv.out_channels))
+        return F.linear(hidden, weight).unflatten(-1, (4, conv.out_channels))
 
 
 # ----------------------------------------------------------------------------------------------------------- model

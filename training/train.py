@@ -528,8 +528,9 @@ def main() -> None:
         "barrier": accelerator.wait_for_everyone, "bf16": config.mixed_precision == "bf16",
     }  # fmt: skip
     if config.max_steps:
+        # The same views whatever the seed of the training, so that several seeds share one encoding.
         cache = EmbeddingCache(
-            model, processor, train_rows, config.num_views, config.seed, augmentation=config.augmentation, **shared
+            model, processor, train_rows, config.num_views, 0, augmentation=config.augmentation, **shared
         )
     validation_cache = EmbeddingCache(model, processor, validation_rows, 0, 0, **shared)
     order = sorted(range(len(validation_rows)), key=lambda i: row_seed(validation_rows[i], "subset"))

@@ -160,10 +160,8 @@ class EmbeddingCache:
         }
         name = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:20]
         self.path = Path(cache_dir).expanduser() / f"embeddings-{name}.npy"
-        blank = torch.zeros(1, 3, processor.image_size, processor.image_size, device=model.device)
-        shape = (len(dataset), max(num_views, 1), *model.get_image_embeddings(blank).shape[1:])
         try:
-            self._build_once(model, dataset, shape, rank, world_size, barrier, batch_size, bf16)
+            self._build_once(model, dataset, rank, world_size, barrier, batch_size, bf16)
         except OSError as error:
             raise UserError(f"embedding cache {self.path} cannot be written: {error.strerror or error}") from error
         self.embeddings = np.load(self.path, mmap_mode="r")
@@ -183,7 +181,7 @@ class EmbeddingCache:
             return plain_view(masks, self.processor)
         return random_view(masks, self.processor, np.random.default_rng((self.seed, index, view)), **self.augmentation)
 
-    def _build_once(self, model, dataset, shape, rank, world_size, barrier, batch_size, bf16) -> None:
+    def _build_once(self, model, dataset, rank, world_size, barrier, batch_size, bf16) -> None:
         """Build unless the file is there; of several runs that want the same file one builds and the others wait."""
         lock = FileLock(self.path.with_suffix(".lock"))
         if rank == 0:
@@ -192,14 +190,16 @@ class EmbeddingCache:
         try:
             barrier()
             if not self.path.exists():
-                self._build(model, dataset, shape, rank, world_size, barrier, batch_size, bf16)
+                self._build(model, dataset, rank, world_size, barrier, batch_size, bf16)
         finally:
             lock.release()
 
-    def _build(self, model, dataset, shape, rank, world_size, barrier, batch_size, bf16) -> None:
+    def _build(self, model, dataset, rank, world_size, barrier, batch_size, bf16) -> None:
         """Encode every view; each process writes its rows into one file, which gets its name when all are done."""
         part = self.path.with_suffix(".part")
         if rank == 0:
+            blank = torch.zeros(1, 3, self.processor.image_size, self.processor.image_size, device=model.device)
+            shape = (len(dataset), max(self.num_views, 1), *model.get_image_embeddings(blank).shape[1:])
             needed = math.prod(shape) * np.dtype(np.float16).itemsize
             part.unlink(missing_ok=True)
             free = shutil.disk_usage(part.parent).free
@@ -210,7 +210,8 @@ class EmbeddingCache:
             np.lib.format.open_memmap(part, mode="w+", dtype=np.float16, shape=shape).flush()
         barrier()
         target = np.lib.format.open_memmap(part, mode="r+")
-        jobs = [(index, view) for index in range(rank, shape[0], world_size) for view in range(shape[1])]
+        num_rows, num_views = target.shape[:2]
+        jobs = [(index, view) for index in range(rank, num_rows, world_size) for view in range(num_views)]
         progress = tqdm(total=len(jobs), desc="encoding views", unit="view", disable=rank != 0)
         was_training = model.training
         model.eval()
@@ -233,5 +234,5 @@ class EmbeddingCache:
         barrier()
         if rank == 0:
             os.replace(part, self.path)
-            print(f"wrote {self.path}: {shape[0]} rows x {shape[1]} views, {self.path.stat().st_size / 2**20:.0f} MiB")
+            print(f"wrote {self.path}: {num_rows} rows x {num_views} views, {self.path.stat().st_size / 2**20:.0f} MiB")
         barrier()

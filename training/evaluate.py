@@ -15,16 +15,9 @@ oracle:majority` every sample is the majority of the readers, with `oracle:reade
 """
 
 import argparse
-import json
 import os
-import platform
-import shlex
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +48,7 @@ from probabilistic_sam.metrics import (
     summarize_seeds,
 )
 from probabilistic_sam.metrics.functional import majority_mask
+from probabilistic_sam.provenance import provenance, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "numpy", "scipy")
@@ -316,43 +310,6 @@ def evaluate_dataset(
     return patients, [[by_seed[number] for _, _, by_seed in gathered] for number in range(len(seeds))]
 
 
-def provenance() -> dict[str, Any]:
-    """What is needed to make a results file again: command, commit, date, versions."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "unknown"
-    return {
-        "command": shlex.join(["python", *sys.argv]),
-        "commit": git_commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": versions,
-    }
-
-
-def git_commit() -> str:
-    """The project's commit, with `+dirty` when tracked files differ from it; `unknown` outside of a repository."""
-    try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
-        status = ["git", "status", "--porcelain", "--untracked-files=no"]
-        changes = subprocess.run(status, cwd=ROOT, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head.stdout.strip() + ("+dirty" if changes.stdout.strip() else "")
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def format_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Results as text: a row a metric, a column a set of slices, means with 95 % intervals."""
 
@@ -385,7 +342,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not os.access(args.output.parent, os.W_OK):
         raise UserError(f"--output {args.output}: its folder cannot be written to; accepted: one that can")
 
-    origin, started = provenance(), time.monotonic()  # before the run: the commit may move on while it lasts
+    # Before the run: the commit may move on while it lasts
+    origin, started = provenance(ROOT, PACKAGES), time.monotonic()
     patients, runs = evaluate_dataset(
         model, processor, chosen, args.prompt, args.num_samples, args.seeds, args.batch_size, state, device,
         args.independent,

@@ -1,0 +1,643 @@
+"""Measure what sixteen opinions cost beside one: a table of ratios, and a file of all numbers.
+
+    python training/benchmark.py --output bench.json
+
+Each row sets our way beside another one. Both run in one process and in turns (A, B, A, B, ...) after a run of each
+to warm up, and the ratio is that of the medians. Peak memory and imports need processes of their own. Nothing else may
+run meanwhile: the load of the machine when it started is in the file. `--quick` takes small sizes and few repeats, to
+see that it works; its numbers say nothing.
+"""
+
+import argparse
+import contextlib
+import copy
+import functools
+import io
+import itertools
+import json
+import operator
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+from train import freeze
+from transformers import SamConfig, SamModel
+from transformers.models.sam.modeling_sam import SamMaskDecoder
+
+from probabilistic_sam import ProbabilisticSamConfig, ProbabilisticSamModel, ProbabilisticSamProcessor
+from probabilistic_sam.conversion import mobile_sam_config
+from probabilistic_sam.data.rows import FEATURES, decode_image, decode_masks, encode_png, image_row
+from probabilistic_sam.embedding_cache import EmbeddingCache, plain_view, view_pixel_values
+from probabilistic_sam.errors import UserError, run
+from probabilistic_sam.metrics.functional import ged, iou_matrix
+from probabilistic_sam.modeling_probabilistic_sam import attend
+from probabilistic_sam.provenance import provenance, write_json
+
+ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = ROOT / "model_cards" / "psam-lidc"
+PACKAGES = ("torch", "transformers", "numpy", "datasets")
+NUM_SAMPLES, MANY_SAMPLES, NUM_READERS = 16, 100, 4
+COUNTS = (1, 4, 16, 64)  # samples, for the cost of one more
+ENERGY_WEIGHT = 200.0  # as in the configurations under training/configs
+COMPARISONS = {"<=": operator.le, ">=": operator.ge}
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="file to write (JSON)")
+    parser.add_argument("--quick", action="store_true", help="small sizes, few repeats: only to see that it works")
+    args = parser.parse_args(argv)
+    if args.output.is_dir() or not args.output.absolute().parent.is_dir():
+        raise UserError(f"--output is {args.output}; accepted: the name of a file in a folder that exists")
+    return args
+
+
+# -------------------------------------------------------------------------------------------------------- measuring
+
+
+def interleave(*ways: Callable[[], Any], repeats: int) -> list[float]:
+    """Median seconds of each of some functions that run in turns, after one turn to warm up."""
+    times: list[list[float]] = [[] for _ in ways]
+    for turn in range(repeats + 1):
+        for way, seconds in zip(ways, times, strict=True):
+            started = time.perf_counter()
+            way()
+            if turn:
+                seconds.append(time.perf_counter() - started)
+    return [statistics.median(seconds) for seconds in times]
+
+
+def row(what: str, against: str, ratio: float | None, target: str = "", holds: bool = True, **context: Any) -> dict:
+    """One line of the table.
+
+    Args:
+        what: is measured.
+        against: beside what.
+        ratio: of the two, or None when it cannot be measured here.
+        target: such as "<= 1.10"; none when empty.
+        holds: whether what else the target asks for is so.
+        context: seconds and whatever explains the ratio.
+    """
+    met = None
+    if target and ratio is not None:
+        sign, limit = target.split()
+        met = bool(COMPARISONS[sign](ratio, float(limit)) and holds)
+    return {"what": what, "against": against, "ratio": ratio, "target": target, "met": met, **context}
+
+
+def fit_line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
+    """Slope and intercept of the least-squares line."""
+    slope, intercept = np.polyfit(x, y, 1)
+    return float(slope), float(intercept)
+
+
+def peak_memory(action: Callable[[], Any]) -> tuple[int, int] | None:
+    """Resident bytes of this process before an action and at most during it; None without Linux's /proc.
+
+    `resource.getrusage(RUSAGE_SELF).ru_maxrss` would not do: it counts from the start of the process, so that it hides
+    what an action needs below the peak of loading the model, and a child starts with its parent's.
+    """
+    status = Path("/proc/self/status")
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = memory_field(status, "VmRSS")
+        action()
+        return before, memory_field(status, "VmHWM")
+    except OSError:
+        return None
+
+
+def memory_field(status: Path, name: str) -> int:
+    """A field of /proc/PID/status in bytes."""
+    line = next(line for line in status.read_text().splitlines() if line.startswith(f"{name}:"))
+    return int(line.split()[1]) * 1024
+
+
+def count_flops(action: Callable[[], Any]) -> int:
+    """Floating-point operations of matrix products, convolutions and attention, two for a multiply-add."""
+    with FlopCounterMode(display=False) as counter:
+        action()
+    return counter.get_total_flops()
+
+
+# ---------------------------------------------------------------------------------------------------- models, inputs
+
+
+def vit_b(image_size: int) -> ProbabilisticSamModel:
+    """SAM's ViT-B with random weights at any image size.
+
+    SAM's own initialisation of the vision encoder is 1e-10, which gives images all the same embeddings.
+    """
+    torch.manual_seed(0)
+    vision, prompt = {"image_size": image_size, "initializer_range": 0.02}, {"image_size": image_size}
+    return ProbabilisticSamModel(ProbabilisticSamConfig(vision_config=vision, prompt_encoder_config=prompt)).eval()
+
+
+def plain_decoder(model: ProbabilisticSamModel) -> SamMaskDecoder:
+    """The mask decoder of transformers with the weights of a model's."""
+    decoder = SamMaskDecoder(model.config.mask_decoder_config)
+    decoder.load_state_dict(model.mask_decoder.state_dict())
+    return decoder.eval()
+
+
+def plain_sam(model: ProbabilisticSamModel) -> SamModel:
+    """The `SamModel` of transformers around the encoders of a model and `plain_decoder`."""
+    config = SamConfig(
+        prompt_encoder_config=model.config.prompt_encoder_config.to_dict(),
+        mask_decoder_config=model.config.mask_decoder_config.to_dict(),
+    )
+    with torch.device("meta"):
+        sam = SamModel(config)
+    for name in ("shared_image_embedding", "vision_encoder", "prompt_encoder"):
+        setattr(sam, name, getattr(model, name))
+    sam.mask_decoder = plain_decoder(model)
+    return sam.eval()
+
+
+def image_and_box(model: ProbabilisticSamModel) -> dict[str, torch.Tensor]:
+    """Noise (1, 3, S, S), and a box of a quarter of its side in the middle."""
+    size = model.config.vision_config.image_size
+    pixel_values = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    return {"pixel_values": pixel_values, "input_boxes": torch.tensor([[[0.375, 0.375, 0.625, 0.625]]]) * size}
+
+
+def prompts_of_one_image(model: ProbabilisticSamModel, count: int) -> tuple[torch.Tensor, ...]:
+    """What both decoders take: image embeddings, their positions, sparse (1, count, T, C) and dense embeddings."""
+    inputs = image_and_box(model)
+    with torch.no_grad():
+        embedded = model.embed(model.encode(inputs["pixel_values"]), None, None, inputs["input_boxes"], None)
+        image, sparse, dense, _ = embedded[3]
+        noise = torch.randn(1, count, 1, model.config.latent_dim - 1, generator=torch.Generator().manual_seed(0))
+        return image, model.get_image_wide_positional_embeddings(), sparse[:, None] + model.latent_proj(noise), dense
+
+
+def no_details(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a new detail network adds at the decoder's two finer resolutions to image embeddings (B, C, g, g)."""
+    batch, channels, grid, _ = image.shape
+    middle, fine = (batch, channels // 4, 2 * grid, 2 * grid), (batch, channels // 8, 4 * grid, 4 * grid)
+    return image.new_zeros(middle), image.new_zeros(fine)
+
+
+def reader_rows(count: int, size: int = 128) -> Iterator[dict]:
+    """Rows of a dataset build: noise, and discs of four readers."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:size, :size]
+    for index in range(count):
+        image = rng.integers(0, 255, size=(size, size)).astype(np.uint8)
+        radii = (size / 16 + reader for reader in range(NUM_READERS))
+        discs = [encode_png(np.hypot(y - size / 2, x - size / 2) < radius) for radius in radii]
+        yield image_row(
+            encode_png(image), discs, "image", [f"mask {reader}" for reader in range(NUM_READERS)],
+            patient_id="LIDC-IDRI-0001", scan_id=1, nodule_id=0, slice_index=index, source="benchmark",
+        )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------- rows
+
+
+@torch.no_grad()
+def measure_sampling(model: ProbabilisticSamModel, name: str, target: str, repeats: int) -> dict:
+    """16 samples from an image, beside one mask of `SamModel`."""
+    sam, inputs = plain_sam(model), image_and_box(model)
+    ours, other = interleave(
+        lambda: model.sample(**inputs, num_samples=NUM_SAMPLES),
+        lambda: sam(**inputs, multimask_output=False),
+        repeats=repeats,
+    )
+    return row(f"{NUM_SAMPLES} samples, {name}", "1 mask of SAM", ours / other, target, seconds=[ours, other])
+
+
+@torch.no_grad()
+def measure_decoding(model: ProbabilisticSamModel, name: str, repeats: int) -> dict:
+    """Our mask decoder beside transformers' on the same 16 prompts of one image."""
+    decoder, embeddings = plain_decoder(model), prompts_of_one_image(model, NUM_SAMPLES)
+    details = no_details(embeddings[0])
+    masks, scores = model.mask_decoder(*embeddings, *details)
+    expected, expected_scores = decoder(*embeddings, multimask_output=False)
+    pairs = ((masks, expected[:, :, 0]), (scores, expected_scores[:, :, 0]))
+    difference = max(float((mine - theirs).abs().max()) for mine, theirs in pairs)
+    ours, other = interleave(
+        lambda: model.mask_decoder(*embeddings, *details),
+        lambda: decoder(*embeddings, multimask_output=False),
+        repeats=repeats,
+    )
+    return row(
+        f"decoding {NUM_SAMPLES} latents, {name}", "SamMaskDecoder", ours / other, "<= 0.6", difference <= 1e-4,
+        seconds=[ours, other], largest_difference=difference,
+    )  # fmt: skip
+
+
+def measure_memory(folder: Path, name: str) -> dict:
+    """Peak memory of 100 samples beside 16, each in a process of its own that draws nothing before.
+
+    The ratio is that of what sampling needs on top of the loaded model, which is stricter than that of whole
+    processes; the first use of a library is on both sides.
+    """
+    needed, whole = [], []
+    for count in (MANY_SAMPLES, NUM_SAMPLES):
+        command = [sys.executable, str(Path(__file__).resolve()), "--memory", str(folder), str(count)]
+        answer = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        if answer is None:
+            return row(f"{MANY_SAMPLES} samples, peak memory, {name}", f"{NUM_SAMPLES} samples", None, "<= 1.3")
+        needed.append(answer[1] - answer[0])
+        whole.append(answer[1])
+    return row(
+        f"{MANY_SAMPLES} samples, peak memory, {name}", f"{NUM_SAMPLES} samples", needed[0] / needed[1], "<= 1.3",
+        mebibytes=[round(item / 2**20, 1) for item in needed],
+        process_mebibytes=[round(item / 2**20, 1) for item in whole], process_ratio=whole[0] / whole[1],
+    )  # fmt: skip
+
+
+def report_memory(folder: str, num_samples: int) -> None:
+    """The process of `measure_memory`: print what `peak_memory` gives."""
+    model = ProbabilisticSamModel.from_pretrained(folder)
+    inputs = image_and_box(model)
+    print(json.dumps(peak_memory(lambda: model.sample(**inputs, num_samples=num_samples))))
+
+
+def training_steps(model: ProbabilisticSamModel, readers: int) -> tuple[Callable[[], None], Callable[[], None]]:
+    """One step of ours with all readers and a warm cache, and one the reference way: encode, a single reader.
+
+    Both train the same weights of a copy of the model on one image. Ours has the energy distance in its loss, which
+    decodes more masks; the reference has none.
+    """
+    model = copy.deepcopy(model).train()
+    freeze(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    inputs = image_and_box(model)
+    pixel_values, boxes = inputs["pixel_values"], inputs["input_boxes"]
+    cached = model.get_image_embeddings(pixel_values).half()
+    side = 4 * model.config.prompt_encoder_config.image_embedding_size
+    y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    distance = torch.hypot(y - side / 2, x - side / 2)
+    labels = torch.stack([distance < side * (0.1 + 0.01 * reader) for reader in range(readers)])[None, None]
+
+    def step(embeddings: torch.Tensor, labels: torch.Tensor, energy_weight: float) -> None:
+        model.config.energy_weight = energy_weight
+        model(image_embeddings=embeddings, input_boxes=boxes, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return (
+        lambda: step(cached.float(), labels, ENERGY_WEIGHT),
+        lambda: step(model.get_image_embeddings(pixel_values), labels[:, :, :1], 0.0),
+    )
+
+
+def measure_training(model: ProbabilisticSamModel, name: str, repeats: int) -> dict:
+    """Images x readers a second of a training step of ours, beside the reference way."""
+    ours, other = interleave(*training_steps(model, NUM_READERS), repeats=repeats)
+    return row(
+        f"training step, {NUM_READERS} readers, warm cache, {name}", "encode, 1 reader a step",
+        NUM_READERS * other / ours, ">= 20", seconds=[ours, other],
+        images_readers_per_second=[NUM_READERS / ours, 1 / other],
+    )  # fmt: skip
+
+
+def measure_cache(model: ProbabilisticSamModel, processor: Any, num_rows: int, repeats: int) -> dict:
+    """Building the embedding cache beside encoding the same windows; what opening it again encodes; its size."""
+    rows = datasets.Dataset.from_list(list(reader_rows(num_rows)), features=FEATURES)
+    encoded = 0
+
+    def count(module: Any, args: tuple, output: Any) -> None:
+        nonlocal encoded
+        encoded += len(args[0])
+
+    def encode_all() -> None:
+        for start in range(0, num_rows, 16):
+            pixels = []
+            for index in range(start, min(start + 16, num_rows)):
+                view = plain_view(decode_masks(rows[index]), processor)
+                pixels.append(view_pixel_values(decode_image(rows[index]), view, processor))
+            model.get_image_embeddings(torch.stack(pixels))
+
+    folders = itertools.count()
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+
+        def build() -> EmbeddingCache:
+            return EmbeddingCache(model, processor, rows, 0, 0, Path(folder) / str(next(folders)))
+
+        ours, other = interleave(build, encode_all, repeats=repeats)
+        with model.vision_encoder.register_forward_hook(count):
+            built = build()
+            first, encoded = encoded, 0
+            again = EmbeddingCache(model, processor, rows, 0, 0, built.path.parent)
+            np.array(again.embeddings)  # an epoch reads them all
+            second = encoded
+        size, header = built.path.stat().st_size, 128  # bytes, as numpy pads it
+        expected = built.embeddings.size * 2 + header
+    return row(
+        f"embedding cache of {num_rows} images", "encode them", ours / other, "<= 1.1",
+        size == expected and not second, seconds=[ours, other], bytes=size, computed_bytes=expected, encoded_first=first, encoded_second=second,
+    )  # fmt: skip
+
+
+def loop_ged(samples: np.ndarray, readers: np.ndarray) -> float:
+    """GED of masks (N, H, W) and (M, H, W) by a double loop over pairs: what one writes first."""
+
+    def mean_distance(a: np.ndarray, b: np.ndarray) -> float:
+        total = 0.0
+        for one in a:
+            for other in b:
+                union = np.logical_or(one, other).sum()
+                total += 1 - np.logical_and(one, other).sum() / union if union else 0.0
+        return total / (len(a) * len(b))
+
+    return (
+        2 * mean_distance(samples, readers) - mean_distance(samples, samples) - mean_distance(readers, readers)
+    )
+
+
+def disc_slice(seed: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """100 samples and 4 readers of a slice: discs of a lesion's size, a fifth of them empty."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:size, :size]
+    count = MANY_SAMPLES + NUM_READERS
+    radii = rng.uniform(size / 32, size / 8, size=count) * (rng.random(count) < 0.8)
+    centres = rng.uniform(0.45 * size, 0.55 * size, size=(count, 2))
+    masks = np.hypot(y - centres[:, 0, None, None], x - centres[:, 1, None, None]) < radii[:, None, None]
+    return masks[:MANY_SAMPLES], masks[MANY_SAMPLES:]
+
+
+def measure_ged(num_slices: int, loop_slices: int, repeats: int, size: int = 128) -> dict:
+    """Our GED beside the double loop on the first `loop_slices`, and ours alone on all `num_slices`.
+
+    Slices do not depend on each other, so that the loop's time on all of them follows.
+    """
+    slices = [disc_slice(seed, size) for seed in range(loop_slices)]
+    difference = max(abs(ged(*item).ged - loop_ged(*item)) for item in slices)
+    ours, other = interleave(
+        lambda: [ged(*item) for item in slices], lambda: [loop_ged(*item) for item in slices], repeats=repeats
+    )
+    total = 0.0
+    for seed in range(num_slices):
+        item = disc_slice(seed, size)
+        started = time.perf_counter()
+        ged(*item)
+        total += time.perf_counter() - started
+    return row(
+        f"GED, N = {MANY_SAMPLES}, M = {NUM_READERS}", "double loop of numpy IoU", other / ours, ">= 50",
+        difference <= 1e-6, seconds=[ours, other], slices=loop_slices, largest_difference=difference,
+        all_slices=num_slices, seconds_all_slices=total,
+    )  # fmt: skip
+
+
+def measure_imports(repeats: int) -> dict:
+    """`import probabilistic_sam` beside that of SAM alone, each in new processes, Python's own start included."""
+
+    def start(code: str) -> Callable[[], Any]:
+        return lambda: subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+    ours, other = interleave(
+        start("import probabilistic_sam"), start("from transformers import SamModel"), repeats=repeats
+    )
+    what, against = "import probabilistic_sam", "from transformers import SamModel"
+    return row(what, against, ours / other, "<= 1.15", seconds=[ours, other])
+
+
+@torch.no_grad()
+def measure_cost_of_n(model: ProbabilisticSamModel, name: str, repeats: int) -> dict:
+    """A line through the time of N samples of an image that is encoded already, beside an encoder pass."""
+    inputs = image_and_box(model)
+    embeddings, boxes = model.get_image_embeddings(inputs["pixel_values"]), inputs["input_boxes"]
+    ways = [
+        lambda count=count: model.sample(image_embeddings=embeddings, input_boxes=boxes, num_samples=count)
+        for count in COUNTS
+    ]
+    *seconds, encoder = interleave(*ways, lambda: model.get_image_embeddings(inputs["pixel_values"]), repeats=repeats)
+    slope, intercept = fit_line(COUNTS, seconds)
+    return row(
+        f"one sample more, {name}", "an encoder pass", slope / encoder, "<= 0.02", counts=list(COUNTS),
+        seconds=[slope, encoder], seconds_by_count=seconds, slope=slope, intercept=intercept,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def measure_bf16(model: ProbabilisticSamModel, inputs: dict[str, torch.Tensor], name: str, repeats: int) -> dict:
+    """Sampling under bfloat16 autocast beside float32: time, and IoU of the masks of the same seed, one by one."""
+
+    def sample(bf16: bool) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            generator = torch.Generator().manual_seed(0)
+            return model.sample(**inputs, num_samples=NUM_SAMPLES, generator=generator).pred_masks
+
+    pairs = zip(*((sample(bf16) > 0).flatten(0, 2).numpy() for bf16 in (True, False)), strict=True)
+    ious = [float(iou_matrix(half[None], full[None])[0, 0]) for half, full in pairs]
+    ours, other = interleave(lambda: sample(True), lambda: sample(False), repeats=repeats)
+    return row(
+        f"{NUM_SAMPLES} samples in bfloat16, {name}", "float32", ours / other, seconds=[ours, other],
+        mean_iou=statistics.mean(ious), least_iou=min(ious), same_masks=statistics.mean(ious) >= 0.99,
+    )  # fmt: skip
+
+
+def fused_attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """`attend` by torch's fused kernel."""
+    lead = query.shape[:2]
+    query, key, value = (
+        item.flatten(0, 1).unflatten(-1, (num_heads, -1)).transpose(1, 2) for item in (query, key, value)
+    )
+    context = F.scaled_dot_product_attention(query, key, value)
+    return context.transpose(1, 2).flatten(-2).unflatten(0, lead)
+
+
+def measure_attention(model: ProbabilisticSamModel, name: str, repeats: int) -> list[dict]:
+    """The decoder's plain products beside the fused kernel, forward and backward: tokens to image, image to tokens.
+
+    Shapes are those of 16 samples with a box: 5 tokens of the decoder, 2 of the prompt.
+    """
+    config = model.config.mask_decoder_config
+    width, heads = config.hidden_size // config.attention_downsample_rate, config.num_attention_heads
+    cells = model.config.prompt_encoder_config.image_embedding_size**2
+    rows = []
+    for direction, lengths in {"tokens to image": (7, cells), "image to tokens": (cells, 7)}.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            generator = torch.Generator().manual_seed(0)
+            inputs = [
+                torch.randn(1, NUM_SAMPLES, length, width, generator=generator).to(dtype).requires_grad_()
+                for length in (lengths[0], lengths[1], lengths[1])
+            ]
+            outputs = [way(*inputs, heads) for way in (attend, fused_attend)]
+            difference = float((outputs[0] - outputs[1]).abs().max())
+            title = f"{direction}, {str(dtype).removeprefix('torch.')}, {name}"
+            for backward, against in ((False, "fused attention, forward"), (True, "fused, with backward")):
+                ways = [functools.partial(attention_pass, way, inputs, heads, backward) for way in (attend, fused_attend)]
+                seconds = interleave(*ways, repeats=repeats)
+                ratio = seconds[0] / seconds[1]
+                rows.append(row(title, against, ratio, seconds=seconds, largest_difference=difference))
+    return rows
+
+
+def attention_pass(way: Callable, inputs: Sequence[torch.Tensor], num_heads: int, backward: bool) -> None:
+    """One pass of `attend` or `fused_attend`, with the gradients of its inputs or without."""
+    with torch.set_grad_enabled(backward):
+        context = way(*inputs, num_heads)
+    if backward:
+        torch.autograd.grad(context.float().sum(), inputs)
+
+
+# ---------------------------------------------------------------------------------------------- arithmetic, growth
+
+
+@torch.no_grad()
+def arithmetic(model: ProbabilisticSamModel) -> dict[str, int]:
+    """Floating-point operations of the parts: they say what a ratio can be at best."""
+    inputs = image_and_box(model)
+    embeddings = model.get_image_embeddings(inputs["pixel_values"])
+    one, two = (prompts_of_one_image(model, count) for count in (1, 2))
+    details, decoder = no_details(one[0]), plain_decoder(model)
+    first, both = (count_flops(lambda item=item: model.mask_decoder(*item, *details)) for item in (one, two))
+    parts = model.embed(embeddings, None, None, inputs["input_boxes"], None)
+    return {
+        "encoder": count_flops(lambda: model.encode(inputs["pixel_values"])),
+        "prompt_and_details": count_flops(
+            lambda: model.embed(embeddings, None, None, inputs["input_boxes"], None)
+        ),
+        "prior": count_flops(lambda: model.prior(parts[1], parts[2])),
+        "decoder_first_sample": first,
+        "decoder_each_other_sample": both - first,
+        "sam_decoder_each_prompt": count_flops(lambda: decoder(*one, multimask_output=False)),
+    }
+
+
+def growth(model: ProbabilisticSamModel, image_sizes: Sequence[int], repeats: int) -> dict[str, dict[int, float]]:
+    """Seconds as one thing grows: prompts of an image, readers of a training step, side of the image.
+
+    16 samples a prompt, and the image encoded before, except where its side grows.
+    """
+    inputs = image_and_box(model)
+    embeddings, boxes = model.get_image_embeddings(inputs["pixel_values"]), inputs["input_boxes"]
+    several = (1, 2, 4, 8)
+    sampling = [
+        lambda count=count: model.sample(
+            image_embeddings=embeddings, input_boxes=boxes.expand(-1, count, -1), num_samples=NUM_SAMPLES
+        )
+        for count in several
+    ]
+    steps = [training_steps(model, count)[0] for count in several]
+    models = [ProbabilisticSamModel(mobile_sam_config(size)).eval() for size in image_sizes]
+    whole = [lambda item=item: item.sample(**image_and_box(item), num_samples=NUM_SAMPLES) for item in models]
+    return {
+        "prompts": dict(zip(several, interleave(*sampling, repeats=repeats), strict=True)),
+        "readers": dict(zip(several, interleave(*steps, repeats=repeats), strict=True)),
+        "image_size": dict(zip(image_sizes, interleave(*whole, repeats=repeats), strict=True)),
+    }
+
+
+# -------------------------------------------------------------------------------------------------------------- all
+
+
+def example_inputs(processor: ProbabilisticSamProcessor, folder: Path) -> dict[str, torch.Tensor]:
+    """The example images of a model card and their boxes, as `sample` takes them."""
+    from PIL import Image
+
+    examples = json.loads((folder / "examples.json").read_text(encoding="utf-8"))["images"]
+    images = [np.asarray(Image.open(folder / item["image"])) for item in examples]
+    return dict(processor(images=images, input_boxes=[[item["box"]] for item in examples], return_tensors="pt"))
+
+
+def measure_all(
+    large: ProbabilisticSamModel,
+    small: ProbabilisticSamModel,
+    processor: ProbabilisticSamProcessor,
+    inputs: dict[str, torch.Tensor],
+    repeats: int,
+    num_rows: int,
+    num_slices: int,
+    loop_slices: int,
+    image_sizes: Sequence[int],
+) -> dict[str, Any]:
+    """All rows of the table, and what explains them.
+
+    Args:
+        large: ViT-B geometry.
+        small: the shipped model, its `processor`, and real `inputs` for it.
+        processor: see small.
+        inputs: see small.
+        repeats: turns of each comparison.
+        num_rows: images in the embedding cache.
+        num_slices: see `measure_ged`.
+        loop_slices: see `measure_ged`.
+        image_sizes: see `growth`.
+    """
+    models = {"ViT-B": large, "shipped": small}
+    names = {key: f"{key} at {model.config.vision_config.image_size}" for key, model in models.items()}
+    rows: list[dict] = []
+
+    def add(*items: dict) -> None:
+        for item in items:
+            rows.append(item)
+            print(format_rows([item]), flush=True)
+
+    add(measure_imports(repeats), measure_ged(num_slices, loop_slices, repeats))
+    for key, target in (("ViT-B", "<= 1.10"), ("shipped", "<= 2.0")):
+        add(measure_sampling(models[key], names[key], target, repeats))
+        add(measure_decoding(models[key], names[key], repeats))
+        with tempfile.TemporaryDirectory() as folder:
+            models[key].save_pretrained(folder)
+            add(measure_memory(Path(folder), names[key]))
+        add(*measure_attention(models[key], names[key], repeats))
+    add(measure_training(large, names["ViT-B"], repeats), measure_cost_of_n(large, names["ViT-B"], repeats))
+    add(measure_cache(small, processor, num_rows, repeats), measure_bf16(small, inputs, names["shipped"], repeats))
+    return {
+        "rows": rows,
+        "flops": {names[key]: arithmetic(model) for key, model in models.items()},
+        "growth_seconds": growth(small, image_sizes, repeats),
+    }
+
+
+def format_rows(rows: Sequence[dict]) -> str:
+    """Rows as text: ratios, targets, and seconds as context."""
+    lines = []
+    for item in rows:
+        ratio = "-" if item["ratio"] is None else f"{item['ratio']:.3g} x"
+        verdict = {True: "met", False: "MISSED", None: ""}[item["met"]]
+        context = " / ".join(f"{seconds:.4g} s" for seconds in item.get("seconds", ()))
+        if "mebibytes" in item:
+            context = " / ".join(f"{size:g} MiB" for size in item["mebibytes"])
+        line = f"{item['what']:<52} {item['against']:<34} {ratio:>9} {item['target']:>8} {verdict:<7} {context}"
+        lines.append(line.rstrip())
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure everything and write the file."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["--memory"]:  # the process of `measure_memory`
+        report_memory(argv[1], int(argv[2]))
+        return
+    args = parse_args(argv)
+    origin, load = provenance(ROOT, PACKAGES), os.getloadavg()
+    if load[0] > 0.5:
+        print(f"the machine is not idle (load {load[0]:.1f}): times will be of little use", file=sys.stderr)
+    processor = ProbabilisticSamProcessor.from_pretrained(SHIPPED)
+    sizes: dict[str, Any] = {"repeats": 5, "num_rows": 64, "num_slices": 2000, "loop_slices": 20}
+    if args.quick:
+        sizes = {"repeats": 1, "num_rows": 4, "num_slices": 4, "loop_slices": 2}
+    sizes["image_sizes"] = (64, 128) if args.quick else (128, 256, 512, 1024)
+    content = measure_all(
+        vit_b(64 if args.quick else 1024),
+        ProbabilisticSamModel.from_pretrained(SHIPPED).eval(),
+        processor,
+        example_inputs(processor, SHIPPED / "examples"),
+        **sizes,
+    )
+    machine = {"num_threads": torch.get_num_threads(), "cpu": torch.backends.cpu.get_cpu_capability()}
+    write_json(args.output, {"quick": args.quick, **sizes, **content, **origin, **machine, "load_average": load[0]})
+    missed = [item["what"] for item in content["rows"] if item["met"] is False]
+    print(f"wrote {args.output}: {len(content['rows'])} rows, {len(missed)} targets missed")
+
+
+if __name__ == "__main__":
+    run(main)

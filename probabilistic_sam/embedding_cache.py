@@ -234,5 +234,6 @@ class EmbeddingCache:
         barrier()
         if rank == 0:
             os.replace(part, self.path)
-            print(f"wrote {self.path}: {num_rows} rows x {num_views} views, {self.path.stat().st_size / 2**20:.0f} MiB")
+            size = self.path.stat().st_size / 2**20
+            print(f"wrote {self.path}: {num_rows} rows x {num_views} views, {size:.0f} MiB")
         barrier()

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from transformers.models.sam.modeling_sam import SamMaskDecoder
 
 from probabilistic_sam import ProbabilisticSamConfig, ProbabilisticSamModel, ProbabilisticSamProcessor
 from probabilistic_sam.conversion import mobile_sam_config
-from probabilistic_sam.data.rows import FEATURES, decode_image, decode_masks, encode_png, image_row
+from probabilistic_sam.data.rows import FEATURES, decode_image, decode_masks, encode_png
 from probabilistic_sam.embedding_cache import EmbeddingCache, plain_view, view_pixel_values
 from probabilistic_sam.errors import UserError, run
 from probabilistic_sam.metrics.functional import ged, iou_matrix
@@ -190,18 +190,15 @@ def no_details(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return image.new_zeros(middle), image.new_zeros(fine)
 
 
-def reader_rows(count: int, size: int = 128) -> Iterator[dict]:
-    """Rows of a dataset build: noise, and discs of four readers."""
+def reader_rows(count: int, size: int = 128) -> datasets.Dataset:
+    """What the embedding cache reads of a dataset build: noise, and discs of four readers."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:size, :size]
-    for index in range(count):
-        image = rng.integers(0, 255, size=(size, size)).astype(np.uint8)
-        radii = (size / 16 + reader for reader in range(NUM_READERS))
-        discs = [encode_png(np.hypot(y - size / 2, x - size / 2) < radius) for radius in radii]
-        yield image_row(
-            encode_png(image), discs, "image", [f"mask {reader}" for reader in range(NUM_READERS)],
-            patient_id="LIDC-IDRI-0001", scan_id=1, nodule_id=0, slice_index=index, source="benchmark",
-        )  # fmt: skip
+    distance = np.hypot(y - size / 2, x - size / 2)
+    masks = [encode_png(distance < size / 16 + reader) for reader in range(NUM_READERS)]
+    images = [encode_png(rng.integers(0, 255, size=(size, size)).astype(np.uint8)) for _ in range(count)]
+    features = datasets.Features({name: FEATURES[name] for name in ("image", "masks")})
+    return datasets.Dataset.from_dict({"image": images, "masks": [masks] * count}, features=features)
 
 
 # ------------------------------------------------------------------------------------------------------------- rows
@@ -308,7 +305,7 @@ def measure_training(model: ProbabilisticSamModel, name: str, repeats: int) -> d
 
 def measure_cache(model: ProbabilisticSamModel, processor: Any, num_rows: int, repeats: int) -> dict:
     """Building the embedding cache beside encoding the same windows; what opening it again encodes; its size."""
-    rows = datasets.Dataset.from_list(list(reader_rows(num_rows)), features=FEATURES)
+    rows = reader_rows(num_rows)
     encoded = 0
 
     def count(module: Any, args: tuple, output: Any) -> None:
@@ -340,7 +337,8 @@ def measure_cache(model: ProbabilisticSamModel, processor: Any, num_rows: int, r
         expected = built.embeddings.size * 2 + header
     return row(
         f"embedding cache of {num_rows} images", "encode them", ours / other, "<= 1.1",
-        size == expected and not second, seconds=[ours, other], bytes=size, computed_bytes=expected, encoded_first=first, encoded_second=second,
+        size == expected and not second, seconds=[ours, other], bytes=size, computed_bytes=expected,
+        encoded_first=first, encoded_second=second,
     )  # fmt: skip
 
 
@@ -355,9 +353,7 @@ def loop_ged(samples: np.ndarray, readers: np.ndarray) -> float:
                 total += 1 - np.logical_and(one, other).sum() / union if union else 0.0
         return total / (len(a) * len(b))
 
-    return (
-        2 * mean_distance(samples, readers) - mean_distance(samples, samples) - mean_distance(readers, readers)
-    )
+    return 2 * mean_distance(samples, readers) - mean_distance(samples, samples) - mean_distance(readers, readers)
 
 
 def disc_slice(seed: int, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -468,18 +464,19 @@ def measure_attention(model: ProbabilisticSamModel, name: str, repeats: int) -> 
                 torch.randn(1, NUM_SAMPLES, length, width, generator=generator).to(dtype).requires_grad_()
                 for length in (lengths[0], lengths[1], lengths[1])
             ]
-            outputs = [way(*inputs, heads) for way in (attend, fused_attend)]
-            difference = float((outputs[0] - outputs[1]).abs().max())
+            difference = float((attend(*inputs, heads) - fused_attend(*inputs, heads)).detach().abs().max())
             title = f"{direction}, {str(dtype).removeprefix('torch.')}, {name}"
             for backward, against in ((False, "fused attention, forward"), (True, "fused, with backward")):
-                ways = [functools.partial(attention_pass, way, inputs, heads, backward) for way in (attend, fused_attend)]
-                seconds = interleave(*ways, repeats=repeats)
+                measured = functools.partial(attention_pass, inputs, heads, backward)
+                seconds = interleave(
+                    functools.partial(measured, attend), functools.partial(measured, fused_attend), repeats=repeats
+                )
                 ratio = seconds[0] / seconds[1]
                 rows.append(row(title, against, ratio, seconds=seconds, largest_difference=difference))
     return rows
 
 
-def attention_pass(way: Callable, inputs: Sequence[torch.Tensor], num_heads: int, backward: bool) -> None:
+def attention_pass(inputs: Sequence[torch.Tensor], num_heads: int, backward: bool, way: Callable) -> None:
     """One pass of `attend` or `fused_attend`, with the gradients of its inputs or without."""
     with torch.set_grad_enabled(backward):
         context = way(*inputs, num_heads)
@@ -501,9 +498,7 @@ def arithmetic(model: ProbabilisticSamModel) -> dict[str, int]:
     parts = model.embed(embeddings, None, None, inputs["input_boxes"], None)
     return {
         "encoder": count_flops(lambda: model.encode(inputs["pixel_values"])),
-        "prompt_and_details": count_flops(
-            lambda: model.embed(embeddings, None, None, inputs["input_boxes"], None)
-        ),
+        "prompt_and_details": count_flops(lambda: model.embed(embeddings, None, None, inputs["input_boxes"], None)),
         "prior": count_flops(lambda: model.prior(parts[1], parts[2])),
         "decoder_first_sample": first,
         "decoder_each_other_sample": both - first,

@@ -1,0 +1,205 @@
+"""training/benchmark.py: that what it times is right and equal, on tiny models; no test looks at a time."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import sam_parts, tiny_inputs, tiny_model, tiny_vit_parts
+
+pytest.importorskip("accelerate")
+pytest.importorskip("datasets")
+
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DistributedType
+from transformers import SamConfig, SamModel
+
+from probabilistic_sam import ProbabilisticSamProcessor
+from probabilistic_sam.errors import UserError
+from probabilistic_sam.metrics.functional import ged
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "training" / "benchmark.py"
+CONFIGS = ROOT / "training" / "configs" / "accelerate"
+
+
+@pytest.fixture(scope="module")
+def script():
+    """The script as a module; it finds its neighbour train.py as it does when it is started."""
+    sys.path.insert(0, str(SCRIPT.parent))
+    try:
+        spec = importlib.util.spec_from_file_location("training_benchmark", SCRIPT)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(SCRIPT.parent))
+    return module
+
+
+def test_ways_take_turns_after_a_turn_to_warm_up(script):
+    turns = []
+    seconds = script.interleave(lambda: turns.append("a"), lambda: turns.append("b"), repeats=3)
+    assert "".join(turns) == "abababab"
+    assert len(seconds) == 2
+
+
+def test_the_ratio_is_of_medians_and_the_first_turn_does_not_count(script, monkeypatch):
+    # a takes 1, 2, 9 and b 4, 4, 5
+    durations, ticks, now = [100, 100, 1, 4, 2, 4, 9, 5], [], 0.0
+    for number, duration in enumerate(durations):
+        ticks += [now] if number < 2 else [now, now + duration]  # a turn to warm up reads no end
+        now += duration
+    monkeypatch.setattr(script.time, "perf_counter", iter(ticks).__next__)
+    assert script.interleave(lambda: None, lambda: None, repeats=3) == [2, 4]
+
+
+def test_targets(script):
+    assert script.row("x", "y", 1.10, "<= 1.10")["met"] is True
+    assert script.row("x", "y", 1.11, "<= 1.10")["met"] is False
+    assert script.row("x", "y", 60.0, ">= 50")["met"] is True
+    assert script.row("x", "y", 60.0, ">= 50", holds=False)["met"] is False
+    assert script.row("x", "y", 60.0)["met"] is None and script.row("x", "y", None, ">= 50")["met"] is None
+
+
+def test_line_by_hand(script):
+    # Means 2 and 3; sum of (x - 2)(y - 3) = 1 + 0 + 2 = 3 over sum of (x - 2)^2 = 2, so 1.5 x + 0
+    assert script.fit_line([1, 2, 3], [2, 2, 5]) == pytest.approx((1.5, 0.0))
+
+
+def test_double_loop_equals_our_ged(script):
+    assert script.loop_ged(*np.array([[[[True, False]]], [[[False, True]]]])) == 2
+    for seed in range(2):
+        samples, readers = (masks[:9] for masks in script.disc_slice(seed, 32))
+        assert not samples.any(axis=(1, 2)).all()  # empty masks too
+        assert script.loop_ged(samples, readers) == pytest.approx(ged(samples, readers).ged, abs=1e-6)
+
+
+@pytest.mark.parametrize("parts", [sam_parts, tiny_vit_parts], ids=["vit", "tiny_vit"])
+def test_both_decoders_draw_the_same_masks(script, parts):
+    item = script.measure_decoding(tiny_model(parts), "tiny", repeats=1)
+    assert 0 < item["largest_difference"] <= 1e-4
+
+
+def test_other_weights_are_noticed(script, monkeypatch):
+    other = script.SamMaskDecoder(tiny_model().config.mask_decoder_config)
+    monkeypatch.setattr(script, "plain_decoder", lambda model: other.eval())
+    item = script.measure_decoding(tiny_model(), "tiny", repeats=1)
+    assert item["largest_difference"] > 1e-4 and item["met"] is False
+
+
+def test_plain_sam_is_the_sam_of_transformers(script):
+    model, inputs = tiny_model(), tiny_inputs()
+    sam = SamModel(SamConfig(**sam_parts())).eval()
+    sam.load_state_dict({key: value for key, value in model.state_dict().items() if key in sam.state_dict()})
+    with torch.no_grad():
+        expected = sam(**inputs, multimask_output=False).pred_masks
+        assert torch.equal(script.plain_sam(model)(**inputs, multimask_output=False).pred_masks, expected)
+
+
+def test_a_hundred_samples_in_chunks_are_the_same(monkeypatch):
+    from probabilistic_sam import modeling_probabilistic_sam as modeling
+
+    model, inputs = tiny_model(), tiny_inputs()
+
+    def draw():
+        return model.sample(**inputs, num_samples=100, generator=torch.Generator().manual_seed(0)).pred_masks
+
+    chunked = draw()
+    monkeypatch.setattr(modeling, "MAX_DECODED", 10_000)
+    assert torch.allclose(chunked, draw(), atol=1e-5)
+
+
+def test_fused_attention_is_equal(script):
+    for item in script.measure_attention(tiny_model(), "tiny", repeats=1):
+        assert item["largest_difference"] < (0.05 if "bfloat16" in item["what"] else 1e-5)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_peak_memory_sees_what_was_freed(script):
+    before, peak = script.peak_memory(lambda: torch.ones(16 * 2**20).sum())  # 64 MiB, freed when it returns
+    assert 60 * 2**20 < peak - before < 200 * 2**20
+    before, peak = script.peak_memory(lambda: None)
+    assert peak - before < 8 * 2**20
+
+
+def test_cache_encodes_once_and_has_the_computed_size(script):
+    item = script.measure_cache(tiny_model(), ProbabilisticSamProcessor(32, 32), 3, repeats=1)
+    assert item["encoded_first"] == 4 and item["encoded_second"] == 0  # one more for the shape
+    assert item["bytes"] == item["computed_bytes"] == 128 + 3 * (16 + 16) * 2 * 2 * 2
+
+
+def test_training_steps_change_a_copy_and_only_the_reference_encodes(script):
+    model = tiny_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    ours, reference = script.training_steps(model, 4)
+    ours()
+    reference()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.config.energy_weight == 0
+
+
+def test_operations_by_hand(script):
+    assert script.count_flops(lambda: torch.ones(2, 3) @ torch.ones(3, 5)) == 2 * 2 * 3 * 5
+    flops = script.arithmetic(tiny_model())
+    assert flops["decoder_each_other_sample"] < flops["decoder_first_sample"]
+    assert flops["decoder_each_other_sample"] < flops["sam_decoder_each_prompt"]
+
+
+def test_all_rows_of_tiny_models(script, monkeypatch, capsys):
+    ready = script.row("import probabilistic_sam", "from transformers import SamModel", 1.0, "<= 1.15")
+    monkeypatch.setattr(script, "measure_imports", lambda repeats: ready)
+    monkeypatch.setattr(
+        script, "measure_memory", lambda folder, name: script.row(f"memory, {name}", "", None, "<= 1.3")
+    )
+    monkeypatch.setattr(script, "mobile_sam_config", lambda size: tiny_model(tiny_vit_parts).config)
+    small = tiny_model(tiny_vit_parts)
+    content = script.measure_all(
+        tiny_model(), small, ProbabilisticSamProcessor(32, 32), script.image_and_box(small), repeats=1, num_rows=2,
+        num_slices=2, loop_slices=1, image_sizes=(32,),
+    )  # fmt: skip
+    targets = [item["target"] for item in content["rows"] if item["target"]]
+    assert sorted(targets) == sorted(
+        ["<= 1.10", "<= 2.0", "<= 0.6", "<= 0.6", "<= 1.3", "<= 1.3", ">= 20", "<= 1.1", ">= 50", "<= 1.15", "<= 0.02"]
+    )
+    json.dumps(content, allow_nan=False)
+    assert len(capsys.readouterr().out.splitlines()) >= len(content["rows"])
+
+
+@pytest.mark.slow
+def test_memory_is_measured_in_processes(script, tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    item = script.measure_memory(tmp_path, "tiny")
+    assert item["ratio"] is None or min(item["mebibytes"]) > 0
+
+
+def test_output_must_have_a_folder(script, tmp_path):
+    with pytest.raises(UserError, match="accepted: the name of a file"):
+        script.parse_args(["--output", str(tmp_path / "absent" / "bench.json")])
+
+
+@pytest.mark.parametrize(("name", "processes"), [("multi_gpu", 8), ("multi_node", 16), ("cpu_two_processes", 2)])
+def test_accelerate_reads_the_configurations(name, processes):
+    config = load_config_from_file(str(CONFIGS / f"{name}.yaml"))
+    assert config.distributed_type == DistributedType.MULTI_GPU
+    assert config.num_processes == processes and processes % config.num_machines == 0
+    assert config.use_cpu == name.startswith("cpu")
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {"multi_gpu", "multi_node", "cpu_two_processes"}
+
+
+@pytest.mark.slow
+def test_two_processes_without_a_gpu_know_of_each_other(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "from accelerate import Accelerator\nstate = Accelerator().state\n"
+        "print(f'process {state.process_index} of {state.num_processes} on {state.device}', flush=True)\n"
+    )
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    command = [*launcher, "--config_file", str(CONFIGS / "cpu_two_processes.yaml"), str(program)]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=300)
+    assert sorted(done.stdout.split("\n"))[-2:] == ["process 0 of 2 on cpu", "process 1 of 2 on cpu"]

@@ -487,13 +487,13 @@ def attention_pass(inputs: Sequence[torch.Tensor], num_heads: int, backward: boo
 # ---------------------------------------------------------------------------------------------- arithmetic, growth
 
 
-@torch.no_grad()
 def arithmetic(model: ProbabilisticSamModel) -> dict[str, int]:
     """Floating-point operations of the parts: they say what a ratio can be at best."""
+    model = copy.deepcopy(model).requires_grad_(False)  # the counter stumbles over parameters under no_grad
     inputs = image_and_box(model)
     embeddings = model.get_image_embeddings(inputs["pixel_values"])
     one, two = (prompts_of_one_image(model, count) for count in (1, 2))
-    details, decoder = no_details(one[0]), plain_decoder(model)
+    details, decoder = no_details(one[0]), plain_decoder(model).requires_grad_(False)
     first, both = (count_flops(lambda item=item: model.mask_decoder(*item, *details)) for item in (one, two))
     parts = model.embed(embeddings, None, None, inputs["input_boxes"], None)
     return {

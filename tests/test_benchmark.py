@@ -82,7 +82,8 @@ def test_double_loop_equals_our_ged(script):
 @pytest.mark.parametrize("parts", [sam_parts, tiny_vit_parts], ids=["vit", "tiny_vit"])
 def test_both_decoders_draw_the_same_masks(script, parts):
     item = script.measure_decoding(tiny_model(parts), "tiny", repeats=1)
-    assert 0 < item["largest_difference"] <= 1e-4
+    assert item["largest_difference"] <= 1e-4 and item["largest_difference_float64"] <= 1e-12
+    assert item["largest_logit"] > 1e-3  # there is something to compare
 
 
 def test_other_weights_are_noticed(script, monkeypatch):
@@ -196,7 +197,8 @@ def test_two_processes_without_a_gpu_know_of_each_other(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(
         "from accelerate import Accelerator\nstate = Accelerator().state\n"
-        "print(f'process {state.process_index} of {state.num_processes} on {state.device}', flush=True)\n"
+        "text = f'process {state.process_index} of {state.num_processes} on {state.device.type}'\n"
+        "print(text + '\\n', end='', flush=True)\n"
     )
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
     command = [*launcher, "--config_file", str(CONFIGS / "cpu_two_processes.yaml"), str(program)]

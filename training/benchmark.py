@@ -224,8 +224,8 @@ def measure_sampling(model: ProbabilisticSamModel, name: str, target: str, repea
 def measure_decoding(model: ProbabilisticSamModel, name: str, repeats: int) -> dict:
     """Our mask decoder beside transformers' on the same 16 prompts of one image.
 
-    They are equal when no logit differs by more than 1e-4 of the largest one, or by 1e-4 where that is below 1: float32
-    rounds logits of 150 by about 1e-4 in either decoder. In float64 the two show whether they are the same function.
+    They are equal when no logit differs by more than 1e-4 of the largest one, or by 1e-4 where that is below 1:
+    float32 rounds logits of 150 by about 1e-4 in either decoder. In float64 they show whether they are the same.
     """
     decoder, embeddings = plain_decoder(model), prompts_of_one_image(model, NUM_SAMPLES)
     details = no_details(embeddings[0])
@@ -238,8 +238,8 @@ def measure_decoding(model: ProbabilisticSamModel, name: str, repeats: int) -> d
         repeats=repeats,
     )
     return row(
-        f"decoding {NUM_SAMPLES} latents, {name}", "SamMaskDecoder", ours / other, "<= 0.6", difference <= 1e-4 * max(largest, 1),
-        seconds=[ours, other], largest_difference=difference,
+        f"decoding {NUM_SAMPLES} latents, {name}", "SamMaskDecoder", ours / other, "<= 0.6",
+        difference <= 1e-4 * max(largest, 1), seconds=[ours, other], largest_difference=difference,
         largest_difference_float64=exact_difference, largest_logit=largest,
     )  # fmt: skip
 

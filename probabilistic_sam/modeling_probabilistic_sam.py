@@ -35,7 +35,7 @@ EMPTY_LOGIT = -30.0  # every pixel of a mask that its reader does not draw
 PIXEL_CHANNELS = 16  # of the image embeddings: 4 x 4 grey values a cell of the grid
 PROMPT_CHANNELS = 4  # box, positive points, negative points, mask
 GROUPS = 8  # of a group norm
-MAX_DECODED = 64  # masks decoded in one call, so that memory does not grow with the number of samples
+MAX_DECODED = 16  # masks decoded in one call, so that memory does not grow with the number of samples
 
 
 @dataclass
@@ -726,7 +726,7 @@ class ProbabilisticSamModel(SamModel):
                 expected = (*prior_mean.shape[:2], "S", self.config.latent_dim)
                 raise ValueError(f"latents must have the shape {expected}, got {tuple(latents.shape)}.")
             count = math.prod(lead)
-            if count * latents.shape[2] <= MAX_DECODED:  # no loop: an exported graph serves all batches so small
+            if torch.compiler.is_exporting():  # no loop: the graph serves all batches
                 masks, iou_scores = self.decode(embeddings, latents)
             else:
                 parts = latents.split(max(1, MAX_DECODED // count), dim=2)

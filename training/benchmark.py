@@ -11,7 +11,6 @@ see that it works; its numbers say nothing.
 import argparse
 import contextlib
 import copy
-import functools
 import io
 import itertools
 import json
@@ -29,7 +28,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-import torch.nn.functional as F
+import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from train import freeze
@@ -42,7 +41,6 @@ from probabilistic_sam.data.rows import FEATURES, decode_image, decode_masks, en
 from probabilistic_sam.embedding_cache import EmbeddingCache, plain_view, view_pixel_values
 from probabilistic_sam.errors import UserError, run
 from probabilistic_sam.metrics.functional import ged, iou_matrix
-from probabilistic_sam.modeling_probabilistic_sam import attend
 from probabilistic_sam.provenance import provenance, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -408,19 +406,19 @@ def measure_ged(num_slices: int, loop_slices: int, repeats: int, size: int = 128
 
 def measure_imports(repeats: int) -> dict:
     """`import probabilistic_sam` beside that of SAM alone, each in new processes, Python's own start included."""
-
-    def start(code: str) -> Callable[[], Any]:
-        return lambda: subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
-
-    ours, other = interleave(
-        start("import probabilistic_sam"), start("from transformers import SamModel"), repeats=repeats
-    )
     what, against = "import probabilistic_sam", "from transformers import SamModel"
+    ours, other = interleave(
+        *(
+            lambda code=code: subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+            for code in (what, against)
+        ),
+        repeats=repeats,
+    )
     return row(what, against, ours / other, "<= 1.15", seconds=[ours, other])
 
 
 @torch.no_grad()
-def measure_cost_of_n(model: ProbabilisticSamModel, name: str, repeats: int) -> dict:
+def measure_cost_of_n(model: ProbabilisticSamModel, name: str, target: str, repeats: int) -> dict:
     """A line through the time of N samples of an image that is encoded already, beside an encoder pass."""
     inputs = image_and_box(model)
     embeddings, boxes = model.get_image_embeddings(inputs["pixel_values"]), inputs["input_boxes"]
@@ -431,7 +429,7 @@ def measure_cost_of_n(model: ProbabilisticSamModel, name: str, repeats: int) -> 
     *seconds, encoder = interleave(*ways, lambda: model.get_image_embeddings(inputs["pixel_values"]), repeats=repeats)
     slope, intercept = fit_line(COUNTS, seconds)
     return row(
-        f"one sample more, {name}", "an encoder pass", slope / encoder, "<= 0.02", counts=list(COUNTS),
+        f"one sample more, {name}", "an encoder pass", slope / encoder, target, counts=list(COUNTS),
         seconds=[slope, encoder], seconds_by_count=seconds, slope=slope, intercept=intercept,
     )  # fmt: skip
 
@@ -454,50 +452,53 @@ def measure_bf16(model: ProbabilisticSamModel, inputs: dict[str, torch.Tensor], 
     )  # fmt: skip
 
 
-def fused_attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """`attend` by torch's fused kernel."""
-    lead = query.shape[:2]
-    query, key, value = (
-        item.flatten(0, 1).unflatten(-1, (num_heads, -1)).transpose(1, 2) for item in (query, key, value)
-    )
-    context = F.scaled_dot_product_attention(query, key, value)
-    return context.transpose(1, 2).flatten(-2).unflatten(0, lead)
+def measure_processes(num_nodules: int, num_steps: int) -> list[dict]:
+    """Training and evaluation of the shipped model by two processes beside one that has as many threads as both.
 
-
-def measure_attention(model: ProbabilisticSamModel, name: str, repeats: int) -> list[dict]:
-    """The decoder's plain products beside the fused kernel, forward and backward: tokens to image, image to tokens.
-
-    Shapes are those of 16 samples with a box: 5 tokens of the decoder, 2 of the prompt.
+    Both commands run as a user starts them, on simulated slices; their own clocks begin when everything is loaded.
     """
-    config = model.config.mask_decoder_config
-    width, heads = config.hidden_size // config.attention_downsample_rate, config.num_attention_heads
-    cells = model.config.prompt_encoder_config.image_embedding_size**2
-    rows = []
-    for direction, lengths in {"tokens to image": (7, cells), "image to tokens": (cells, 7)}.items():
-        for dtype in (torch.float32, torch.bfloat16):
-            generator = torch.Generator().manual_seed(0)
-            inputs = [
-                torch.randn(1, NUM_SAMPLES, length, width, generator=generator).to(dtype).requires_grad_()
-                for length in (lengths[0], lengths[1], lengths[1])
-            ]
-            difference = float((attend(*inputs, heads) - fused_attend(*inputs, heads)).detach().abs().max())
-            title = f"{direction}, {str(dtype).removeprefix('torch.')}, {name}"
-            for backward, against in ((False, "fused attention, forward"), (True, "fused, with backward")):
-                measured = functools.partial(attention_pass, inputs, heads, backward)
-                seconds = interleave(
-                    functools.partial(measured, attend), functools.partial(measured, fused_attend), repeats=repeats
-                )
-                ratio = seconds[0] / seconds[1]
-                rows.append(row(title, against, ratio, seconds=seconds, largest_difference=difference))
-    return rows
+    threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        start(1, threads, "build_lidc.py", "phantom", "--output", folder / "data", "--num-nodules", num_nodules)
+        config = yaml.safe_load((ROOT / "training" / "configs" / "psam_lidc.yaml").read_text(encoding="utf-8"))
+        config |= {
+            "base_model": str(SHIPPED), "num_views": 1, "max_steps": num_steps, "energy_start_step": 0,
+            "energy_ramp_steps": 0, "warmup_steps": 1, "log_every": 1, "eval_every": num_steps, "eval_slices": 2,
+            "checkpoint_every": num_steps,
+        }  # fmt: skip
+        (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+        steps, slices = {}, {}
+        for processes in (1, 2):
+            run_folder, scores = folder / f"run-{processes}", folder / f"scores-{processes}.json"
+            data = ("--dataset", folder / "data")
+            start(
+                processes, threads, "train.py", *data, "--config", folder / "config.yaml", "--output_dir", run_folder,
+                "--cache_dir", folder / "cache",
+            )  # fmt: skip
+            lines = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
+            seconds = [line["seconds"] for line in lines if "loss" in line]
+            steps[processes] = (len(seconds) - 1) / (seconds[-1] - seconds[0])  # the first one warms up
+            start(processes, threads, "evaluate.py", *data, "--model", SHIPPED, "--output", scores)
+            content = json.loads(scores.read_text())
+            slices[processes] = content["num_slices"] / content["seconds"]
+    return [
+        row(f"{what}, 2 processes", "1 process, as many threads", speed[2] / speed[1], per_second=[speed[2], speed[1]])
+        for what, speed in (("training steps a second", steps), ("slices evaluated a second", slices))
+    ]
 
 
-def attention_pass(inputs: Sequence[torch.Tensor], num_heads: int, backward: bool, way: Callable) -> None:
-    """One pass of `attend` or `fused_attend`, with the gradients of its inputs or without."""
-    with torch.set_grad_enabled(backward):
-        context = way(*inputs, num_heads)
-    if backward:
-        torch.autograd.grad(context.float().sum(), inputs)
+def start(processes: int, threads: int, script: str, *arguments: Any) -> None:
+    """Run a script of this folder in some processes that share the threads."""
+    command = [sys.executable]
+    if processes > 1:
+        launcher = ROOT / "training" / "configs" / "accelerate" / "cpu_two_processes.yaml"
+        command += ["-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file", str(launcher)]
+    command += [str(ROOT / "training" / script), *map(str, arguments)]
+    environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": str(max(1, threads // processes))}
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"{script} with {processes} processes failed: {(done.stderr.strip() or '?').splitlines()[-1]}")
 
 
 # ---------------------------------------------------------------------------------------------- arithmetic, growth
@@ -568,6 +569,8 @@ def measure_all(
     num_slices: int,
     loop_slices: int,
     image_sizes: Sequence[int],
+    num_nodules: int,
+    num_steps: int,
 ) -> dict[str, Any]:
     """All rows of the table, and what explains them.
 
@@ -581,6 +584,8 @@ def measure_all(
         num_slices: see `measure_ged`.
         loop_slices: see `measure_ged`.
         image_sizes: see `growth`.
+        num_nodules: see `measure_processes`.
+        num_steps: see `measure_processes`.
     """
     models = {"ViT-B": large, "shipped": small}
     names = {key: f"{key} at {model.config.vision_config.image_size}" for key, model in models.items()}
@@ -598,9 +603,11 @@ def measure_all(
         with tempfile.TemporaryDirectory() as folder:
             models[key].save_pretrained(folder)
             add(measure_memory(Path(folder), names[key]))
-        add(*measure_attention(models[key], names[key], repeats))
-    add(measure_training(large, names["ViT-B"], repeats), measure_cost_of_n(large, names["ViT-B"], repeats))
+    add(measure_training(large, names["ViT-B"], repeats))
+    for key, target in (("ViT-B", "<= 0.02"), ("shipped", "")):
+        add(measure_cost_of_n(models[key], names[key], target, repeats))
     add(measure_cache(small, processor, num_rows, repeats), measure_bf16(small, inputs, names["shipped"], repeats))
+    add(*measure_processes(num_nodules, num_steps))
     return {
         "rows": rows,
         "flops": {names[key]: arithmetic(model) for key, model in models.items()},
@@ -634,8 +641,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"the machine is not idle (load {load[0]:.1f}): times will be of little use", file=sys.stderr)
     processor = ProbabilisticSamProcessor.from_pretrained(SHIPPED)
     sizes: dict[str, Any] = {"repeats": 5, "num_rows": 64, "num_slices": 2000, "loop_slices": 20}
+    sizes |= {"num_nodules": 64, "num_steps": 11}
     if args.quick:
-        sizes = {"repeats": 1, "num_rows": 4, "num_slices": 4, "loop_slices": 2}
+        sizes = {"repeats": 1, "num_rows": 4, "num_slices": 4, "loop_slices": 2, "num_nodules": 24, "num_steps": 2}
     sizes["image_sizes"] = (64, 128) if args.quick else (128, 256, 512, 1024)
     content = measure_all(
         vit_b(64 if args.quick else 1024),

@@ -1,0 +1,96 @@
+"""training/finish_run.py: the mean of two weights, and a prior that draws nothing as often as the readers do."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_model, tiny_rows, tiny_vit_parts
+
+pytest.importorskip("accelerate")
+pytest.importorskip("datasets")
+
+from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamProcessor
+from probabilistic_sam.data.rows import write_dataset
+from probabilistic_sam.errors import UserError
+
+SCRIPT = Path(__file__).resolve().parent.parent / "training" / "finish_run.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    """The script as a module; it finds its neighbour train.py as it does when it is started."""
+    sys.path.insert(0, str(SCRIPT.parent))
+    try:
+        spec = importlib.util.spec_from_file_location("training_finish_run", SCRIPT)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(SCRIPT.parent))
+    return module
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    """A run folder: a model, and a checkpoint whose running average lies one higher."""
+    model = tiny_model(tiny_vit_parts)
+    model.save_pretrained(tmp_path / "run")
+    ProbabilisticSamProcessor(32, 32).save_pretrained(tmp_path / "run")
+    last = {name: p.detach() + 1 for name, p in model.named_parameters() if name.startswith("prior.")}
+    (tmp_path / "run" / "checkpoint-4").mkdir()
+    torch.save({"step": 4, "best": {"step": 2}, "ema": last}, tmp_path / "run" / "checkpoint-4" / "training_state.pt")
+    write_dataset(tiny_rows({"train": 1, "validation": 3}), tmp_path / "lidc", "Made for a test.")
+    return tmp_path / "run"
+
+
+def test_shift_by_hand(script):
+    # P(x <= 0) with mean 0 is a half; .1587 is that of mean 1, so 1 has to be added
+    assert script.find_shift(np.zeros(3), np.full(3, 0.15865525)) == pytest.approx(1, abs=1e-6)
+    assert script.find_shift(np.array([-1.0, 1.0]), np.array([0.25, 0.75])) == pytest.approx(0, abs=1e-9)
+    with pytest.raises(UserError, match="drew nothing is 0"):
+        script.find_shift(np.zeros(2), np.zeros(2))
+
+
+def test_average_is_half_of_the_way(script):
+    model = tiny_model(tiny_vit_parts)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    script.average(model, {"prior.lin2.bias": before["prior.lin2.bias"] + 1})
+    for name, value in model.named_parameters():
+        moved = 0.5 if name == "prior.lin2.bias" else 0
+        assert torch.allclose(value, before[name] + moved), name
+    for wrong in ({}, {"absent": torch.zeros(1)}, {"prior.lin2.bias": torch.zeros(1)}):
+        with pytest.raises(UserError, match="of another model"):
+            script.average(model, wrong)
+
+
+def test_finished_run_draws_nothing_as_often_as_the_readers(script, run_folder, tmp_path, monkeypatch, capsys):
+    arguments = ["--run", run_folder, "--dataset", tmp_path / "lidc", "--output", tmp_path / "done"]
+    arguments += ["--cache_dir", tmp_path / "cache"]
+    monkeypatch.setattr(sys, "argv", ["finish_run.py", *map(str, arguments)])
+    script.main()
+    record = json.loads((tmp_path / "done" / "finish.json").read_text())
+    assert record["run_steps"] == [2, 4] and "wrote" in capsys.readouterr().out
+    before, after = (ProbabilisticSamModel.from_pretrained(path) for path in (run_folder, tmp_path / "done"))
+    processor = ProbabilisticSamProcessor.from_pretrained(tmp_path / "done")
+    old, new = (dict(model.named_parameters()) for model in (before, after))
+    for name, value in new.items():
+        moved = old[name] + 0.5 if name.startswith("prior.") else old[name].clone()
+        if name == "prior.lin2.bias":
+            moved[0] += record["shift"]
+        assert torch.allclose(value, moved, atol=1e-4), name
+    rows = script.load_split(tmp_path / "lidc", "validation")
+    cache = script.EmbeddingCache(after, processor, rows, 0, 0, tmp_path / "cache", bf16=True)
+    means, shares = script.drawing_means(after, cache, rows, batch_size=2)
+    assert script.ndtr(-means).mean() == pytest.approx(shares.mean(), abs=1e-4)
+    with pytest.raises(UserError, match="is not empty"):
+        script.main()
+
+
+def test_a_folder_that_is_no_run(tmp_path):
+    command = [sys.executable, str(SCRIPT), "--run", tmp_path, "--dataset", tmp_path, "--output", tmp_path / "done"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 2 and "does not open" in done.stderr and "Traceback" not in done.stderr

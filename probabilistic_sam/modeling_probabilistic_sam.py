@@ -434,8 +434,8 @@ class ProbabilisticSamMaskDecoder(SamMaskDecoder):
         tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight]).expand(batch, prompts, -1, -1)
         prompt_tokens = torch.cat([tokens, sparse_prompt_embeddings], dim=2)  # (B, N, T, C)
         positions = image_positional_embeddings.flatten(2).transpose(1, 2)[:, None]  # (1, 1, G, C), G = g * g
-        # K is 1 while the prompts of an image share it, N afterwards
-        image = (image_embeddings + dense_prompt_embeddings).flatten(2).transpose(1, 2)[:, None]  # (B, K, G, C)
+        # (B, K, G, C): K is 1 while the prompts of an image share it, N afterwards
+        image = (image_embeddings + dense_prompt_embeddings).flatten(2).transpose(1, 2)[:, None].contiguous()
 
         tokens = prompt_tokens
         for layer in self.transformer.layers:
@@ -492,7 +492,7 @@ class ProbabilisticSamMaskDecoder(SamMaskDecoder):
             return scores
         weight, _ = weight_and_bias(projection)
         tokens = torch.einsum("bnthd,hdc->bnhtc", tokens, weight.unflatten(0, (heads, -1))).flatten(2, 3)
-        return scores + (tokens @ image.transpose(-2, -1)).view_as(scores)
+        return (tokens @ image.transpose(-2, -1)).view(scores.shape) + scores
 
     @staticmethod
     def token_to_image(attention, tokens, image, positions) -> torch.Tensor:

@@ -109,6 +109,33 @@ def test_ablations_show_the_latent_space(result):
     assert ours.endswith("| 6.000 | 0.700 |") and ablated.endswith("| 0.000 | 0.500 |")
 
 
+def test_cost_has_a_line_a_comparison_and_says_what_was_missed():
+    line = {"against": "other", "ratio": 0.5, "target": "<= 0.6", "met": True, "seconds": [1.0, 2.0]}
+    rows = [
+        line | {"what": "decoding", "largest_difference_float64": 2e-13},
+        line | {"what": "memory", "ratio": 1.5, "target": "<= 1.3", "met": False, "mebibytes": [30, 20]},
+        line | {"what": "bf16", "target": "", "met": None, "mean_iou": 0.997, "least_iou": 0.976},
+        line | {"what": "absent", "ratio": None},
+    ]
+    parts = {"encoder": 5e9, "decoder_each_other_sample": 1e8, "sam_decoder_each_prompt": 2e8}
+    text = make_card.cost_section(
+        {
+            "rows": rows,
+            "repeats": 5,
+            "num_threads": 2,
+            "flops": {"tiny": parts},
+            "commit": "abc",
+            "growth_seconds": {"image_size": {"128": 0.5}},
+            "command": "python training/benchmark.py",
+        }  # fmt: skip
+    )
+    lines = text.splitlines()
+    assert lines[2] == "| decoding | other | 0.5 x | ≤ 0.6 | 1 s / 2 s |"
+    assert lines[3] == "| memory | other | 1.5 x | ≤ 1.3 (missed) | 30 MiB / 20 MiB |"
+    assert "absent" not in text and "encoder 5, each further sample 0.1, SAM's decoder on a prompt 0.2" in text
+    assert "image size 128: 0.5" in text and "IoU 0.997 on average, 0.976 at least" in text and "2e-13" in text
+
+
 def test_exported_weights_are_half_precision_and_load_as_float32(tmp_path):
     from tiny import tiny_model
 

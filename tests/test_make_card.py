@@ -130,6 +130,7 @@ def test_cost_has_a_line_a_comparison_and_says_what_was_missed():
         }  # fmt: skip
     )
     lines = text.splitlines()
+    assert lines[0] == "|  | beside | ratio | target | ours / the other |"
     assert lines[2] == "| decoding | other | 0.5 x | ≤ 0.6 | 1 s / 2 s |"
     assert lines[3] == "| memory | other | 1.5 x | ≤ 1.3 (missed) | 30 MiB / 20 MiB |"
     assert "absent" not in text and "encoder 5, each further sample 0.1, SAM's decoder on a prompt 0.2" in text

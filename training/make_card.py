@@ -342,7 +342,7 @@ def cost_section(result: dict) -> str:
         met = {True: "", False: " (missed)", None: ""}[item["met"]]
         target = item["target"].replace("<=", "≤").replace(">=", "≥") + met
         lines.append([item["what"], item["against"], f"{item['ratio']:.3g} x", target, seconds])
-    text = table(("", "beside", "ratio", "target", "ours / the other"), lines)
+    text = table(("beside", "ratio", "target", "ours / the other"), lines)
     half = next(item for item in rows if "mean_iou" in item)
     flops = "; ".join(
         f"{name}: encoder {parts['encoder'] / 1e9:.3g}, each further sample "

@@ -476,6 +476,14 @@ def test_earlier_run_is_not_overwritten(train, finished):
         train(finished)
 
 
+def test_sharded_weights_are_refused(script, train, tmp_path, monkeypatch):
+    # accelerate shards on GPUs only: take what it says here for a way to shard
+    monkeypatch.setattr(script, "SHARDED", (script.DistributedType.NO,))
+    with pytest.raises(UserError, match="accelerate is configured for .*accepted: one process"):
+        train(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_errors_are_one_line_and_exit_code_2(workspace, tmp_path):
     ended = train_apart(workspace, tmp_path / "run", "--config", tmp_path / "nowhere.yaml")
     assert ended.returncode == 2

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from scipy.special import expit
@@ -57,6 +57,7 @@ FROZEN = (
     "shared_image_embedding.", "vision_encoder.", "prompt_encoder.", "mask_decoder.iou_prediction_head.",
     *(f"mask_decoder.output_hypernetworks_mlps.{i}." for i in (1, 2, 3)),
 )  # fmt: skip
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 RANDOM = "random"  # base_model that is MobileSAM without its weights
 TRAINING_PROMPTS = ("union_box", "center_box", "center_point")
 AUGMENTATIONS = ("max_shift", "max_zoom", "max_gamma")
@@ -498,6 +499,11 @@ def main() -> None:
     arguments = parse_args()
     config = read_config(arguments)
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    if accelerator.distributed_type in SHARDED:
+        raise UserError(
+            f"accelerate is configured for {accelerator.distributed_type}, which shards weights that averages and "
+            "checkpoints need whole; accepted: one process, or one a device as in training/configs/accelerate"
+        )
     directory = Path(arguments.output_dir)
     checkpoint = (
         find_checkpoint(arguments.resume_from_checkpoint, directory) if arguments.resume_from_checkpoint else None

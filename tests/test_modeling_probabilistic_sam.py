@@ -312,20 +312,29 @@ def test_energy_distance_by_hand_leaves_out_what_does_not_count():
 # ------------------------------------------------------------------------------------------- other people's weights
 
 
-def test_decoder_equals_that_of_sam():
-    model = tiny_model()
-    generator = torch.Generator().manual_seed(0)
-    image, dense = torch.randn(2, 2, 16, 2, 2, generator=generator)
-    sparse = torch.randn(2, 5, 3, 16, generator=generator)
-    positions = model.get_image_wide_positional_embeddings()
+@pytest.mark.parametrize("prompts", [1, 5])
+def test_decoder_equals_that_of_sam_in_masks_and_gradients(prompts):
+    model, generator = tiny_model().double(), torch.Generator().manual_seed(0)
+    decoder = model.mask_decoder
     with torch.no_grad():
-        nothing = torch.zeros(2, 4, 4, 4), torch.zeros(2, 2, 8, 8)  # as a new detail network gives
-        masks, scores = model.mask_decoder(image, positions, sparse, dense, *nothing)
-        expected, expected_scores = SamMaskDecoder.forward(
-            model.mask_decoder, image, positions.repeat(2, 1, 1, 1), sparse, dense, multimask_output=False
-        )
-    assert torch.allclose(masks, expected[:, :, 0], atol=1e-6)
-    assert torch.allclose(scores, expected_scores[:, :, 0], atol=1e-6)
+        for value in decoder.parameters():  # biases too, which start at 0
+            value.add_(0.3 * torch.randn(value.shape, generator=generator, dtype=torch.double))
+    image, dense = torch.randn(2, 2, 16, 2, 2, generator=generator, dtype=torch.double)
+    sparse = torch.randn(2, prompts, 3, 16, generator=generator, dtype=torch.double)
+    positions = torch.randn(1, 16, 2, 2, generator=generator, dtype=torch.double)
+    given = [item.requires_grad_() for item in (image, positions, sparse, dense)]
+    nothing = torch.zeros(2, 4, 4, 4).double(), torch.zeros(2, 2, 8, 8).double()  # as a new detail network gives
+    masks, scores = decoder(*given, *nothing)
+    repeated = positions.expand(2, -1, -1, -1)
+    expected, expected_scores = SamMaskDecoder.forward(decoder, image, repeated, sparse, dense, multimask_output=False)
+    assert torch.allclose(masks, expected[:, :, 0]) and torch.allclose(scores, expected_scores[:, :, 0])
+
+    weights = [value for name, value in decoder.named_parameters() if "mlps" not in name and "iou_pred" not in name]
+    target = torch.randn(masks.shape, generator=generator, dtype=torch.double)
+    gradients = torch.autograd.grad((masks * target).sum(), [*given, *weights])
+    wanted = torch.autograd.grad((expected[:, :, 0] * target).sum(), [*given, *weights])
+    assert all(torch.allclose(ours, theirs, atol=1e-9) for ours, theirs in zip(gradients, wanted, strict=True))
+    assert all(item.any() for item in wanted[4:6])
 
 
 def test_warm_start_from_a_sam_directory_leaves_only_the_latent_networks_new(tmp_path):

@@ -1,6 +1,5 @@
 """The baselines: each keeps the interface, draws by its seed, and is trained and scored by the scripts; oracles."""
 
-import importlib.util
 import json
 import math
 import sys
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from tiny import GRID, SIZE, tiny_model, tiny_rows, tiny_vit_parts
+from tiny import GRID, SIZE, load_script, tiny_model, tiny_rows, tiny_vit_parts
 from transformers import AutoModel, AutoProcessor
 
 from probabilistic_sam import ProbabilisticSamProcessor
@@ -296,13 +295,6 @@ def test_probabilistic_unet_reports_its_latent_space():
     assert not torch.allclose(output.posterior_mean[:, :, 0], output.posterior_mean[:, :, 1])  # it reads the masks
     with pytest.raises(ValueError, match="labels must have the shape"):
         model(pixel_values=images(), input_boxes=BOXES, labels=readers()[:, 0])
-
-
-def load_script(name):
-    spec = importlib.util.spec_from_file_location(f"training_{name}", ROOT / "training" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """training/benchmark.py: that what it times is right and equal, on tiny models; no test looks at a time."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -10,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import sam_parts, tiny_inputs, tiny_model, tiny_vit_parts
+from tiny import load_script, sam_parts, tiny_inputs, tiny_model, tiny_vit_parts
 
 pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
@@ -24,21 +23,12 @@ from probabilistic_sam.errors import UserError
 from probabilistic_sam.metrics.functional import ged
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = ROOT / "training" / "benchmark.py"
 CONFIGS = ROOT / "training" / "configs" / "accelerate"
 
 
 @pytest.fixture(scope="module")
 def script():
-    """The script as a module; it finds its neighbour train.py as it does when it is started."""
-    sys.path.insert(0, str(SCRIPT.parent))
-    try:
-        spec = importlib.util.spec_from_file_location("training_benchmark", SCRIPT)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(SCRIPT.parent))
-    return module
+    return load_script("benchmark")
 
 
 def test_ways_take_turns_after_a_turn_to_warm_up(script):

@@ -16,6 +16,7 @@ import datasets
 import numpy as np
 import pytest
 from dicom_files import write_slice
+from tiny import load_script
 
 from probabilistic_sam.data import files as files_module
 from probabilistic_sam.data.nodules import read_nodule
@@ -82,9 +83,7 @@ def write_index(path: Path, changes: dict[str, str] | None = None, drop: str | N
 @pytest.fixture
 def build(monkeypatch, capsys):
     """Run the script in this process; returns exit code, stdout and stderr."""
-    spec = importlib.util.spec_from_file_location("build_lidc", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script("build_lidc")
     monkeypatch.setattr(module, "tqdm", lambda rows, **_: rows)
 
     def call(*arguments) -> tuple[int, str, str]:

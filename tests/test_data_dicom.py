@@ -2,7 +2,6 @@
 
 import csv
 import errno
-import importlib.util
 import shutil
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from dicom_files import write_slice
 from pydicom.encaps import encapsulate, generate_frames
 from pydicom.pixels import get_decoder
 from pydicom.uid import JPEGLosslessSV1
+from tiny import load_script
 
 from probabilistic_sam.data.dicom import HU_OFFSET, dicom_jobs, find_scans, read_hu, scan_rows
 from probabilistic_sam.data.nodules import nodule_annotations, patient_nodule_ids, read_nodule
@@ -23,7 +23,6 @@ from probabilistic_sam.data.rows import decode_image, decode_masks
 from probabilistic_sam.data.slices import read_slices
 from probabilistic_sam.errors import UserError
 
-SCRIPT = Path(__file__).resolve().parent.parent / "training" / "build_lidc.py"
 PATIENT = "LIDC-IDRI-0004"  # one scan, one nodule of four readers
 
 
@@ -236,9 +235,7 @@ def test_real_slices_through_dicom_equal_the_slices_source(shared_dir, tmp_path)
 
 
 def test_command_builds_shards_that_together_are_the_whole(folder, tmp_path, monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location("build_lidc", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = load_script("build_lidc")
 
     def build(output: str, *arguments: str) -> str:
         command = ["build_lidc.py", "dicom", "--input", str(folder), "--output", str(tmp_path / output), *arguments]

@@ -1,12 +1,12 @@
 """Source `hpunet`: rows from folders and archives in every spelling of the layout, and each fault in one line."""
 
-import importlib.util
 import io
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny import load_script
 
 from probabilistic_sam.data.hpunet import read_hpunet
 from probabilistic_sam.data.pylidc_adapter import load_pylidc
@@ -14,7 +14,6 @@ from probabilistic_sam.data.rows import decode_image, decode_masks, encode_png, 
 from probabilistic_sam.data.splits import split_of
 from probabilistic_sam.errors import UserError
 
-SCRIPT = Path(__file__).resolve().parent.parent / "training" / "build_lidc.py"
 IMAGE = (np.arange(180 * 180) % 251).astype(np.uint8).reshape(180, 180)
 PATIENT = "LIDC-IDRI-0001"  # of one scan; its readers drew from z -125.0 to -105.0
 
@@ -82,9 +81,7 @@ def test_unknown_scans_are_null(tmp_path):
 
 @pytest.fixture
 def build(monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location("build_lidc", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = load_script("build_lidc")
 
     def call(output: Path, *inputs: Path) -> str:
         command = ["build_lidc.py", "hpunet", "--input", *map(str, inputs), "--output", str(output)]

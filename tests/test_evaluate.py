@@ -1,6 +1,5 @@
 """training/evaluate.py: on stub models in process, on a tiny Probabilistic SAM from the command line."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -15,6 +14,8 @@ import torch
 pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
 
+from tiny import load_script
+
 from probabilistic_sam.data import split_of
 from probabilistic_sam.data.rows import decode_masks, encode_png, image_row, load_split, write_dataset
 from probabilistic_sam.errors import UserError
@@ -28,11 +29,7 @@ PATIENTS = [name for name in (f"LIDC-IDRI-{i:04d}" for i in range(1, 200)) if sp
 
 @pytest.fixture(scope="module")
 def script():
-    """The script as a module; its own name would hide the `evaluate` library."""
-    spec = importlib.util.spec_from_file_location("training_evaluate", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("evaluate")
 
 
 def make_rows():

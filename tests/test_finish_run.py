@@ -1,6 +1,5 @@
 """training/finish_run.py: the mean of two weights, and a prior that draws nothing as often as the readers do."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -9,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_model, tiny_rows, tiny_vit_parts
+from tiny import load_script, tiny_model, tiny_rows, tiny_vit_parts
 
 pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
@@ -23,15 +22,7 @@ SCRIPT = Path(__file__).resolve().parent.parent / "training" / "finish_run.py"
 
 @pytest.fixture(scope="module")
 def script():
-    """The script as a module; it finds its neighbour train.py as it does when it is started."""
-    sys.path.insert(0, str(SCRIPT.parent))
-    try:
-        spec = importlib.util.spec_from_file_location("training_finish_run", SCRIPT)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(SCRIPT.parent))
-    return module
+    return load_script("finish_run")
 
 
 @pytest.fixture

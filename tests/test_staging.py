@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
-from tiny import SIZE, tiny_model
+from tiny import SIZE, load_script, tiny_model
 
 from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamProcessor
 from probabilistic_sam.errors import UserError
@@ -253,9 +253,7 @@ def test_what_cannot_be_staged_where(run, tmp_path):
 @pytest.fixture
 def push_to_hub(monkeypatch):
     """Run the script in this process."""
-    spec = importlib.util.spec_from_file_location("push_to_hub", ROOT / "training" / "push_to_hub.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script("push_to_hub")
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["push_to_hub.py", *map(str, arguments)])

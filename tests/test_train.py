@@ -1,6 +1,5 @@
 """training/train.py: a run of eight steps, resuming after a kill, faults in one line."""
 
-import importlib.util
 import json
 import os
 import pickle
@@ -16,7 +15,7 @@ import pytest
 import torch
 import yaml
 from loopback_hub import LoopbackHub
-from tiny import SIZE, tiny_model, tiny_rows, tiny_vit_parts
+from tiny import SIZE, load_script, tiny_model, tiny_rows, tiny_vit_parts
 from transformers import AutoModel, AutoProcessor
 
 pytest.importorskip("accelerate")
@@ -49,10 +48,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("training_train", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("train")
 
 
 @pytest.fixture(scope="module")

@@ -290,6 +290,9 @@ of 1,878 nodules of 613 patients, 128x128 pixel crops with the masks of up to fo
 ![Calibration of pixels and of emptiness](figures/calibration.png)
 *Reliability on the validation slices of the table.*
 
+![GED against the number of samples](figures/sample_number.png)
+*GED of the weights here as the number of samples grows.*
+
 ![Readers beside samples](figures/gallery.png)
 *Best, median and worst of 60 validation slices of a phantom build, readers' outlines beside those of 16 samples.*
 

@@ -386,7 +386,7 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, num_head
     return context.transpose(2, 3).flatten(-2)
 
 
-def weight_and_bias(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+def weight_and_bias(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight (out, in) and bias (out,) of a linear layer; of one with an adapter or a quantised one, what it does."""
     if type(layer) is nn.Linear:
         return layer.weight, layer.bias

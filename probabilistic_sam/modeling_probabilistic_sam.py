@@ -386,12 +386,16 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, num_head
     return context.transpose(2, 3).flatten(-2)
 
 
-def weight_and_bias(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight (out, in) and bias (out,) of a linear layer; of one with an adapter or a quantised one, what it does."""
+def weight_and_bias(layer: Any, given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight (out, in) and bias (out,) of a linear layer that takes tensors like `given`.
+
+    Of one that is more, such as with a LoRA adapter, or quantised, what it does to the unit vectors.
+    """
     if type(layer) is nn.Linear:
         return layer.weight, layer.bias
-    bias = layer(layer.weight.new_zeros(1, layer.in_features))
-    return (layer(torch.eye(layer.in_features, dtype=bias.dtype, device=bias.device)) - bias).T, bias[0]
+    units = torch.eye(layer.in_features, dtype=given.dtype, device=given.device)
+    bias = layer(torch.zeros_like(units[:1]))
+    return (layer(units) - bias).T, bias[0]
 
 
 class ProbabilisticSamMaskDecoder(SamMaskDecoder):
@@ -490,7 +494,7 @@ class ProbabilisticSamMaskDecoder(SamMaskDecoder):
         scores = torch.einsum("bnthd,bghd->bnhtg", tokens, projection(shared)[:, 0].unflatten(-1, (heads, -1)))
         if image.shape[1] == 1:
             return scores
-        weight, _ = weight_and_bias(projection)
+        weight, _ = weight_and_bias(projection, image)
         tokens = torch.einsum("bnthd,hdc->bnhtc", tokens, weight.unflatten(0, (heads, -1))).flatten(2, 3)
         return (tokens @ image.transpose(-2, -1)).view(scores.shape) + scores
 
@@ -504,7 +508,7 @@ class ProbabilisticSamMaskDecoder(SamMaskDecoder):
             value = attention.v_proj(image)[:, 0].unflatten(-1, (heads, -1))
             context = torch.einsum("bnhtg,bghd->bnthd", weights, value)
         else:
-            weight, bias = (item.unflatten(0, (heads, -1)) for item in weight_and_bias(attention.v_proj))
+            weight, bias = (item.unflatten(0, (heads, -1)) for item in weight_and_bias(attention.v_proj, image))
             context = (weights.flatten(2, 3) @ image).unflatten(2, (heads, -1))
             context = torch.einsum("bnhtc,hdc->bnthd", context, weight) + bias
         return attention.out_proj(context.flatten(-2))
@@ -515,7 +519,7 @@ class ProbabilisticSamMaskDecoder(SamMaskDecoder):
         heads = attention.num_attention_heads
         key = (attention.k_proj(tokens) * attention.scaling).unflatten(-1, (heads, -1))
         weights = ProbabilisticSamMaskDecoder.scores(key, attention.q_proj, image, positions).softmax(dim=3)
-        weight, bias = weight_and_bias(attention.out_proj)
+        weight, bias = weight_and_bias(attention.out_proj, tokens)
         value = attention.v_proj(values).unflatten(-1, (heads, -1))
         # A head's weights sum to 1, so the bias can be part of the values
         value = torch.einsum("bnthd,chd->bnhtc", value, weight.unflatten(-1, (heads, -1))) + bias / heads

@@ -131,7 +131,16 @@ def test_training_steps_change_a_copy_and_only_the_reference_encodes(script):
 
 def test_operations_by_hand(script):
     assert script.count_flops(lambda: torch.ones(2, 3) @ torch.ones(3, 5)) == 2 * 2 * 3 * 5
-    flops = script.arithmetic(tiny_model())
+
+
+def test_a_further_sample_costs_less_where_cells_outnumber_tokens(script):
+    def parts():
+        wide = sam_parts(128)  # 64 cells of 64 channels; the 2 heads x 8 tokens are fewer than the 32 of a projection
+        wide["vision_config"] |= {"output_channels": 64, "num_pos_feats": 32}
+        wide["prompt_encoder_config"]["hidden_size"] = wide["mask_decoder_config"]["hidden_size"] = 64
+        return wide
+
+    flops = script.arithmetic(tiny_model(parts))
     assert flops["decoder_each_other_sample"] < flops["decoder_first_sample"]
     assert flops["decoder_each_other_sample"] < flops["sam_decoder_each_prompt"]
 

@@ -135,7 +135,7 @@ def test_operations_by_hand(script):
 
 def test_a_further_sample_costs_less_where_cells_outnumber_tokens(script):
     def parts():
-        wide = sam_parts(128)  # 64 cells of 64 channels; the 2 heads x 8 tokens are fewer than the 32 of a projection
+        wide = sam_parts(128)  # 64 cells of 64 channels; the 2 heads x 7 tokens are fewer than the 32 of a projection
         wide["vision_config"] |= {"output_channels": 64, "num_pos_feats": 32}
         wide["prompt_encoder_config"]["hidden_size"] = wide["mask_decoder_config"]["hidden_size"] = 64
         return wide

@@ -155,6 +155,7 @@ def test_ellipse_without_a_box():
     ("make", "message"),
     [
         (lambda: DropoutUNetConfig(dropout=1.0), "dropout must be at least 0 and less than 1, got 1.0"),
+        (lambda: make_sam(DropoutSamModel, sampling_dropout=-0.1), "sampling_dropout must be at least 0"),
         (lambda: DropoutUNetConfig(image_size=40), "image_size must be a positive multiple of 16, got 40"),
         (lambda: ProbabilisticUNetConfig(latent_dim=0), "latent_dim must be at least 1, got 0"),
         (lambda: make_sam(DeterministicSamModel, jitter=-1.0), "jitter must not be negative, got -1.0"),
@@ -177,6 +178,24 @@ def test_dropped_channels():
     assert drop_channels(features, 0.0, None) is features
 
 
+@pytest.mark.parametrize("name", ["dropout_unet", "dropout_sam"])
+def test_training_and_sampling_have_shares_of_their_own(name):
+    model = MAKERS[name]().eval()
+
+    def losses_and_masks():
+        generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+        inputs = {"pixel_values": images(), "input_boxes": BOXES, "labels": readers()}
+        losses = [model(**inputs, generator=item).loss.item() for item in generators]
+        return losses, draw(model, num_samples=2).unbind(2)
+
+    model.config.dropout, model.config.sampling_dropout = 0.0, 0.5
+    losses, masks = losses_and_masks()
+    assert losses[0] == losses[1] and not torch.equal(*masks)
+    model.config.dropout, model.config.sampling_dropout = 0.5, 0.0
+    losses, masks = losses_and_masks()
+    assert losses[0] != losses[1] and torch.equal(*masks)
+
+
 def test_loss_of_one_mask_against_an_empty_and_a_full_reader():
     logits, targets = torch.zeros(1, 1, 1, 2, 2), torch.stack([torch.zeros(2, 2), torch.ones(2, 2)])[None, None]
     bce = 4 * math.log(2)
@@ -191,7 +210,7 @@ def test_untrained_deterministic_sam_draws_sams_masks():
     torch.nn.init.zeros_(sam.latent_proj[2].bias)
     expected = sam(images(), input_boxes=BOXES, latents=torch.ones(2, 1, 1, 4)).pred_masks
     for model_class in (DeterministicSamModel, DropoutSamModel):
-        still = model_class.from_sam(sam, jitter=0.0, dropout=0.0).eval()
+        still = model_class.from_sam(sam, jitter=0.0, sampling_dropout=0.0).eval()
         assert torch.allclose(draw(still, num_samples=1), expected, atol=1e-5)
 
 

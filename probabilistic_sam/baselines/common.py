@@ -70,10 +70,11 @@ def drop_channels(features: torch.Tensor, share: float, generator: torch.Generat
     return features * kept.to(features.dtype) / (1 - share)
 
 
-def check_dropout(share: float) -> None:
+def check_dropout(dropout: float, sampling_dropout: float) -> None:
     """Raise ValueError for a share that is none."""
-    if not 0 <= share < 1:
-        raise ValueError(f"dropout must be at least 0 and less than 1, got {share}")
+    for name, share in {"dropout": dropout, "sampling_dropout": sampling_dropout}.items():
+        if not 0 <= share < 1:
+            raise ValueError(f"{name} must be at least 0 and less than 1, got {share}")
 
 
 class SamVariant(ProbabilisticSamModel):

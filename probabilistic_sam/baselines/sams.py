@@ -20,18 +20,20 @@ class LatentFreeSamConfig(ProbabilisticSamConfig):
     r"""Of `LatentFreeSamModel`; the fields of the latent space and of its loss have no meaning here.
 
     Args:
-        dropout (`float`, defaults to 0): share dropped, in training and in sampling, of the prompt's token entries and
-            of the channels of the image embeddings and details.
+        dropout (`float`, defaults to 0): share dropped in training of the prompt's token entries and of the channels
+            of the image embeddings and details.
+        sampling_dropout (`float`, defaults to 0): the same in sampling.
         jitter (`float`, defaults to 0): in sampling each side of a box moves by u1 * 0.1 * side + u2 * `jitter`, and
             each point by u2 * `jitter`, u ~ U(-1, 1); in pixels of the model's input: 1.5 px of the image are
             1.5 * image_size / crop_size. With 0 nothing moves.
     """
 
     dropout: float = 0.0
+    sampling_dropout: float = 0.0
     jitter: float = 0.0
 
     def __post_init__(self, **kwargs):
-        check_dropout(self.dropout)
+        check_dropout(self.dropout, self.sampling_dropout)
         if self.jitter < 0:
             raise ValueError(f"jitter must not be negative, got {self.jitter}")
         super().__post_init__(**kwargs)
@@ -39,11 +41,12 @@ class LatentFreeSamConfig(ProbabilisticSamConfig):
 
 @strict
 class DropoutSamConfig(LatentFreeSamConfig):
-    """`LatentFreeSamConfig` with dropout."""
+    """`LatentFreeSamConfig` with dropout: more in sampling than a decoder learns well with."""
 
     model_type = "dropout_sam"
 
     dropout: float = 0.1
+    sampling_dropout: float = 0.7
 
 
 @strict
@@ -88,12 +91,13 @@ class LatentFreeSamModel(SamVariant):
             moved["input_labels"] = prompts["input_labels"].repeat_interleave(num_samples, dim=1)
         return moved
 
-    def decode_once(self, embeddings: tuple, generator: torch.Generator | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """One pass for each of N prompts, with dropout: logits (N, h, w) and iou scores (N,)."""
+    def decode_once(
+        self, embeddings: tuple, dropout: float, generator: torch.Generator | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One pass for each of N prompts, with the share `dropout`: logits (N, h, w) and iou scores (N,)."""
         image, tokens, dense, middle, fine = embeddings
-        share = self.config.dropout
-        tokens = drop_channels(tokens.flatten(1), share, generator).view_as(tokens)
-        image, middle, fine = (drop_channels(item, share, generator) for item in (image, middle, fine))
+        tokens = drop_channels(tokens.flatten(1), dropout, generator).view_as(tokens)
+        image, middle, fine = (drop_channels(item, dropout, generator) for item in (image, middle, fine))
         masks, iou_scores = self.mask_decoder(
             image_embeddings=image,
             image_positional_embeddings=self.get_image_wide_positional_embeddings(),
@@ -146,7 +150,8 @@ class LatentFreeSamModel(SamVariant):
         if not moves:
             embeddings = tuple(item.repeat_interleave(passes, dim=0) for item in embeddings)
         parts = zip(*(item.split(MAX_DECODED) for item in embeddings), strict=True)
-        decoded = zip(*(self.decode_once(part, generator) for part in parts), strict=True)
+        dropout = self.config.sampling_dropout if labels is None else self.config.dropout
+        decoded = zip(*(self.decode_once(part, dropout, generator) for part in parts), strict=True)
         masks, iou_scores = (torch.cat(items).unflatten(0, (len(image_embeddings), -1, passes)) for items in decoded)
         if labels is None:
             return ProbabilisticSamOutput(pred_masks=masks, iou_scores=iou_scores)

@@ -33,10 +33,9 @@ class UNet(nn.Module):
     Dropout stands before the three inner stages (Kohl et al. 2018, appendix B, their Dropout U-Net).
     """
 
-    def __init__(self, hidden_size: int, num_blocks: int, dropout: float = 0.0):
+    def __init__(self, hidden_size: int, num_blocks: int):
         super().__init__()
         fine, middle, coarse = (hidden_size * factor for factor in (1, 2, 4))
-        self.dropout = dropout
         self.stem = nn.Conv2d(MAP_CHANNELS, fine, 3, padding=1)
         self.fine_down = DetailBlock(fine)
         self.to_middle = nn.Conv2d(fine, middle, 2, stride=2)
@@ -48,12 +47,14 @@ class UNet(nn.Module):
         self.from_middle = nn.ConvTranspose2d(middle, fine, 2, stride=2)
         self.fine_up = DetailBlock(fine)
 
-    def forward(self, maps: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-        """One pass; dropout is drawn from the generator."""
+    def forward(
+        self, maps: torch.Tensor, dropout: float = 0.0, generator: torch.Generator | None = None
+    ) -> torch.Tensor:
+        """One pass; the share `dropout` is drawn from the generator."""
         fine = self.fine_down(self.stem(maps))
-        middle = self.middle_down(drop_channels(self.to_middle(fine), self.dropout, generator))
-        coarse = self.coarse_blocks(drop_channels(self.to_coarse(middle), self.dropout, generator))
-        middle = self.middle_up(drop_channels(middle + self.from_coarse(coarse), self.dropout, generator))
+        middle = self.middle_down(drop_channels(self.to_middle(fine), dropout, generator))
+        coarse = self.coarse_blocks(drop_channels(self.to_coarse(middle), dropout, generator))
+        middle = self.middle_up(drop_channels(middle + self.from_coarse(coarse), dropout, generator))
         return self.fine_up(fine + self.from_middle(middle))
 
 
@@ -68,7 +69,8 @@ class DropoutUNetConfig(PixelConfig):
         hidden_size (`int`, defaults to 32): channels at the resolution of the masks, a multiple of 8; twice and four
             times as many at half and a quarter of it.
         num_blocks (`int`, defaults to 3): blocks at the lowest resolution.
-        dropout (`float`, defaults to 0.3): share of the channels that is dropped, in training and in sampling.
+        dropout (`float`, defaults to 0.3): share of the channels that is dropped in training.
+        sampling_dropout (`float`, defaults to 0.3): the same in sampling.
         bce_weight, dice_weight (`float`): as in `ProbabilisticSamConfig`; every reader counts, empty masks too.
     """
 
@@ -77,11 +79,12 @@ class DropoutUNetConfig(PixelConfig):
     hidden_size: int = 32
     num_blocks: int = 3
     dropout: float = 0.3
+    sampling_dropout: float = 0.3
     bce_weight: float = 1.0
     dice_weight: float = 10.0
 
     def __post_init__(self, **kwargs):
-        check_dropout(self.dropout)
+        check_dropout(self.dropout, self.sampling_dropout)
         super().__post_init__(**kwargs)
 
 
@@ -93,7 +96,7 @@ class DropoutUNetModel(PixelModel):
 
     def __init__(self, config: DropoutUNetConfig):
         super().__init__(config)
-        self.unet = UNet(config.hidden_size, config.num_blocks, config.dropout)
+        self.unet = UNet(config.hidden_size, config.num_blocks)
         self.head = nn.Conv2d(config.hidden_size, 1, 1)
         self.post_init()
 
@@ -121,7 +124,8 @@ class DropoutUNetModel(PixelModel):
         )  # fmt: skip
         lead, passes = maps.shape[:2], num_samples if labels is None else 1
         slots = maps.flatten(0, 1).repeat_interleave(passes, dim=0).split(MAX_DECODED)
-        logits = torch.cat([self.head(self.unet(part, generator)) for part in slots])
+        dropout = self.config.sampling_dropout if labels is None else self.config.dropout
+        logits = torch.cat([self.head(self.unet(part, dropout, generator)) for part in slots])
         masks = logits[:, 0].float().unflatten(0, (*lead, passes))
         if labels is None:
             return ProbabilisticSamOutput(pred_masks=masks)

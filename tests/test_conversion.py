@@ -126,7 +126,8 @@ def test_converted_model_survives_a_round_trip(converted, tmp_path):
         model.sample(**inputs, num_samples=3, generator=torch.Generator().manual_seed(0)).pred_masks
         for model in (converted, loaded)
     )
-    assert torch.equal(first, second)
+    # Not equal to the bit: a product's kernel, and so its rounding, may follow from where in memory the weights lie
+    assert torch.allclose(first, second, atol=1e-3)
 
 
 def test_one_line_tells_that_the_latent_networks_are_new(checkpoint, caplog, capfd):

@@ -441,6 +441,19 @@ def test_oracles_by_hand():
     assert shares == pytest.approx([0.25] * 4, abs=0.05)
 
 
+def test_oracle_of_shape_knows_the_readers_who_drew():
+    masks = np.zeros((4, 1, 4), bool)  # two of four drew, the same two pixels: a tie of all, but the two agree
+    masks[2:, 0, :2] = True
+    script = load_script("evaluate")
+    scores = script.score_oracle(script.Oracle("oracle:majority"), masks, 3, seed=0)
+    # All samples are empty: 2 * 1/2 - 0 - 1/2; in `shape` they are the two readers' mask
+    assert scores["all"]["ged"] == pytest.approx(0.5)
+    assert scores["shape"]["ged"] == 0
+    assert (scores["shape"]["empty_rate_samples"], scores["shape"]["empty_rate_readers"]) == (1, 0.5)
+    masks[3] = False  # one reader: not in the column
+    assert script.score_oracle(script.Oracle("oracle:majority"), masks, 3, seed=0)["shape"] is None
+
+
 def test_oracles_are_scored(workspace, tmp_path):
     from probabilistic_sam.data import row_seed
     from probabilistic_sam.data.rows import decode_masks, load_split

@@ -106,7 +106,7 @@ def test_ablations_show_the_latent_space(result):
     dead = result | {"collapse": {"active_units": 0, "posterior_iou": 0.5}}
     text = make_card.ablation_section({"probabilistic_sam_seed0": result, "ablation_reference_recipe": dead})
     ours, ablated = text.splitlines()[-2:]
-    assert ours.endswith("| 6.000 | 0.700 |") and ablated.endswith("| 0.000 | 0.500 |")
+    assert ours.endswith("| 6.0 | 0.700 |") and ablated.endswith("| 0.0 | 0.500 |")
 
 
 def test_cost_has_a_line_a_comparison_and_says_what_was_missed():

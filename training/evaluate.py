@@ -246,9 +246,21 @@ def evaluate_rows(
 
 
 def score_oracle(oracle: Oracle, masks: np.ndarray, num_samples: int, seed: int) -> dict[str, Any]:
-    """Metrics of what an oracle draws for readers' masks (R, H, W)."""
-    samples = oracle.draw(masks, num_samples, torch.Generator().manual_seed(seed))
-    return slice_metrics(samples, samples.astype(float), masks)
+    """Metrics of what an oracle draws for readers' masks (R, H, W).
+
+    The column `shape` has only readers who drew, so its oracle knows no others: a majority of all readers would often
+    be empty there.
+    """
+
+    def score(readers: np.ndarray) -> dict[str, Any]:
+        samples = oracle.draw(readers, num_samples, torch.Generator().manual_seed(seed))
+        return slice_metrics(samples, samples.astype(float), readers)
+
+    scores = score(masks)
+    if scores["shape"] is not None:
+        rates = {name: scores["shape"][name] for name in ("empty_rate_samples", "empty_rate_readers")}
+        scores["shape"] = score(masks[masks.any(axis=(-2, -1))])["shape"] | rates
+    return scores
 
 
 def window_masks(masks: np.ndarray, windows: torch.Tensor, size: int) -> torch.Tensor:

@@ -39,7 +39,7 @@ COMPARED = {  # stem of results files, one or one a training seed (stem_seed0, .
     "deterministic_sam": "SAM, fine-tuned, jittered boxes",
     "sam_as_it_is": "MobileSAM as it is, jittered boxes",
     "ellipse": "no image: ellipse of random size, empty as often as readers",
-    "oracle_majority": "oracle: majority of the readers, empty without one",
+    "oracle_majority": "oracle: majority of the readers (`shape`: of those who drew)",
     "oracle_readers": "oracle: the readers, drawn at random",
 }
 ABLATIONS = {
@@ -110,13 +110,13 @@ def row_results(results: dict[str, dict], stem: str) -> list[dict]:
     return [results[name] for name in names]
 
 
-def mean_and_range(values: list[float | None]) -> str:
+def mean_and_range(values: list[float | None], digits: int = 3) -> str:
     """A cell: the mean, and over several training seeds smallest and largest value."""
     known = [value for value in values if value is not None]
     if not known:
         return ""
-    text = f"{sum(known) / len(known):.3f}"
-    return text if len(known) == 1 else f"{text} ({min(known):.3f}-{max(known):.3f})"
+    text = f"{sum(known) / len(known):.{digits}f}"
+    return text if len(known) == 1 else f"{text} ({min(known):.{digits}f}-{max(known):.{digits}f})"
 
 
 def metric_cells(rows: list[dict], shown) -> list[str]:
@@ -181,6 +181,7 @@ def comparison_section(results: dict[str, dict], folder: str) -> str:
         "hour, over the same cached views; the checkpoint is the better of two by GED on 200 of these slices. "
         f"{note}Brackets: paired difference to {ours}, 95 % interval of a bootstrap over patients. Models that draw "
         "from a latent or move a box spread the samples of one call evenly (Latin hypercube), which lowers their GED. "
+        "How strongly a dropout model drops and how far a box moves when sampling was chosen on 150 of these slices. "
         f"Each row is a file of `{folder}` that names command and commit."
     )
 
@@ -193,7 +194,8 @@ def ablation_section(results: dict[str, dict]) -> str:
     for stem, title in ABLATIONS.items():
         if rows := row_results(results, stem):
             inside = [
-                mean_and_range([row["collapse"][name] for row in rows]) for name in ("active_units", "posterior_iou")
+                mean_and_range([row["collapse"][name] for row in rows], digits)
+                for name, digits in (("active_units", 1), ("posterior_iou", 3))
             ]
             lines.append([title, *metric_cells(rows, shown), *inside])
     check_alike(results, ABLATIONS)

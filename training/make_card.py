@@ -29,6 +29,11 @@ BUILD_RESULTS = ROOT / "training" / "results" / "build.json"
 COST_RESULTS = ROOT / "training" / "results" / "bench.json"
 NUM_SCANS = 1018  # of LIDC-IDRI
 NUM_EXAMPLES = 3
+FIGURE_COMMANDS = (
+    "python training/build_lidc.py phantom --output phantom --num-nodules 128\n"
+    "python training/make_figures.py --model model_cards/psam-lidc --dataset phantom "
+    "--results model_cards/psam-lidc/results --output model_cards/psam-lidc/figures"
+)
 OURS = "probabilistic_sam"  # at the common budget
 COMPARED = {  # stem of results files, one or one a training seed (stem_seed0, ...) -> row of the comparison
     "validation": "**Probabilistic SAM, the weights here** (longer training)",
@@ -296,10 +301,16 @@ of 1,878 nodules of 613 patients, 128x128 pixel crops with the masks of up to fo
 *GED of the weights here as the number of samples grows.*
 
 ![Readers beside samples](figures/gallery.png)
-*Best, median and worst of 60 validation slices of a phantom build, readers' outlines beside those of 16 samples.*
+*Best, median and worst of 149 validation slices of a phantom build, readers' outlines beside those of 16 samples.*
 
 ![What single coordinates of the latent do](figures/traversal.png)
 *One coordinate of the latent moved at a time, on a phantom slice.*
+
+The figures are made by
+
+```
+{FIGURE_COMMANDS}
+```
 
 ## Licence, attribution, citation
 

@@ -70,7 +70,7 @@ class DropoutUNetConfig(PixelConfig):
             times as many at half and a quarter of it.
         num_blocks (`int`, defaults to 3): blocks at the lowest resolution.
         dropout (`float`, defaults to 0.3): share of the channels that is dropped in training.
-        sampling_dropout (`float`, defaults to 0.3): the same in sampling.
+        sampling_dropout (`float`, defaults to 0.5): the same in sampling.
         bce_weight, dice_weight (`float`): as in `ProbabilisticSamConfig`; every reader counts, empty masks too.
     """
 
@@ -79,7 +79,7 @@ class DropoutUNetConfig(PixelConfig):
     hidden_size: int = 32
     num_blocks: int = 3
     dropout: float = 0.3
-    sampling_dropout: float = 0.3
+    sampling_dropout: float = 0.5
     bce_weight: float = 1.0
     dice_weight: float = 10.0
 

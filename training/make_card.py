@@ -206,8 +206,8 @@ def ablation_section(results: dict[str, dict]) -> str:
     check_alike(results, ABLATIONS)
     text = table((*titles, "active units", "IoU of the posterior's masks"), lines)
     return (
-        "What single parts are worth, at the same budget (active units: latent coordinates that are used; one training "
-        f"seed where no range is given):\n\n{text}"
+        "What single parts are worth, at the same budget (active units: latent coordinates that are used; one "
+        f"training seed where no range is given):\n\n{text}"
     )
 
 

@@ -7,6 +7,7 @@ Coordinates are pixel edges, as the prompts are: pixel (row, column) covers x in
 import os
 import tempfile
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -341,9 +342,10 @@ def sample_number_figure(curves: dict[str, list[tuple[int, float, float, float]]
     """
     figure = Figure(figsize=(WIDTH_INCHES * 0.6, 4.8), dpi=DPI, facecolor="white", layout="constrained")
     axes = figure.subplots()
-    for color, (name, points) in zip(READER_COLORS * 2, curves.items(), strict=False):
+    for color, marker, (name, points) in zip(READER_COLORS * 2, cycle("osD^"), curves.items(), strict=False):
         number, value, low, high = np.array(sorted(points)).T
-        axes.plot(number, value, "o-", color=color, label=name)
+        # Hollow and of different forms, since points may lie on each other
+        axes.plot(number, value, f"{marker}-", fillstyle="none", color=color, label=name)
         axes.fill_between(number, low, high, color=color, alpha=0.15)
     axes.set(xscale="log", xlabel="samples a slice", ylabel="GED", ylim=(0, None))
     ticks = sorted({point[0] for points in curves.values() for point in points})

@@ -51,11 +51,11 @@ class DropoutSamConfig(LatentFreeSamConfig):
 
 @strict
 class DeterministicSamConfig(LatentFreeSamConfig):
-    """`LatentFreeSamConfig` with jitter, that of the protocol's union_box in windows of 64 px shown at 256."""
+    """`LatentFreeSamConfig` with jitter: 6 px of the image in windows of 64 px shown at 256, four times union_box's."""
 
     model_type = "deterministic_sam"
 
-    jitter: float = 6.0
+    jitter: float = 24.0
 
 
 class LatentFreeSamModel(SamVariant):

@@ -51,7 +51,7 @@ class DropoutSamConfig(LatentFreeSamConfig):
 
 @strict
 class DeterministicSamConfig(LatentFreeSamConfig):
-    """`LatentFreeSamConfig` with jitter: 6 px of the image in windows of 64 px shown at 256, four times union_box's."""
+    """`LatentFreeSamConfig` with jitter: 6 px of an image whose windows of 64 px are shown at 256."""
 
     model_type = "deterministic_sam"
 

@@ -302,7 +302,7 @@ of 1,878 nodules of 613 patients, 128x128 pixel crops with the masks of up to fo
 *GED of the weights here as the number of samples grows.*
 
 ![Readers beside samples](figures/gallery.png)
-*Best, median and worst of 149 validation slices of a phantom build, readers' outlines beside those of 16 samples.*
+*Best, median and worst validation slices of a phantom build, readers' outlines beside those of 16 samples.*
 
 ![What single coordinates of the latent do](figures/traversal.png)
 *One coordinate of the latent moved at a time, on a phantom slice.*

@@ -18,6 +18,12 @@ TABLE = {  # metric -> how a reader of the table knows it
     "empty_correlation": "correlation of emptiness ↑",
 }  # fmt: skip
 COLUMNS = ("all", "four_readers", "shape")
+BREAKDOWN = {  # of `metrics.breakdown`: (column, metric) -> title
+    ("all", "ged"): "GED `all`", ("all", "ged_share"): "share of it", ("all", "cross_distance"): "cross distance",
+    ("all", "sample_diversity"): "sample diversity", ("all", "reader_diversity"): "reader diversity",
+    ("shape", "ged"): "GED `shape`", ("shape", "ged_share"): "share of it",
+    ("all", "empty_rate_samples"): "empty samples", ("all", "empty_rate_readers"): "empty readers",
+}  # fmt: skip
 
 SPLIT = """\
 Patients are split by
@@ -172,11 +178,26 @@ def results_table(result: dict) -> str:
     return "\n".join(lines)
 
 
+def breakdown_table(breakdown: Mapping[str, Mapping[str, Any]]) -> str:
+    """Markdown table of `metrics.breakdown`, a row a group of slices."""
+    titles = {"readers_drew": "readers who drew: {}", "reader_area": "mean area in pixels: {}"}
+    lines = ["| | slices | " + " | ".join(BREAKDOWN.values()) + " |", "|---" * (len(BREAKDOWN) + 2) + "|"]
+    for way, groups in breakdown.items():
+        for name, group in groups.items():
+            values = [(metric, group[column][metric]) for column, metric in BREAKDOWN]
+            cells = ["" if x is None else f"{x:.0%}" if metric == "ged_share" else f"{x:.3f}" for metric, x in values]
+            lines.append(f"| {titles[way].format(name)} | {group['all']['count']:,} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def results_section(result: dict, name: str) -> str:
     """Table and the words without which its numbers mean nothing."""
     spread = " drawn together (Latin hypercube)" if result["sampling"] == "together" else ", independent"
     seeds = result["seed"] if isinstance(result["seed"], list) else [result["seed"]]
     chose = " These patients chose the checkpoint; they were not trained on."
+    where = ""
+    if "breakdown" in result:  # files of earlier versions have none
+        where = f"\n\nWhere the error lies, the same slices in two ways:\n\n{breakdown_table(result['breakdown'])}"
     return (
         f"{result['split'].capitalize()} split, {result['num_slices']:,} slices of {result['num_patients']} patients, "
         f"prompt `{result['prompt']}`, {result['num_samples']} samples{spread}, mean over evaluation seeds "
@@ -185,7 +206,7 @@ def results_section(result: dict, name: str) -> str:
         f"{results_table(result)}\n\n"
         "`all`: at least one reader drew. `four_readers`: all four drew. `shape`: at least two drew, non-empty masks "
         "only. "
-        f"From `{name}`, commit `{result['commit'][:12]}`, written by\n\n```\n{result['command']}\n```"
+        f"From `{name}`, commit `{result['commit'][:12]}`, written by\n\n```\n{result['command']}\n```{where}"
     )
 
 

@@ -43,6 +43,18 @@ def test_table_has_means_with_intervals_and_leaves_out_what_does_not_exist(resul
     assert lines[-1].endswith("|  |  |")  # emptiness is a matter of all slices
 
 
+def test_breakdown_has_a_row_a_group(result):
+    scores = dict.fromkeys([metric for _, metric in model_card.BREAKDOWN], 0.25) | {"count": 1200}
+    nothing = dict.fromkeys(scores, None) | {"count": 0}
+    result["breakdown"] = {
+        "readers_drew": {"1": {"all": scores, "shape": nothing}},
+        "reader_area": {"below 25": {"all": scores, "shape": scores}},
+    }
+    one, small = model_card.results_section(result, "results/validation.json").splitlines()[-2:]
+    assert one == "| readers who drew: 1 | 1,200 | 0.250 | 25% | 0.250 | 0.250 | 0.250 |  |  | 0.250 | 0.250 |"
+    assert small.startswith("| mean area in pixels: below 25 | 1,200 |") and small.count("25%") == 2
+
+
 def test_card_validates_and_names_every_condition_of_its_numbers(result):
     section = model_card.results_section(result, "results/validation.json")
     card = make_card.card(result, section, "Trained.", {"image": "phantom-1.png", "box": [1, 2, 3, 4]})

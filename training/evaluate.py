@@ -39,6 +39,7 @@ from probabilistic_sam.errors import UserError, run
 from probabilistic_sam.metrics import (
     COLUMNS,
     METRICS,
+    breakdown,
     calibration_sums,
     patient_sums,
     slice_collapse,
@@ -374,6 +375,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "results": summarize_seeds(runs, patients),
             "ged_by_patient": patient_sums(runs, patients),
             "calibration": calibration_sums(runs),
+            "breakdown": breakdown(runs),
         }
         latent_spaces = [scores["collapse"] for scores in runs[0] if "collapse" in scores]
         if latent_spaces:

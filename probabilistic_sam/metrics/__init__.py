@@ -9,6 +9,7 @@ from .collapse import slice_collapse, summarize_collapse
 from .summary import (
     COLUMNS,
     METRICS,
+    breakdown,
     calibration_sums,
     paired_difference,
     patient_sums,
@@ -20,6 +21,7 @@ from .summary import (
 __all__ = [
     "COLUMNS",
     "METRICS",
+    "breakdown",
     "calibration_sums",
     "paired_difference",
     "patient_sums",

@@ -4,7 +4,7 @@
 `summarize` turns the gathered list into the `results` of a results file.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,9 @@ SLICE_METRICS = (
 # Numbers that exist only over many slices.
 POOLED_METRICS = ("ece", "empty_ece", "empty_correlation")
 METRICS = SLICE_METRICS + POOLED_METRICS
+# Of a group of slices: GED, its terms, and who drew nothing.
+GROUP_METRICS = (*SLICE_METRICS[:4], "empty_rate_samples", "empty_rate_readers")
+AREA_GROUPS = {"below 25": 25, "25 to 100": 100, "100 to 400": 400, "400 or more": np.inf}  # pixels, upper ends
 
 NUM_RESAMPLES = 1000
 DECIMALS = 6
@@ -48,7 +51,8 @@ def slice_metrics(
       one empty mask of probability zero is scored: cross distance 1, sample diversity 0, HM-IoU 0, Dice 0.
 
     The empty rates are those of all samples and all readers in every column, `shape` included, where they tell how
-    much was left out.
+    much was left out. So are `readers_drew`, a count, and `reader_area`, the mean area in pixels of a mask that is not
+    empty.
 
     Args:
         samples: (N, H, W) bool.
@@ -61,7 +65,8 @@ def slice_metrics(
 
     Returns:
         For each name of `COLUMNS` None where the slice is not in the column, else a dictionary with a float for each
-        name of `SLICE_METRICS` and with `calibration`, the (3, bins) array of `functional.calibration_bins`.
+        name of `SLICE_METRICS`, with `readers_drew`, `reader_area`, and with `calibration`, the (3, bins) array of
+        `functional.calibration_bins`.
 
     Raises:
         ValueError: for shapes that do not fit each other.
@@ -75,9 +80,15 @@ def slice_metrics(
     columns: dict[str, dict[str, Any] | None] = dict.fromkeys(COLUMNS)
     drew, visible = functional.nonempty(readers), functional.nonempty(samples)
     region = functional.scored_region(readers)  # empty readers do not change it, so all columns share it
-    rates = {"empty_rate_samples": float(1 - visible.mean()), "empty_rate_readers": float(1 - drew.mean())}
-    if drew.any():
-        columns["all"] = _score(samples, probabilities, readers, owners, region) | rates
+    if not drew.any():
+        return columns
+    whole = {
+        "empty_rate_samples": float(1 - visible.mean()),
+        "empty_rate_readers": float(1 - drew.mean()),
+        "readers_drew": int(drew.sum()),
+        "reader_area": float(readers.sum() / drew.sum()),
+    }
+    columns["all"] = _score(samples, probabilities, readers, owners, region) | whole
     if len(readers) >= 4 and drew.all():
         columns["four_readers"] = columns["all"]
     if drew.sum() >= 2:
@@ -87,7 +98,7 @@ def slice_metrics(
         else:
             # Owners are counted among the non-empty readers only.
             kept_owners = None if owners is None else (np.cumsum(drew) - 1)[owners[kept]]
-            columns["shape"] = _score(samples[kept], probabilities[kept], readers[drew], kept_owners, region) | rates
+            columns["shape"] = _score(samples[kept], probabilities[kept], readers[drew], kept_owners, region) | whole
     return columns
 
 
@@ -210,6 +221,42 @@ def calibration_sums(runs: Sequence[Sequence[dict]], column: str = "all") -> dic
     )
     pixels = np.sum([item["calibration"] for item in scores], axis=0)
     return {"pixels": pixels.round(3).tolist(), "emptiness": functional.bin_sums(samples, readers).round(3).tolist()}
+
+
+def breakdown(runs: Sequence[Sequence[dict]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Where the error lies: slices by how many readers drew (`readers_drew`) and by their area (`reader_area`).
+
+    Args:
+        runs: as in `summarize_seeds`.
+
+    Returns:
+        For both ways to group, for each group, for the columns `all` and `shape` the `count` of slices and the mean
+        over them and over runs of each of `GROUP_METRICS`, None where there is no slice, with `ged_share`, the group's
+        part of the column's summed GED. Groups of area are those of `AREA_GROUPS`.
+    """
+    slices = [slice_ for run in runs for slice_ in run if slice_["all"] is not None]
+    names: dict[str, Callable[[float], str]] = {
+        "readers_drew": str,
+        "reader_area": lambda area: next(name for name, end in AREA_GROUPS.items() if area < end),
+    }
+    ged = {column: sum(s[column]["ged"] for s in slices if s[column] is not None) for column in ("all", "shape")}
+    result: dict[str, dict[str, dict[str, Any]]] = {}
+    for way, name in names.items():
+        groups: dict[str, list[dict]] = {}
+        for slice_ in sorted(slices, key=lambda slice_: slice_["all"][way]):
+            groups.setdefault(name(slice_["all"][way]), []).append(slice_)
+        result[way] = {
+            group: {column: _group_means(members, column, len(runs), total) for column, total in ged.items()}
+            for group, members in groups.items()
+        }
+    return result
+
+
+def _group_means(slices: Sequence[dict], column: str, num_runs: int, total_ged: float) -> dict[str, Any]:
+    scores = [slice_[column] for slice_ in slices if slice_[column] is not None]
+    means = {name: np.mean([item[name] for item in scores]) if scores else np.nan for name in GROUP_METRICS}
+    share = sum(item["ged"] for item in scores) / total_ged if scores and total_ged else np.nan
+    return {"count": len(scores) // num_runs} | {k: _number(v) for k, v in (means | {"ged_share": share}).items()}
 
 
 def paired_difference(

@@ -178,26 +178,11 @@ def results_table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def breakdown_table(breakdown: Mapping[str, Mapping[str, Any]]) -> str:
-    """Markdown table of `metrics.breakdown`, a row a group of slices."""
-    titles = {"readers_drew": "readers who drew: {}", "reader_area": "mean area in pixels: {}"}
-    lines = ["| | slices | " + " | ".join(BREAKDOWN.values()) + " |", "|---" * (len(BREAKDOWN) + 2) + "|"]
-    for way, groups in breakdown.items():
-        for name, group in groups.items():
-            values = [(metric, group[column][metric]) for column, metric in BREAKDOWN]
-            cells = ["" if x is None else f"{x:.0%}" if metric == "ged_share" else f"{x:.3f}" for metric, x in values]
-            lines.append(f"| {titles[way].format(name)} | {group['all']['count']:,} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def results_section(result: dict, name: str) -> str:
     """Table and the words without which its numbers mean nothing."""
     spread = " drawn together (Latin hypercube)" if result["sampling"] == "together" else ", independent"
     seeds = result["seed"] if isinstance(result["seed"], list) else [result["seed"]]
     chose = " These patients chose the checkpoint; they were not trained on."
-    where = ""
-    if "breakdown" in result:  # files of earlier versions have none
-        where = f"\n\nWhere the error lies, the same slices in two ways:\n\n{breakdown_table(result['breakdown'])}"
     return (
         f"{result['split'].capitalize()} split, {result['num_slices']:,} slices of {result['num_patients']} patients, "
         f"prompt `{result['prompt']}`, {result['num_samples']} samples{spread}, mean over evaluation seeds "
@@ -206,8 +191,20 @@ def results_section(result: dict, name: str) -> str:
         f"{results_table(result)}\n\n"
         "`all`: at least one reader drew. `four_readers`: all four drew. `shape`: at least two drew, non-empty masks "
         "only. "
-        f"From `{name}`, commit `{result['commit'][:12]}`, written by\n\n```\n{result['command']}\n```{where}"
+        f"From `{name}`, commit `{result['commit'][:12]}`, written by\n\n```\n{result['command']}\n```"
     )
+
+
+def breakdown_section(result: dict, name: str) -> str:
+    """Where the error of one results file lies: `metrics.breakdown` as a table, a row a group of slices."""
+    titles = {"readers_drew": "readers who drew: {}", "reader_area": "mean area in pixels: {}"}
+    lines = ["| | slices | " + " | ".join(BREAKDOWN.values()) + " |", "|---" * (len(BREAKDOWN) + 2) + "|"]
+    for way, groups in result["breakdown"].items():
+        for label, group in groups.items():
+            values = [(metric, group[column][metric]) for column, metric in BREAKDOWN]
+            cells = ["" if x is None else f"{x:.0%}" if metric == "ged_share" else f"{x:.3f}" for metric, x in values]
+            lines.append(f"| {titles[way].format(label)} | {group['all']['count']:,} | {' | '.join(cells)} |")
+    return f"Where the error of `{name}` lies, its slices grouped in two ways:\n\n" + "\n".join(lines)
 
 
 def eval_results(result: dict, dataset_name: str, dataset_type: str) -> list[EvalResult]:
@@ -247,6 +244,8 @@ def run_card(run: Path, name: str, example: Mapping[str, Any]) -> ModelCard:
         result = read_json(path)
         try:
             sections.append(results_section(result, f"results/{path.name}"))
+            if "breakdown" in result:  # files of earlier versions have none
+                sections.append(breakdown_section(result, f"results/{path.name}"))
             evaluated += eval_results(result, Path(result["dataset"]).name, Path(result["dataset"]).name)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise UserError(f"{path} is no results file of training/evaluate.py ({error!r})") from error

@@ -121,7 +121,7 @@ def test_card_of_a_run_with_results_has_their_table_and_model_index(changed, tmp
         ("HM-IoU, all", "eyes", "test"),
     ]
     assert card.data.eval_results[0].metric_value == 0.1234
-    assert "| GED ↓ | 0.123 [0.100, 0.200] |" in card.text
+    assert "| GED ↓ | 0.123 [0.100, 0.200] |" in card.text and "the error of `results/test.json` lies" in card.text
     assert "chose the checkpoint" not in card.text and "0.432" not in card.text
     assert (tmp_path / "staged" / "results" / "test.json").is_file()
 

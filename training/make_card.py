@@ -21,7 +21,17 @@ from safetensors.torch import save_file
 from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamProcessor
 from probabilistic_sam.errors import UserError, run
 from probabilistic_sam.metrics import paired_difference
-from probabilistic_sam.model_card import CITATION, COLUMNS, PROTOCOL, SPLIT, TAGS, eval_results, results_section, usage
+from probabilistic_sam.model_card import (
+    CITATION,
+    COLUMNS,
+    PROTOCOL,
+    SPLIT,
+    TAGS,
+    breakdown_section,
+    eval_results,
+    results_section,
+    usage,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -419,6 +429,7 @@ def main() -> None:
         section = "\n\n".join((section, *parts))
     if row_results(results, "ablation_reference_recipe"):
         section += f"\n\n{ablation_section(results)}"
+    section += f"\n\n{breakdown_section(result, name)}"
     training = (output / "TRAINING.md").read_text().strip()
     examples = output / "examples"
     if not arguments.check and not examples.exists():

@@ -110,6 +110,7 @@ def test_prompts_that_leak_show_no_distance(result):
     text = make_card.uses_section({"validation": result, "reader_box": result, "samples_100": many})
     leaking = next(line for line in text.splitlines() if "reader_box" in line)
     assert leaking.endswith("leaks the answer |  |  |  |  |  | 0.250 | 0.250 |")
+    assert "the Dice of the mean is 0.250 with the reader's own box, 0.250 with `union_box`" in text
     assert "With 100 samples in place of 16, drawn together, GED is 0.175 (`all`), 0.250 (`four_readers`)" in text
 
 

@@ -45,7 +45,7 @@ FIGURE_COMMANDS = (
     "--results model_cards/psam-lidc/results --output model_cards/psam-lidc/figures"
 )
 OURS = "probabilistic_sam"  # at the common budget
-COMPARED = {  # stem of results files, one or one a training seed (stem_seed0, ...) -> row of the comparison
+COMPARED = {  # stem of results files, one a training seed: stem, stem_seed0, ... -> row of the comparison
     "validation": "**Probabilistic SAM, the weights here** (longer training)",
     OURS: "**Probabilistic SAM**",
     "probabilistic_unet": "Probabilistic U-Net",
@@ -242,7 +242,8 @@ def uses_section(results: dict[str, dict]) -> str:
         text += (
             f"\n\nThe leak shows in the outlines: on `shape` the Dice of the mean is {own:.3f} with the reader's own "
             f"box, {given:.3f} with `union_box`. A reader who drew nothing gets the 32 pixels of `center_box`, from "
-            "which a model trained with such boxes could read that; this one was not, and takes it for any other box."
+            "which a model trained with such boxes could read that; this one met `center_box` with readers of all "
+            "kinds."
         )
     if SAMPLES_100 in results:
         many = results[SAMPLES_100]

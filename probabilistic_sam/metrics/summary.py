@@ -33,7 +33,7 @@ SLICE_METRICS = (
 POOLED_METRICS = ("ece", "empty_ece", "empty_correlation")
 METRICS = SLICE_METRICS + POOLED_METRICS
 # Of a group of slices: GED, its terms, and who drew nothing.
-GROUP_METRICS = (*SLICE_METRICS[:4], "empty_rate_samples", "empty_rate_readers")
+GROUP_METRICS = (*functional.GeneralizedEnergyDistance._fields, "empty_rate_samples", "empty_rate_readers")
 AREA_GROUPS = {"below 25": 25, "25 to 100": 100, "100 to 400": 400, "400 or more": np.inf}  # pixels, upper ends
 
 NUM_RESAMPLES = 1000

@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable
 
-FIRST_PROCESS_SPEAKS = 5.0  # s
+FIRST_PROCESS_SPEAKS = 20.0  # s; launchers end the others well before that, even on a busy machine
 
 
 class UserError(ValueError):

@@ -45,6 +45,7 @@ from pydicom.uid import (
 from .errors import UserError
 
 MAX_FILE_BYTES = 64 * 2**20  # a CT slice has 0.5 MB
+MAX_MESSAGE = 500
 PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 BITS = {"PixelData": (1, 8, 16, 32), "FloatPixelData": (32,), "DoubleFloatPixelData": (64,)}
 # Tags, and those of their values, that name a step of their own: the scale of a radiotherapy dose, colours for the
@@ -77,12 +78,8 @@ def read_dicom(path: str | os.PathLike, max_pixels: int, invert: bool = True) ->
     try:
         with _quiet(), np.errstate(all="ignore"):
             return _read(path, max_pixels, invert)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-    except ValueError:
-        raise
     except Exception as error:  # a damaged file makes pydicom raise almost anything
-        raise ValueError(_reason(error)) from error
+        raise _refusal(path, error) from error
 
 
 def read_header(path: str | os.PathLike, tags: list[str]) -> dict[str, Any]:
@@ -95,10 +92,8 @@ def read_header(path: str | os.PathLike, tags: list[str]) -> dict[str, Any]:
         with _quiet():
             header = _open(path, stop_before_pixels=True, specific_tags=tags)
             return {name: _value_or_none(header, name) for name in tags}
-    except ValueError:
-        raise
     except Exception as error:
-        raise ValueError(_reason(error)) from error
+        raise _refusal(path, error) from error
 
 
 @contextmanager
@@ -109,8 +104,13 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _reason(error: Exception) -> str:
-    return f"does not decode ({' '.join(str(error).split()) or type(error).__name__}); accepted: a complete DICOM file"
+def _refusal(path: str | os.PathLike, error: Exception) -> ValueError:
+    """One printable line, whatever the file has in its values."""
+    text = " ".join((str(error) or type(error).__name__).split())[:MAX_MESSAGE]
+    text = "".join(character if character.isprintable() else "?" for character in text)
+    if isinstance(error, UserError):
+        return UserError(f"{path}: {text}")
+    return ValueError(text if isinstance(error, ValueError) else f"does not decode ({text}); accepted: complete DICOM")
 
 
 def _open(path: str | os.PathLike, **options: Any) -> pydicom.Dataset:
@@ -198,8 +198,8 @@ def _stored_values(dataset: pydicom.Dataset, keyword: str, height: int, width: i
         data = data[:size]
     try:
         stored_values, _ = decoder.as_array(data, **layout)
-    except RuntimeError as error:  # pydicom lists its decoders line by line
-        raise ValueError(" ".join(str(error).split())) from error
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
     if not syntax.is_encapsulated or (low <= stored_values.min() and stored_values.max() <= high):
         return stored_values
     raise ValueError(f"{keyword} decodes to {stored_values.min()} to {stored_values.max()}; BitsStored is {stored}")
@@ -358,7 +358,7 @@ def _value(dataset: pydicom.Dataset, name: str) -> Any:
             return value if len(value.strip() if isinstance(value, str) else value) else None
         return value
     except Exception as error:  # pydicom converts a value when it is asked for, and raises almost anything
-        raise ValueError(f"{name} cannot be read ({' '.join(str(error).split())})") from error
+        raise ValueError(f"{name} cannot be read ({error})") from error
 
 
 def _value_or_none(dataset: pydicom.Dataset, name: str) -> Any:

@@ -89,7 +89,7 @@ def load_slice(path: str | os.PathLike) -> tuple[np.ndarray, float | None]:
         DICOM says.
 
     Raises:
-        UserError: as `load_image`; DICOM that is damaged, in colour, of several frames, or without pydicom to read it.
+        UserError: as `load_image`; DICOM that `read_dicom` refuses, or without pydicom to read it.
     """
     if not _is_dicom(path):
         return load_image(path), None
@@ -504,11 +504,19 @@ def _first_line(error: Exception) -> str:
 
 
 def _is_dicom(path: str | os.PathLike) -> bool:
+    """Whether a file begins as DICOM does: with a preamble, or without one at its first tag."""
     try:
         with open(path, "rb") as file:
-            return file.read(132)[128:] == b"DICM"
+            start = file.read(132)
     except OSError:
         return False
+    if start[128:] == b"DICM":
+        return True
+    group, element = start[:2], int.from_bytes(start[2:4], "little")
+    if start[4:6].isalpha() and start[4:6].isupper():  # the type of the value is explicit
+        return group in (b"\2\0", b"\10\0", b"\0\10")
+    # Otherwise its length follows, and only the first tags of a group can come first
+    return group in (b"\2\0", b"\10\0") and element <= 0x18 and int.from_bytes(start[4:8], "little") <= 256
 
 
 if __name__ == "__main__":

@@ -7,8 +7,13 @@ from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
 
-def write_slice(path: Path, hu: np.ndarray, series_uid: str, z: float, sop_uid: str, slope=1.0, **tags) -> Path:
-    """A CT slice as a DICOM file; `slope` is the rescale slope, the intercept is -1024."""
+def write_slice(
+    path: Path, hu: np.ndarray, series_uid: str, z: float, sop_uid: str, slope=1.0, without=(), **tags
+) -> Path:
+    """A CT slice as a DICOM file; `slope` is the rescale slope, the intercept is -1024.
+
+    `tags` are set at the end; those named in `without` are left out.
+    """
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = CTImageStorage, sop_uid
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
@@ -22,6 +27,8 @@ def write_slice(path: Path, hu: np.ndarray, series_uid: str, z: float, sop_uid: 
     data.PixelData = np.round((hu + 1024) / slope).astype("<u2").tobytes()
     for name, value in tags.items():
         setattr(data, name, value)
+    for name in without:
+        delattr(data, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     data.save_as(path, enforce_file_format=True)
     return path

@@ -150,6 +150,13 @@ def test_dicom_brings_its_pixel_spacing(tmp_path):
     assert (canvas.props["width"], canvas.props["height"]) == (128, 128)
 
 
+def test_dicom_that_is_refused_is_one_line_that_names_file_and_tag(tmp_path):
+    path = write_slice(tmp_path / "IM1", lesion().astype(int), "1.2", 0.0, "1.3", without=("PixelData",))
+    with pytest.raises(UserError, match="^DICOM file IM1 cannot be read: no PixelData .*; accepted: ") as caught:
+        app.open_file(str(path))
+    assert "\n" not in str(caught.value)
+
+
 def test_examples_are_optional(monkeypatch, tmp_path):
     from probabilistic_sam.data import phantom
 

@@ -3,15 +3,17 @@
 import csv
 import errno
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pydicom
 import pytest
 from dicom_files import write_slice
+from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate, generate_frames
 from pydicom.pixels import get_decoder
-from pydicom.uid import JPEGLosslessSV1
+from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEGLosslessSV1
 from tiny import load_script
 
 from probabilistic_sam.data.dicom import HU_OFFSET, dicom_jobs, find_scans, read_hu, scan_rows
@@ -21,6 +23,7 @@ from probabilistic_sam.data.pylidc_adapter import load_pylidc
 from probabilistic_sam.data.report import Note
 from probabilistic_sam.data.rows import decode_image, decode_masks
 from probabilistic_sam.data.slices import read_slices
+from probabilistic_sam.dicom_slice import read_dicom
 from probabilistic_sam.errors import UserError
 
 PATIENT = "LIDC-IDRI-0004"  # one scan, one nodule of four readers
@@ -124,6 +127,92 @@ def test_rescale_slope_is_applied(tmp_path):
     np.testing.assert_array_equal(read_hu(path), hu)
 
 
+@pytest.mark.parametrize("tags", [{"PhotometricInterpretation": "MONOCHROME1"}, {"PresentationLUTShape": "INVERSE"}])
+def test_hu_are_hu_whichever_way_they_are_shown(tmp_path, tags):
+    hu = simulated(1.0)
+    np.testing.assert_array_equal(read_hu(write_slice(tmp_path / "a", hu, "1.2", 1.0, "1.3", **tags)), hu)
+
+
+def test_hu_of_an_enhanced_ct(tmp_path):
+    group, rescale = Dataset(), Dataset()
+    rescale.RescaleSlope, rescale.RescaleIntercept, rescale.RescaleType = 1, -1024, "HU"
+    group.PixelValueTransformationSequence = [rescale]
+    hu = simulated(1.0)
+    path = write_slice(
+        tmp_path / "a", hu, "1.2", 1.0, "1.3", without=("RescaleSlope", "RescaleIntercept"), NumberOfFrames=1,
+        SharedFunctionalGroupsSequence=[group],
+    )  # fmt: skip
+    np.testing.assert_array_equal(read_hu(path), hu)
+
+
+def test_values_that_are_no_hu_are_refused(tmp_path):
+    path = write_slice(tmp_path / "a", simulated(1.0), "1.2", 1.0, "1.3", RescaleSlope=1e9)
+    with pytest.raises(ValueError, match="HU; accepted: at most 1,048,576"):
+        read_hu(path)
+
+
+def test_real_series_is_read_as_pydicom_reads_it(shared_dir, tmp_path):
+    """HU of each slice are stored values - 1024, and nothing of the headers of a real scanner refuses one."""
+    with tarfile.open(shared_dir / "data/lung-ct-series.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    paths = [path for path in tmp_path.rglob("*") if path.is_file()]
+    series = 0
+    for path in paths:
+        data = pydicom.dcmread(path, force=True)
+        if data.get("Modality") != "CT":
+            continue
+        series += 1
+        values, side = read_dicom(path, 512 * 512)
+        expected = data.pixel_array * float(data.RescaleSlope) + float(data.RescaleIntercept)
+        np.testing.assert_array_equal(values, expected)
+        np.testing.assert_array_equal(read_hu(path), expected)
+        assert side == float(data.PixelSpacing[0])
+    assert series >= 20
+
+
+def test_links_are_followed_once(folder, nodule, tmp_path):
+    """Folders and files that are links, one of them into a circle, one to nothing, and two ways to the same."""
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links/a").symlink_to(folder / "0")
+    (tmp_path / "links/again").symlink_to(folder / "0")
+    for path in (folder / "1/x").iterdir():
+        (tmp_path / "links" / path.name).symlink_to(path)
+    (folder / "0/circle").symlink_to(tmp_path / "links")
+    scan, notes = only_scan(tmp_path / "links")
+    assert len(scan.files) == len(nodule.z_mm) and len(scan_rows(scan)[0]) == len(nodule.z_mm)
+    assert all("files passed over" not in note.kind for note in notes)
+    (tmp_path / "links/nothing").symlink_to(tmp_path / "absent")
+    (tmp_path / "top").symlink_to(tmp_path / "links")
+    scan, notes = only_scan(tmp_path / "top")
+    assert len(scan.files) == len(nodule.z_mm)
+    assert Note("files passed over, no DICOM or a damaged header", 1) in notes
+
+
+def test_headers_without_preamble_position_or_whole_numbers_are_found(folder, nodule):
+    paths = [folder / f"{index % 2}/x/{index}" for index in range(3)]
+    paths[0].write_bytes(paths[0].read_bytes()[132:])
+    for path, old, new in (
+        (paths[1], b"IS\2\0001 ", b"IS\2\0a "),  # InstanceNumber
+        (paths[2], b"\x20\0\x32\0DS", b"\x20\0\x33\0DS"),  # ImagePositionPatient becomes another tag
+    ):
+        content = path.read_bytes()
+        assert content.count(old) == 1
+        path.write_bytes(content.replace(old, new))
+    scan, _ = only_scan(folder)
+    rows, notes = scan_rows(scan)
+    assert len(scan.files) == len(nodule.z_mm) and len(rows) == len(nodule.z_mm) - 1
+    assert any("2 passed over, it has no position" in note.detail for note in notes)
+
+
+def test_deflated_file_is_passed_over_before_it_unpacks(folder, monkeypatch):
+    data = pydicom.dcmread(folder / "0/x/0")
+    data.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    data.save_as(folder / "0/x/0")
+    monkeypatch.setattr("pydicom.filereader.zlib.decompress", lambda *_: pytest.fail("unpacked"))
+    _, notes = only_scan(folder)
+    assert Note("files passed over, no DICOM or a damaged header", 1) in notes
+
+
 def test_scans_without_pixels_and_strangers_are_reported(folder):
     (folder / "notes.txt").write_text("hello")
     write_slice(folder / "other", simulated(0), "1.2.3.4", 0.0, "1.2.3.5")
@@ -140,7 +229,10 @@ def test_scans_without_pixels_and_strangers_are_reported(folder):
 
 
 def test_folder_without_lidc_is_refused(tmp_path):
-    with pytest.raises(UserError, match="none of its 0 files"):
+    with pytest.raises(UserError, match="holds no files"):
+        find_scans(tmp_path)
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(UserError, match="none of its 1 files"):
         find_scans(tmp_path)
     with pytest.raises(UserError, match="no such folder"):
         find_scans(tmp_path / "absent")

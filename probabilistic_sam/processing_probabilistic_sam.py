@@ -606,7 +606,7 @@ def check_options(options: dict[str, Any]) -> None:
             continue
         if name not in FIXED_OPTIONS:
             raise ValueError(
-                f"the processor does not take {brief(name)}; accepted: images, segmentation_maps, input_points, "
+                f"the processor does not take {shorten(name)}; accepted: images, segmentation_maps, input_points, "
                 "input_labels, input_boxes, input_masks, device; image_size, crop_size and stretch_percentiles are "
                 "set when it is made"
             )
@@ -639,7 +639,7 @@ def split(values: Any, name: str, count: int) -> list[list[torch.Tensor]]:
     """
     expected, ndim = NESTING[name]
     least = 2 if ndim == 2 and name != "input_points" else int(name != "input_labels")
-    message = f"{name} must be {expected}, as nested lists of numbers, arrays or tensors, got {brief(values)}"
+    message = f"{name} must be nested lists of numbers, arrays or tensors, {expected}, got {brief(values)}"
     if count == 1 and least <= nesting(values) < ndim + 2:
         values = [values]
     if not nesting(values) or isinstance(values, (str, bytes)):

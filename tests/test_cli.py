@@ -177,6 +177,9 @@ def test_reads_grey_of_every_kind(tmp_path, name):
         image = image.convert({"rgb": "RGB", "rgba": "RGBA", "palette": "P"}[name.split(".")[0]])
     image.save(tmp_path / name)
     array = cli.load_image(tmp_path / name)
+    if name.split(".")[0] in ("rgb", "rgba", "palette"):  # colour stays colour, as in the processor
+        assert array.shape == (48, 60, 3)
+        array = cli.luminance(array)
     assert array.shape == (48, 60)
     if name == "grey16.png":
         assert (array.dtype, array.max()) == (np.uint16, 59 * 4 * 200)
@@ -298,7 +301,8 @@ def test_missing_packages_are_named(tmp_path, monkeypatch):
     [
         (("--box", "10", "10", "61", "20"), "outside the image of 60 x 48 pixels"),
         (("--box", "-1", "10", "20", "20"), "outside the image"),
-        (("--box", "10", "10", "20", "48.5"), "outside the image"),
+        (("--box", "10", "10", "20", "49"), "outside the image"),
+        (("--box", "60.2", "10", "60.8", "20"), "outside the image"),
         (("--box", "20", "10", "10", "30"), "turned around"),
         (("--box", "10", "30", "20", "10"), "turned around"),
         (("--box", "10", "10", "10", "30"), "no area"),

@@ -517,7 +517,7 @@ def open_image(image: Any, name: str | None = None, max_pixels: int = MAX_PIXELS
         problem = f"is too large ({error})"
     except UnidentifiedImageError:
         problem = "is not an image"
-    except (OSError, SyntaxError, ValueError, EOFError, TypeError, MemoryError) as error:
+    except Exception as error:  # a damaged file makes Pillow raise almost anything
         problem = f"cannot be read ({getattr(error, 'strerror', None) or str(error)[:MAX_QUOTED]})"
     raise ValueError(f"{name} {problem}; {accepted_images(max_pixels)}")
 

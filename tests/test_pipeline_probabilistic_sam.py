@@ -150,6 +150,8 @@ def test_inputs_of_every_kind_give_the_same(pipe, tmp_path):
     expected = pipe(image, boxes=BOX)
     for given in (
         str(tmp_path / "slice.png"), tmp_path / "slice.png", Image.fromarray(image), torch.from_numpy(image),
+        (tmp_path / "slice.png").read_bytes(), io.BytesIO((tmp_path / "slice.png").read_bytes()),
+        base64.b64encode((tmp_path / "slice.png").read_bytes()).decode(),
         np.repeat(image[..., None], 3, axis=2), {"image": image}, {"image": image, "boxes": [BOX], "points": None},
     ):  # fmt: skip
         assert same(pipe(given, boxes=BOX), expected)

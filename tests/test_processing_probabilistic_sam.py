@@ -19,6 +19,7 @@ from probabilistic_sam.processing_probabilistic_sam import (
     OUTSIDE_LOGIT,
     PADDING_LABEL,
     binary_entropy,
+    open_image,
 )
 
 BOX = [40, 30, 60, 44]  # its middle is (50, 37)
@@ -395,6 +396,25 @@ def test_an_image_that_is_none_gets_one_short_line(processor, tmp_path):
         assert len(str(caught.value)) < 400 and "\n" not in str(caught.value)
     with (tmp_path / "text.png").open() as file, pytest.raises(ValueError, match="opened as text"):
         processor(file, input_boxes=[[[1, 1, 5, 5]]])
+
+
+@pytest.mark.filterwarnings("ignore:.*EXIF:UserWarning", "ignore:Truncated:UserWarning")
+def test_damaged_orientation_tags_are_one_line_or_none():
+    file, exif = io.BytesIO(), PIL.Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "words"
+    PIL.Image.new("RGB", (40, 30)).save(file, format="JPEG", exif=exif)
+    content = file.getvalue()
+    assert open_image(content).size == (30, 40)
+    refused = 0
+    for position in range(content.index(b"Exif"), content.index(b"words")):
+        for value in (5, 10, 12):  # fractions and floating-point numbers among them
+            damaged = content[:position] + bytes([value]) + content[position + 1 :]
+            try:
+                open_image(damaged)
+            except ValueError as error:
+                refused += 1
+                assert "cannot be read" in str(error) and "\n" not in str(error)
+    assert refused
 
 
 def test_messages_stay_short_whatever_is_given(processor, image):

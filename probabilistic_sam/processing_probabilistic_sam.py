@@ -489,7 +489,10 @@ def open_image(image: Any, name: str | None = None, max_pixels: int = MAX_PIXELS
             return image
         if isinstance(image, io.TextIOBase):
             raise ValueError(f"{name or 'the image'} is a file opened as text; accepted: one opened with mode 'rb'")
-    from PIL import Image, ImageOps, UnidentifiedImageError  # only for files: arrays do without
+    try:  # transformers would otherwise demand it before it loads this file, and arrays do without
+        from PIL import Image, ImageOps, UnidentifiedImageError
+    except ModuleNotFoundError as error:
+        raise ImportError("reading image files needs Pillow, which is not installed: pip install pillow") from error
 
     if isinstance(image, str) and not (paths and os.path.isfile(image)):
         image = decode_base64(image, name, paths)

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import math
+import sys
 
 import numpy as np
 import PIL.Image
@@ -415,6 +416,13 @@ def test_damaged_orientation_tags_are_one_line_or_none():
                 refused += 1
                 assert "cannot be read" in str(error) and "\n" not in str(error)
     assert refused
+
+
+def test_files_need_pillow_and_arrays_do_not(processor, image, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)  # importing it fails
+    assert processor(image, input_boxes=[[BOX]])["windows"].tolist() == [[18, 5, 64]]
+    with pytest.raises(ImportError, match="reading image files needs Pillow"):
+        processor(tmp_path / "slice.png", input_boxes=[[BOX]])
 
 
 def test_messages_stay_short_whatever_is_given(processor, image):

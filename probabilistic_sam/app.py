@@ -18,11 +18,11 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
-from .cli import IMAGE_FORMATS, check_num_samples, check_prompt, draw, load_slice, result_words, write_result
+from .cli import check_num_samples, check_prompt, draw, load_slice, luminance, result_words, write_result
 from .errors import UserError
 from .modeling_probabilistic_sam import ProbabilisticSamModel
 from .plotting import area_figure, contour_figure, figure_pixels, map_figure, zoom_window
-from .processing_probabilistic_sam import ProbabilisticSamProcessor
+from .processing_probabilistic_sam import IMAGE_FORMATS, ProbabilisticSamProcessor
 
 HOST = "127.0.0.1"
 MAX_SAMPLES = 64  # each is drawn in the gallery
@@ -108,7 +108,7 @@ footer { display: none !important; }
 
 
 def picture(image: np.ndarray) -> str:
-    """A slice (H, W) as the browser shows it: grey values stretched, at most 1024 pixels a side, a data URL."""
+    """An image (H, W) or (H, W, 3) as the browser shows it: stretched, at most 1024 pixels a side, a data URL."""
     low, high = np.percentile(image, SHOWN_PERCENTILES)
     grey = np.clip((image - low) / max(high - low, 1e-6) * 255, 0, 255).astype(np.uint8)
     shown = Image.fromarray(grey)
@@ -166,7 +166,7 @@ def show(path: str | None, side: float | None = None) -> list[Any]:
     except UserError as error:
         gr.Warning(str(error), title="This file was not accepted", duration=None)
         return nothing
-    height, width = image.shape
+    height, width = image.shape[:2]
     return [gr.HTML(value={}, src=picture(image), width=width, height=height), side or found, *rest]
 
 
@@ -211,17 +211,18 @@ def sample(
     archive = shutil.make_archive(str(folder / f"{Path(str(path)).stem}-masks"), "zip", folder / "masks")
     shutil.rmtree(folder / "masks")
 
+    grey = luminance(image)
     unit, scale = ("mm²", side**2) if side else ("px", 1.0)
     box, points = read.get("box"), np.array(read["points"]) if "points" in read else None
-    zoom = zoom_window((image.shape[0], image.shape[1]), box, points, drawn.masks)
+    zoom = zoom_window((grey.shape[0], grey.shape[1]), box, points, drawn.masks)
     gallery = []
     for index, (mask, area) in enumerate(zip(drawn.masks, drawn.areas * scale, strict=True), start=1):
         words = f"{area:.{0 if area >= 100 else 1}f} {unit}" if area else "empty"
-        gallery.append((figure_pixels(contour_figure(image, mask, zoom)), f"{index}: {words}"))
+        gallery.append((figure_pixels(contour_figure(grey, mask, zoom)), f"{index}: {words}"))
     return [
         f"### {result_words(result).replace('mm2', 'mm²')}",
         gr.Column(visible=True),
-        figure_pixels(map_figure(image, drawn.mean, drawn.entropy, zoom, box, points)),
+        figure_pixels(map_figure(grey, drawn.mean, drawn.entropy, zoom, box, points)),
         figure_pixels(area_figure(drawn.areas * scale, unit)),
         gallery,
         archive,

@@ -28,9 +28,8 @@ from safetensors import SafetensorError
 
 from . import ProbabilisticSamModel, ProbabilisticSamProcessor, __version__
 from .errors import UserError, run
-from .pipeline_probabilistic_sam import IMAGE_FORMATS, MAX_PIXELS, open_image
 from .plotting import sample_figure, save_figure
-from .processing_probabilistic_sam import QUANTILES
+from .processing_probabilistic_sam import IMAGE_FORMATS, MAX_PIXELS, QUANTILES, open_image
 
 DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "model_cards" / "psam-lidc"
 MAX_SAMPLES = 1_000
@@ -59,10 +58,10 @@ class Drawn:
 
 
 def load_image(path: str | os.PathLike) -> np.ndarray:
-    """Read one grey slice; colour becomes luminance, 16-bit and floating-point values stay what they are.
+    """Read one image, with the pixels that the processor takes from the same file.
 
     Returns:
-        (H, W): uint8, uint16, int32 or float32.
+        Grey (H, W): uint8, uint16, int32 or float32; colour (H, W, 3): uint8.
 
     Raises:
         UserError: no such file, not an image, truncated, several frames, or more than 64 million pixels.
@@ -70,15 +69,18 @@ def load_image(path: str | os.PathLike) -> np.ndarray:
     if not Path(path).is_file():
         raise UserError(f"no image file at {path}; accepted: {', '.join(IMAGE_FORMATS)}")
     try:
-        image = open_image(path, f"image {path}")
-        if image.mode not in ("L", "I", "F") and not image.mode.startswith("I;16"):
-            image = image.convert("L")
+        image = open_image(Path(path), f"image {path}")
     except ValueError as error:
         raise UserError(str(error)) from error
     array = np.asarray(image)
     if not np.isfinite(array).all():
         raise UserError(f"image {path} holds NaN or infinite values; accepted: finite grey values")
     return array
+
+
+def luminance(image: np.ndarray) -> np.ndarray:
+    """Grey values (H, W) of an image, grey (H, W) or colour (H, W, 3), for figures."""
+    return image if image.ndim == 2 else np.asarray(Image.fromarray(image).convert("L"))
 
 
 def load_slice(path: str | os.PathLike) -> tuple[np.ndarray, float | None]:
@@ -161,7 +163,7 @@ def draw(
     Args:
         model: on any device.
         processor: the one saved with the model.
-        image: (H, W), any range of grey values.
+        image: (H, W), any range of grey values, or (H, W, 3).
         prompt: `{"box": [x1, y1, x2, y2]}` or `{"points": [[x, y], ...]}`, in pixels of the image.
         num_samples: N.
         seed: of the noise.
@@ -254,7 +256,10 @@ def replaced_directory(path: str | os.PathLike, owned: Sequence[str]) -> Iterato
 
 
 def check_prompt(prompt: dict[str, Any], width: int, height: int) -> None:
-    """Raise `UserError` for a box or a point that does not lie in an image of `width` x `height` pixels."""
+    """Raise `UserError` for a box or a point that does not lie in an image of `width` x `height` pixels.
+
+    A box may leave it by less than a pixel; the processor clips it.
+    """
     size = f"the image of {width} x {height} pixels"
     if "box" in prompt:
         x1, y1, x2, y2 = prompt["box"]
@@ -263,7 +268,8 @@ def check_prompt(prompt: dict[str, Any], width: int, height: int) -> None:
             raise UserError(f"box {text} is turned around; accepted: x1 y1 x2 y2 with x1 < x2 and y1 < y2")
         if x1 == x2 or y1 == y2:
             raise UserError(f"box {text} has no area; accepted: x1 y1 x2 y2 with x1 < x2 and y1 < y2")
-        if x1 < 0 or y1 < 0 or x2 > width or y2 > height:
+        outside = max(-x1, -y1, x2 - width, y2 - height) >= 1
+        if outside or min(x2, width) <= max(x1, 0) or min(y2, height) <= max(y1, 0):
             raise UserError(f"box {text} reaches outside {size}; accepted: 0 <= x <= {width}, 0 <= y <= {height}")
     for x, y in prompt.get("points", []):
         if not (0 <= x <= width and 0 <= y <= height):
@@ -271,12 +277,12 @@ def check_prompt(prompt: dict[str, Any], width: int, height: int) -> None:
 
 
 def check_num_samples(num_samples: int, image: np.ndarray) -> None:
-    """Raise `UserError` when so many masks of the image (H, W) need too much memory."""
-    if num_samples * image.size > MAX_SAMPLED_PIXELS:
-        height, width = image.shape
+    """Raise `UserError` when so many masks of the image (H, W) or (H, W, 3) need too much memory."""
+    height, width = image.shape[:2]
+    if num_samples * height * width > MAX_SAMPLED_PIXELS:
         raise UserError(
             f"{num_samples} samples of {width} x {height} pixels need too much memory; accepted: at most "
-            f"{MAX_SAMPLED_PIXELS // image.size} samples for this image"
+            f"{MAX_SAMPLED_PIXELS // (height * width)} samples for this image"
         )
 
 
@@ -294,7 +300,7 @@ def write_result(
 
     Args:
         folder: new or empty.
-        image: (H, W).
+        image: (H, W) or (H, W, 3).
         drawn: what the model drew on it.
         prompt: as `draw` takes it.
         name: of the image.
@@ -309,7 +315,7 @@ def write_result(
     write_grey(folder / "mean.png", drawn.mean)
     write_grey(folder / "uncertainty.png", drawn.entropy)
     figure = sample_figure(
-        image, drawn.masks, drawn.mean, drawn.entropy, box=prompt.get("box"), point=prompt.get("points"),
+        luminance(image), drawn.masks, drawn.mean, drawn.entropy, box=prompt.get("box"), point=prompt.get("points"),
         title=Path(name).name,
     )  # fmt: skip
     save_figure(figure, folder / "figure.png")

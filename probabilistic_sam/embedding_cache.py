@@ -18,14 +18,13 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-import torch.nn.functional as F
 from filelock import FileLock
 from tqdm.auto import tqdm
 
 from .data import make_prompt
 from .data.rows import decode_image, decode_masks
 from .errors import UserError
-from .processing_probabilistic_sam import ProbabilisticSamProcessor, cut, to_grey_or_rgb
+from .processing_probabilistic_sam import ProbabilisticSamProcessor, cut_masks, to_grey_or_rgb
 
 CACHE_VERSION = 2
 
@@ -86,10 +85,7 @@ def view_pixel_values(image: np.ndarray, view: View, processor: ProbabilisticSam
 
 def view_masks(masks: np.ndarray, view: View, size: int) -> torch.Tensor:
     """Readers' masks (R, H, W) in a view, (R, size, size) boolean."""
-    window = cut(torch.from_numpy(view.turn(masks)).float(), view.window, fill=0.0)
-    if window.shape[-1] == size:
-        return window > 0.5
-    return F.interpolate(window[None], size=(size, size), mode="bilinear", antialias=True)[0] >= 0.5
+    return cut_masks(torch.from_numpy(view.turn(masks)).float(), view.window, size)
 
 
 def view_prompt(masks: np.ndarray, view: View, name: str, rng: np.random.Generator, image_size: int) -> dict:

@@ -2,10 +2,10 @@
 
 import itertools
 import os
-import warnings
+import re
 from collections.abc import Iterator, Mapping
 from types import GeneratorType
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -13,52 +13,13 @@ from transformers import Pipeline
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
 from .modeling_probabilistic_sam import ProbabilisticSamModel
-from .processing_probabilistic_sam import ProbabilisticSamProcessor
+from .processing_probabilistic_sam import ProbabilisticSamProcessor, open_image, shorten
 
-IMAGE_FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "PPM", "WEBP")
-MAX_PIXELS = 64_000_000
 OF_AN_IMAGE = ("boxes", "points", "labels", "pixel_spacing_mm")  # what an image may bring with it
-
-
-def open_image(file: str | os.PathLike[str] | BinaryIO, name: str, max_pixels: int = MAX_PIXELS) -> Any:
-    """Decode one image; its size is checked before, so that one that would not fit into memory is refused.
-
-    Args:
-        file: a path or a binary file.
-        name: the subject of error messages, as in "image slice.png".
-        max_pixels: its largest width times height.
-
-    Returns:
-        `PIL.Image.Image`, upright.
-
-    Raises:
-        ValueError: not an image, truncated, several frames, or more than `max_pixels`.
-    """
-    from PIL import Image, ImageOps, UnidentifiedImageError  # only for files: arrays do without
-
-    try:
-        # The header says the size
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image: Image.Image = Image.open(file, formats=IMAGE_FORMATS)
-        with image:
-            frames = getattr(image, "n_frames", 1)
-            if image.width * image.height > max_pixels:
-                problem = f"has {image.width} x {image.height} pixels"
-            elif frames > 1:
-                problem = f"holds {frames} frames"
-            else:
-                return ImageOps.exif_transpose(image)
-    except Image.DecompressionBombError as error:
-        problem = f"is too large ({error})"
-    except UnidentifiedImageError:
-        problem = "is not an image"
-    except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
-        problem = f"cannot be read ({error})"
-    formats = ", ".join(IMAGE_FORMATS)
-    raise ValueError(
-        f"{name} {problem}; accepted: {formats} of at most {max_pixels // 10**6} million pixels, one slice a file"
-    )
+OF_A_CALL = ("num_samples", "seed", "threshold", "batch_size", "num_workers")
+# Keys of a dictionary that can only be meant for the pipeline, and that it would otherwise leave alone
+MISTAKEN = re.compile(r"(input_)?(bbox|box|point|prompt)(es|s)?|input_(label|mask)s?", re.IGNORECASE)
+MISTAKEN_WITH_POINTS = re.compile(r"(point_)?labels?", re.IGNORECASE)  # without points they may be classes
 
 
 class ProbabilisticMaskGenerationPipeline(Pipeline):
@@ -97,18 +58,20 @@ class ProbabilisticMaskGenerationPipeline(Pipeline):
         threshold: float | None = None,
         batch_size: int | None = None,
         num_workers: int | None = None,
+        **unknown: Any,
     ) -> Any:
         """Draw masks.
 
         Args:
-            images: a path, PIL image, array `(H, W)`, `(H, W, 3)` or `(3, H, W)`, or tensor; or a dictionary with such
-                an `image` and `boxes`, `points`, `labels`, `pixel_spacing_mm` of its own, which go before those
-                below; other keys are left alone. A list or tuple of them, a column or all of a dataset, or a
-                generator.
+            images: a path, bytes, binary file, base64 of a file (or a data URL), PIL image, array `(H, W)`,
+                `(H, W, 3)` or `(3, H, W)`, or tensor; or a dictionary with such an `image` and `boxes`, `points`,
+                `labels`, `pixel_spacing_mm` of its own, which go before those below. Other columns of a dataset are
+                left alone, but keys that name a prompt or an argument of this call, such as `box`, `input_boxes` or
+                `seed`, are refused. A list or tuple of them, a column or all of a dataset, or a generator.
             boxes: one box `[x1, y1, x2, y2]`, or `[prompt][x1, y1, x2, y2]`, in pixels of the image, measured at the
                 pixels' edges; the same for all images.
-            points: `[point][x, y]`, or `[prompt][point][x, y]`. With boxes as well, a prompt has both.
-            labels: of the points: 1 inside, 0 outside; all inside when left out.
+            points: `[x, y]`, `[point][x, y]`, or `[prompt][point][x, y]`. With boxes as well, a prompt has both.
+            labels: of the points: 1 inside, 0 outside, -1 or -10 padding; all inside when left out.
             pixel_spacing_mm: side of a pixel, one number or one a prompt; areas are then in mm^2.
             num_samples: N, masks a prompt, 16 by default.
             seed: of the noise, 0 by default. Every image has noise of its own from this seed: what is drawn for it
@@ -117,6 +80,7 @@ class ProbabilisticMaskGenerationPipeline(Pipeline):
             batch_size: images that are prepared, and windows that the model sees, at a time, 1 by default. A prompt
                 has a window of its own when the processor has a `crop_size`.
             num_workers: processes that prepare the images, none by default.
+            **unknown: refused.
 
         Returns:
             For one image a list with a dictionary a prompt: `masks (N, H, W)` boolean, `mean (H, W)` probability
@@ -126,10 +90,13 @@ class ProbabilisticMaskGenerationPipeline(Pipeline):
             over them, which holds one batch at a time.
 
         Raises:
-            ValueError: not an image, no prompt, a prompt outside of its image, a number out of range.
+            ValueError: not an image, no prompt, a prompt outside of its image, a number out of range, a key of a
+                dictionary that is mistaken.
+            TypeError: an argument that does not exist.
         """
-        is_image = isinstance(images, (str, os.PathLike, Mapping)) or hasattr(images, "ndim")
-        is_image = is_image or hasattr(images, "getbands")  # PIL
+        refuse_unknown(unknown)
+        is_image = isinstance(images, (str, bytes, bytearray, os.PathLike, Mapping))
+        is_image = is_image or any(hasattr(images, name) for name in ("ndim", "getbands", "read"))  # array, PIL, file
         if isinstance(images, tuple):
             images = list(images)
         elif not is_image and not isinstance(images, (list, GeneratorType)) and hasattr(images, "__iter__"):
@@ -156,7 +123,9 @@ class ProbabilisticMaskGenerationPipeline(Pipeline):
         num_samples=None,
         seed=None,
         threshold=None,
+        **unknown,
     ):
+        refuse_unknown(unknown)
         of_an_image = {"boxes": boxes, "points": points, "labels": labels, "pixel_spacing_mm": pixel_spacing_mm}
         stages = (of_an_image, {"num_samples": num_samples, "seed": seed}, {"threshold": threshold})
         return tuple({name: value for name, value in stage.items() if value is not None} for stage in stages)
@@ -165,15 +134,11 @@ class ProbabilisticMaskGenerationPipeline(Pipeline):
         """What the processor makes of one image and its prompts, and the pixel spacing."""
         row = inputs if isinstance(inputs, Mapping) else {"image": inputs}
         if row.get("image") is None:
-            raise ValueError(f"a dictionary must hold an image, got {', '.join(map(str, row)) or 'nothing'}")
-        image, given = row["image"], dict(defaults)
-        given |= {name: row[name] for name in OF_AN_IMAGE if row.get(name) is not None}
-        if isinstance(image, (str, os.PathLike)):
-            image = open_image(image, f"image {image}")
-        prompts: dict[str, Any] = {
-            f"input_{name}": [given[name]] for name in ("boxes", "points", "labels") if name in given
-        }
-        features = self.processor(images=[image], **prompts)
+            raise ValueError(f"a dictionary must hold an image, got {shorten(', '.join(map(str, row)) or 'nothing')}")
+        check_keys(row)
+        given = defaults | {name: row[name] for name in OF_AN_IMAGE if row.get(name) is not None}
+        prompts = {f"input_{name}": given[name] for name in ("boxes", "points", "labels") if name in given}
+        features = self.processor(images=[row["image"]], **prompts)
         return {"features": dict(features), "pixel_spacing_mm": given.get("pixel_spacing_mm")}
 
     def _forward(self, images: list[dict], batch_size: int, num_samples: int = 16, seed: int = 0) -> list[dict]:
@@ -248,6 +213,23 @@ class ProbabilisticMaskGenerationPipeline(Pipeline):
         finally:  # subclasses would inherit it, and their code cannot travel
             for name, part in parts.items():
                 part._auto_class = before[name]
+
+
+def refuse_unknown(unknown: Mapping[str, Any]) -> None:
+    """Raise `TypeError` for arguments that the pipeline does not have."""
+    for name in unknown:
+        raise TypeError(f"the pipeline does not take {name}; accepted: {', '.join(OF_AN_IMAGE + OF_A_CALL)}")
+
+
+def check_keys(row: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for keys that are misspelled, or that belong to the call and not to an image."""
+    points = row.get("points") is not None
+    for name in (str(key) for key, value in row.items() if key not in ("image", *OF_AN_IMAGE) and value is not None):
+        if name in OF_A_CALL:
+            raise ValueError(f"a dictionary holds {name}, which is the same for all images; accepted: as an argument")
+        if MISTAKEN.fullmatch(name) or (points and MISTAKEN_WITH_POINTS.fullmatch(name)):
+            accepted = ", ".join(("image", *OF_AN_IMAGE))
+            raise ValueError(f"a dictionary holds {shorten(name)}, which is not read; accepted: {accepted}")
 
 
 __all__ = ["ProbabilisticMaskGenerationPipeline"]

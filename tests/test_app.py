@@ -66,12 +66,29 @@ def test_picture_is_bounded_and_spreads_the_grey_values():
     assert app.picture(np.zeros((8, 8)))  # one grey value only
 
 
+def test_colour_is_shown_and_sampled_as_colour(draw, tmp_path):
+    colour = np.stack([lesion(), lesion() // 2, np.zeros_like(lesion())], axis=-1)
+    Image.fromarray(colour).save(tmp_path / "colour.png")
+    path = str(tmp_path / "colour.png")
+    canvas, *_ = app.show(path)
+    assert (canvas.props["width"], canvas.props["height"]) == (128, 128)
+    shown = Image.open(io.BytesIO(base64.b64decode(canvas.props["src"].partition(",")[2])))
+    assert shown.mode == "RGB" and shown.getpixel((60, 56))[0] > 200 and shown.getpixel((60, 56))[2] == 0
+    archive = draw(path, {"box": [45, 40, 75, 70]}, num_samples=2)[-1]
+    model, processor = tiny_model(), ProbabilisticSamProcessor(image_size=SIZE, crop_size=32)
+    expected = cli.draw(model, processor, colour, {"box": [45, 40, 75, 70]}, 2, 0)
+    with zipfile.ZipFile(archive) as file:
+        masks = [np.asarray(Image.open(file.open(f"masks/sample-{index:02d}.png"))) for index in range(2)]
+    assert np.array_equal(np.stack(masks), expected.masks)
+
+
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
         ({"box": [1, 2, 30, 40]}, {"box": [1, 2, 30, 40]}),
         ({"points": [[5, 6], [7.5, 8]]}, {"points": [[5, 6], [7.5, 8]]}),
         ({"box": None, "points": [[5, 6]]}, {"points": [[5, 6]]}),
+        ({"box": [-0.4, 0, 60.5, 48]}, {"box": [-0.4, 0, 60.5, 48]}),
     ],
 )
 def test_prompts_of_the_browser_are_read(value, expected):

@@ -123,6 +123,25 @@ def test_same_seed_same_files_other_seed_others(run_segment, tmp_path):
     assert first["mean.png"] != other["mean.png"]
 
 
+def test_a_box_may_leave_the_image_by_less_than_a_pixel(run_segment, tmp_path):
+    given = contents(run_segment("--num-samples", 3, prompt=("--box", "-0.4", "0", "60.5", "48.9")))
+    clipped = contents(run_segment("--num-samples", 3, prompt=("--box", 0, 0, 60, 48), output=tmp_path / "b"))
+    assert given["mean.png"] == clipped["mean.png"]
+
+
+def test_colour_is_what_the_processor_takes(run_segment, model_dir, tmp_path):
+    colour = np.random.default_rng(0).integers(0, 255, (48, 60, 3), dtype=np.uint8)
+    Image.fromarray(colour).save(tmp_path / "colour.png")
+    out = run_segment("--num-samples", 3, image=tmp_path / "colour.png")
+    model, processor = cli.load_model(model_dir)
+    drawn = cli.draw(model, processor, colour, {"box": [10, 12, 30, 28]}, 3, 0)
+    masks = np.stack([np.asarray(Image.open(path)) for path in sorted((out / "masks").iterdir())])
+    assert np.array_equal(masks, drawn.masks)
+    assert json.loads((out / "result.json").read_text())["image_size"] == {"width": 60, "height": 48}
+    grey = cli.draw(model, processor, cli.luminance(colour), {"box": [10, 12, 30, 28]}, 3, 0)
+    assert not np.array_equal(grey.mean, drawn.mean)
+
+
 def test_points_are_repeatable(run_segment):
     out = run_segment("--num-samples", 2, prompt=("--point", "20", "20", "--point", "25.5", "21"))
     assert json.loads((out / "result.json").read_text())["prompt"] == {"points": [[20.0, 20.0], [25.5, 21.0]]}
@@ -177,6 +196,9 @@ def test_reads_grey_of_every_kind(tmp_path, name):
         image = image.convert({"rgb": "RGB", "rgba": "RGBA", "palette": "P"}[name.split(".")[0]])
     image.save(tmp_path / name)
     array = cli.load_image(tmp_path / name)
+    if name.split(".")[0] in ("rgb", "rgba", "palette"):  # colour stays colour, as in the processor
+        assert array.shape == (48, 60, 3)
+        array = cli.luminance(array)
     assert array.shape == (48, 60)
     if name == "grey16.png":
         assert (array.dtype, array.max()) == (np.uint16, 59 * 4 * 200)
@@ -298,7 +320,8 @@ def test_missing_packages_are_named(tmp_path, monkeypatch):
     [
         (("--box", "10", "10", "61", "20"), "outside the image of 60 x 48 pixels"),
         (("--box", "-1", "10", "20", "20"), "outside the image"),
-        (("--box", "10", "10", "20", "48.5"), "outside the image"),
+        (("--box", "10", "10", "20", "49"), "outside the image"),
+        (("--box", "60.2", "10", "60.8", "20"), "outside the image"),
         (("--box", "20", "10", "10", "30"), "turned around"),
         (("--box", "10", "30", "20", "10"), "turned around"),
         (("--box", "10", "10", "10", "30"), "no area"),

@@ -128,6 +128,27 @@ def test_every_form_of_an_image_is_the_same(url):
     assert all(answer == answers[0] for answer in answers) and answers[0][0] == 200
 
 
+def test_parameters_beside_parameters_are_taken(url):
+    """Never the image's centre in silence, when there is a prompt."""
+    expected = post(url, REQUEST)
+    inputs, parameters = REQUEST["inputs"], REQUEST["parameters"]
+    assert expected[0] == 200
+    for body in (
+        {"inputs": inputs, **parameters},
+        {"inputs": inputs, "parameters": {"seed": 3, "num_samples": 6}, "boxes": [BOX]},
+        {"inputs": inputs, "parameters": parameters, "seed": 3, "threshold": None},
+        {"inputs": inputs, "parameters": {**parameters, "threshold": 0.5, "mask_threshold": 0.5}},
+        {"inputs": inputs, "mask_threshold": 0.5, **parameters},
+        {"inputs": inputs, "parameters": {**parameters, "boxes": [[BOX]]}},  # SAM's nesting
+    ):
+        assert post(url, body) == expected
+    flat = with_parameters(points=[20, 20], num_samples=3)
+    assert post(url, flat) == post(url, with_parameters(points=[[[20, 20]]], labels=[[1]], num_samples=3))
+    for points in ([POINTS] * 2, [[POINTS] * 2]):
+        status, answer = post(url, with_parameters(points=points, num_samples=501))
+        assert status == 400 and "each of 2 prompts" in answer["error"]
+
+
 def test_handler_takes_what_needs_no_server(folder):
     handler = load_handler(folder)
     content = file_of(make_image())
@@ -184,11 +205,17 @@ for _ in range(50):
         ({"inputs": encoded(png_header(20_000, 20_000))}, "20000 x 20000|too large"),
         ({}, 'the request has no "inputs", only nothing'),
         ({"image": REQUEST["inputs"]}, 'the request has no "inputs", only image; accepted: {"inputs"'),
+        ({"inputs": REQUEST["inputs"], "box": BOX}, "unknown key box; accepted: inputs, parameters, boxes, points"),
+        ({"inputs": REQUEST["inputs"], "options": {}}, "unknown key options; accepted"),
+        ({"inputs": REQUEST["inputs"], "x" * 10**5: 1}, "unknown key x{80}; accepted"),
+        ({"inputs": REQUEST["inputs"], "seed": 3, "parameters": {"seed": 4}}, "seed is given twice"),
+        (with_parameters(threshold=0.4, mask_threshold=0.5), "threshold and mask_threshold are given with different"),
+        (with_parameters(seed="x" * 10**5), r"seed is 'x{1,80}.{1,80}; accepted: a whole"),
         ({"inputs": {"image": "x"}}, "inputs are of type dict; accepted: an image file"),
         ({"inputs": 5}, "inputs are of type int"),
         ([1, 2], "inputs are of type list"),
-        ({"inputs": "/etc/passwd"}, "the input is not an image|inputs are no base64"),
-        ({"inputs": "http://127.0.0.1/slice.png"}, "inputs are no base64"),
+        ({"inputs": "/etc/passwd"}, "the input is not an image|the input is not valid base64"),
+        ({"inputs": "http://127.0.0.1/slice.png"}, "the input is a URL, which is not fetched"),
         ({"inputs": REQUEST["inputs"], "parameters": [1]}, "parameters are of type list; accepted: boxes"),
         (with_parameters(box=BOX), "unknown parameter box; accepted: boxes"),
         (with_parameters(boxes=[BOX], num_samples=10**6), "num_samples is 1000000; accepted: a whole number from 1"),

@@ -1,5 +1,7 @@
 """The pipeline: what it returns, for which inputs, and that a seed means the same in any company."""
 
+import base64
+import io
 import json
 import os
 import subprocess
@@ -9,13 +11,16 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
+from endpoint_server import load_handler
 from PIL import Image
 from test_cli import png_header
+from test_processing_probabilistic_sam import files_of, forms_of
 from tiny import SIZE, tiny_model
 from transformers import pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
-from probabilistic_sam import ProbabilisticSamProcessor
+from probabilistic_sam import ProbabilisticSamProcessor, cli
 
 TASK = "probabilistic-mask-generation"
 BOX, OTHER_BOX = [10, 12, 30, 28], [40, 5, 52, 20]
@@ -37,6 +42,12 @@ def expressive_model(**kwargs):
 @pytest.fixture(scope="module")
 def pipe():
     return pipeline(TASK, model=expressive_model(), processor=ProbabilisticSamProcessor(SIZE, 24), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    """The handler of the shipped weights, with its pipeline."""
+    return load_handler(ROOT / "model_cards" / "psam-lidc")
 
 
 def same(left, right):
@@ -101,12 +112,46 @@ def test_points_labels_and_both_kinds_of_prompt(pipe):
 # ----------------------------------------------------------------------------------------------------------- inputs
 
 
+@pytest.mark.parametrize("kind", ["orientation", "palette", "16 bit"])
+def test_an_image_means_the_same_through_every_entrance(shipped, tmp_path, kind):
+    """The shipped weights: processor and model, pipeline, handler, command, page.
+
+    All forms of a file are tested with the processor, through which all entrances lead.
+    """
+    app = pytest.importorskip("probabilistic_sam.app", reason="the page needs gradio, extra [app]")
+    content, array = files_of(kind)
+    box, pipe = [8, 6, 30, 31], shipped.pipe
+    inputs = pipe.processor(array.copy(), input_boxes=[[box]])
+    samples = pipe.model.sample(**inputs, num_samples=2, generator=torch.Generator().manual_seed(4))
+    (result,) = pipe.processor.post_process_samples(samples.pred_masks, inputs["windows"], inputs["original_sizes"])
+    expected = result["masks"].numpy()
+    assert expected.shape == (2, *array.shape[:2])
+    for form in forms_of(content, tmp_path)[1::2]:  # path, bytes in an array, PIL image, data URL
+        (given,) = pipe(form, boxes=box, num_samples=2, seed=4)
+        assert np.array_equal(given["masks"], expected), type(form)
+    parameters = {"boxes": box, "num_samples": 2, "seed": 4}
+    bodies = [base64.b64encode(content).decode()]
+    if kind != "16 bit":
+        bodies.append(Image.open(io.BytesIO(content)).convert("RGB"))  # as an endpoint makes it of an image body
+    for body in bodies:
+        answer = shipped({"inputs": body, "parameters": parameters})
+        masks = [np.asarray(Image.open(io.BytesIO(base64.b64decode(item["mask"])))) for item in answer[2:]]
+        assert np.array_equal(np.stack(masks) > 0, expected)
+    path = tmp_path / "image.file"
+    for image in (cli.load_slice(path)[0], app.open_file(str(path))[0]):
+        assert np.array_equal(image, array)
+    drawn = cli.draw(pipe.model, pipe.processor, image, {"box": box}, 2, 4)
+    assert np.array_equal(drawn.masks, expected)
+
+
 def test_inputs_of_every_kind_give_the_same(pipe, tmp_path):
     image = make_image()
     Image.fromarray(image).save(tmp_path / "slice.png")
     expected = pipe(image, boxes=BOX)
     for given in (
         str(tmp_path / "slice.png"), tmp_path / "slice.png", Image.fromarray(image), torch.from_numpy(image),
+        (tmp_path / "slice.png").read_bytes(), io.BytesIO((tmp_path / "slice.png").read_bytes()),
+        base64.b64encode((tmp_path / "slice.png").read_bytes()).decode(),
         np.repeat(image[..., None], 3, axis=2), {"image": image}, {"image": image, "boxes": [BOX], "points": None},
     ):  # fmt: skip
         assert same(pipe(given, boxes=BOX), expected)
@@ -178,6 +223,10 @@ def test_model_in_bfloat16_takes_images():
         (np.full((8, 8), np.nan), {"boxes": [1, 1, 5, 5]}, "finite numbers only"),
         ({"picture": make_image()}, {"boxes": BOX}, "must hold an image, got picture"),
         ("missing.png", {"boxes": BOX}, "image missing.png cannot be read.*accepted: PNG"),
+        (bytes(300_000), {"boxes": BOX}, "the image is not an image"),
+        ("https://example.org/slice.png", {"boxes": BOX}, "is a URL, which is not fetched"),
+        (make_image(), {"boxes": [[[[1, 2, 3, 4]]]]}, r"\[image\]\[prompt\]\[x1, y1, x2, y2\], got"),
+        (make_image(), {"points": [[20, 20]], "labels": [2]}, "labels must be 1"),
     ],
 )
 def test_faults_are_named(pipe, image, arguments, message):
@@ -185,12 +234,41 @@ def test_faults_are_named(pipe, image, arguments, message):
         pipe(image, **arguments)
 
 
+def test_prompts_may_lack_levels_and_boxes_are_clipped(pipe):
+    image = make_image()
+    for name, forms in (
+        ("boxes", (BOX, [BOX], [[BOX]], np.array(BOX), torch.tensor([[BOX]]))),
+        ("points", ([20, 20], [[20, 20]], [[[20, 20]]], np.array([20, 20]), torch.tensor([[[20, 20]]]))),
+    ):
+        expected = pipe(image, **{name: forms[0]}, num_samples=3)
+        assert len(expected) == 1
+        assert all(same(pipe(image, **{name: form}, num_samples=3), expected) for form in forms[1:])
+    padded = pipe(image, points=[[20, 20], [1, 1]], labels=[1, -1], num_samples=3)
+    assert same(padded, pipe(image, points=[[20, 20], [1, 1]], labels=[1, -10], num_samples=3))
+    assert same(pipe(image, boxes=[-0.3, 0, 60.6, 48]), pipe(image, boxes=[0, 0, 60, 48]))
+
+
+def test_dictionaries_keep_columns_and_refuse_mistaken_names(pipe):
+    expected = pipe(make_image(), boxes=BOX)
+    row = {"image": make_image(), "boxes": BOX, "masks": [0], "patient_id": "A", "label": 3, "spacing": 1, "box": None}
+    assert same(pipe(row), expected)
+    for name in ("box", "Boxes", "bbox", "bboxes", "input_boxes", "point", "input_points", "input_masks", "prompt"):
+        with pytest.raises(ValueError, match=f"a dictionary holds {name}, which is not read; accepted: image, boxes"):
+            pipe({"image": make_image(), name: BOX}, boxes=OTHER_BOX)
+    for name in ("num_samples", "seed", "threshold"):
+        with pytest.raises(ValueError, match=f"a dictionary holds {name}, which is the same for all images"):
+            pipe([{"image": make_image(), name: 3}], boxes=OTHER_BOX)
+    with pytest.raises(ValueError, match="a dictionary holds label, which is not read"):
+        pipe({"image": make_image(), "points": POINTS, "label": [1, 0]})
+
+
 def test_image_files_are_bounded_and_unknown_arguments_refused(pipe, tmp_path):
     (tmp_path / "bomb.png").write_bytes(png_header(8001, 8000))
     with pytest.raises(ValueError, match="8001 x 8000 pixels; accepted: PNG.* at most 64 million"):
         pipe(tmp_path / "bomb.png", boxes=BOX)
-    with pytest.raises(TypeError, match="n_samples"):
-        pipe(make_image(), boxes=BOX, n_samples=3)
+    for name in ("n_samples", "input_boxes", "points_per_batch"):
+        with pytest.raises(TypeError, match=f"the pipeline does not take {name}; accepted: boxes, points, labels"):
+            pipe(make_image(), boxes=BOX, **{name: 3})
     with pytest.raises(TypeError, match="n_samples"):
         pipeline(TASK, model=pipe.model, processor=pipe.processor, n_samples=3)
 

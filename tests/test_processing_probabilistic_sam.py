@@ -1,7 +1,10 @@
 """The processor: windows, coordinates and areas by hand, every kind of image, prompt and fault."""
 
+import base64
+import io
 import json
 import math
+import sys
 
 import numpy as np
 import PIL.Image
@@ -17,6 +20,7 @@ from probabilistic_sam.processing_probabilistic_sam import (
     OUTSIDE_LOGIT,
     PADDING_LABEL,
     binary_entropy,
+    open_image,
 )
 
 BOX = [40, 30, 60, 44]  # its middle is (50, 37)
@@ -137,7 +141,307 @@ def test_one_prompt_may_come_without_its_level(processor, image):
             assert all(torch.equal(given[name], value) for name, value in expected.items())
 
 
+def equal(given, expected):
+    """Whether two outputs of the processor are the same in everything."""
+    return given.keys() == expected.keys() and all(torch.equal(given[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("convert", [lambda value: value, np.array, lambda value: torch.tensor(np.array(value))])
+def test_levels_may_be_left_out_where_one_reading_is_possible(processor, image, convert):
+    """With one image the level of images too; with several one prompt, one point, one label each."""
+    mask = np.zeros((100, 128), bool)
+    mask[30:44, 40:60] = True
+    for name, full, others in (
+        ("input_boxes", [[BOX]], (BOX, [BOX])),
+        ("input_boxes", [[BOX, [0, 0, 9, 9]]], ([BOX, [0, 0, 9, 9]],)),
+        ("input_points", [[[[30, 30]]]], ([30, 30], [[30, 30]], [[[30, 30]]])),
+        ("input_points", [[[[30, 30], [40, 41]]]], ([[30, 30], [40, 41]], [[[30, 30], [40, 41]]])),
+        ("input_points", [[[[30, 30]], [[40, 41]]]], ([[[30, 30]], [[40, 41]]],)),
+        ("input_masks", [[mask]], (mask, [mask])),
+    ):
+        expected = processor(image, **{name: full})
+        for value in others:
+            assert equal(processor(image, **{name: convert(value)}), expected)
+    signed = processor(image, input_points=[[[[30, 30], [40, 41]]]], input_labels=[[[1, 0]]])
+    for labels in ([1, 0], [[1, 0]]):
+        assert equal(processor(image, input_points=[[30, 30], [40, 41]], input_labels=convert(labels)), signed)
+    two = processor([image, image], input_points=[[[[30, 30]]], [[[40, 41]]]], input_labels=[[[1]], [[0]]])
+    given = processor([image, image], input_points=convert([[30, 30], [40, 41]]), input_labels=convert([1, 0]))
+    assert equal(given, two)
+
+
+def test_minus_one_is_padding_as_in_sam(processor, image):
+    points = [[[[50, 40], [5, 5], [52, 40]]]]
+    expected = processor(image, input_points=points, input_labels=[[[1, PADDING_LABEL, 1]]])
+    assert equal(processor(image, input_points=points, input_labels=[[[1, -1, 1]]]), expected)
+    assert expected["input_labels"].tolist() == [[[1, PADDING_LABEL, 1]]]
+    assert expected["windows"].tolist() == [[51 - 32, 40 - 32, 64]]
+
+
+def test_boxes_are_clipped_by_less_than_a_pixel(processor, image):
+    expected = processor(image, input_boxes=[[[0, 0, 128, 100]]])
+    assert equal(processor(image, input_boxes=[[[-0.3, -0.99, 128.6, 100.5]]]), expected)
+    for outside in ([-1, 0, 9, 9], [0, 0, 129, 9], [0, 0, 9, 101]):
+        with pytest.raises(ValueError, match="lies outside of the image of 128 x 100"):
+            processor(image, input_boxes=[[outside]])
+    with pytest.raises(ValueError, match="has no area"):
+        processor(image, input_boxes=[[[128.1, 0, 128.9, 9]]])
+
+
+def test_soft_masks_count_where_they_say_inside(processor, image):
+    inside = np.zeros((100, 128), bool)
+    inside[30:44, 40:60] = True
+    expected = processor(image, input_masks=[[inside]])
+    for mask in (
+        inside.astype(np.uint8) * 255,
+        np.where(inside, 0.3, 0.0),  # 0 and another value
+        np.where(inside, 0.9, 0.02),
+        np.where(inside, 0.51, 0.5),  # one half is not inside
+        np.where(inside, 4.0, -3.0),
+        np.where(inside, 0.25, -20.0) + np.where(inside, np.arange(128), 0),  # logits of any size
+        np.where(inside, 0.6 + np.arange(128) / 1000, np.arange(128) / 1000),  # a mean of samples
+        PIL.Image.fromarray(inside),
+        torch.from_numpy(inside),
+    ):
+        assert equal(processor(image, input_masks=[[mask]]), expected)
+    for mask, message in (
+        (np.where(inside, np.nan, 0), "a mask prompt must hold finite numbers only"),
+        (np.where(inside, np.inf, 0), "a mask prompt must hold finite numbers only"),
+        (np.tile(np.arange(128), (100, 1)), "several values from 0 to 127; accepted: 0 and one other value, prob"),
+        (np.where(inside, 2, 1), "several values from 1 to 2"),
+        (np.full((100, 128), 0.2), "must not be empty: no value of it counts as inside"),
+        (np.where(inside, -1, -2), "must not be empty"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            processor(image, input_masks=[[mask]])
+
+
+# --------------------------------------------------------------------------------------------------------- readers
+
+
+def test_readers_masks_are_cut_like_the_image(processor, image):
+    """Window (18, 5, 64) and masks of 64 x 64: a pixel is a cell."""
+    masks = np.zeros((3, 100, 128), np.uint8)
+    masks[0, 30:44, 40:60] = 1
+    masks[1, 99, 127] = 1  # outside of the window
+    inputs = processor(image, input_boxes=[[BOX, [0, 0, 12, 12]]], segmentation_maps=[masks])
+    assert inputs["labels"].shape == (2, 1, 3, 64, 64) and inputs["labels"].dtype == torch.float32
+    assert inputs["annotated"].dtype == torch.bool
+    assert inputs["annotated"].tolist() == [[[True, False, False]], [[False, False, False]]]
+    expected = torch.zeros(3, 64, 64)
+    expected[0, 30 - 5 : 44 - 5, 40 - 18 : 60 - 18] = 1
+    assert torch.equal(inputs["labels"][0, 0], expected) and not inputs["labels"][1].any()
+
+
+def test_pixels_that_vanish_when_resized_are_annotated(processor):
+    """A window of 1024 for masks of 64: one pixel is 1/256 of a cell, a block of 16 is one cell."""
+    image, masks = np.zeros((1024, 1024), np.uint8), np.zeros((2, 1024, 1024), bool)
+    masks[0, 500, 500] = True
+    masks[1, 512:544, 512:544] = True
+    inputs = processor(image, input_boxes=[[[128, 128, 896, 896]]], segmentation_maps=masks)
+    assert inputs["windows"].tolist() == [[0, 0, 1024]]
+    assert inputs["annotated"].tolist() == [[[True, True]]]
+    assert inputs["labels"][0, 0, 0].sum() == 0
+    rows, columns = torch.nonzero(inputs["labels"][0, 0, 1], as_tuple=True)
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (32, 33, 32, 33)
+
+
+def test_readers_masks_come_in_every_form(processor, image):
+    mask = np.zeros((100, 128), bool)
+    mask[30:44, 40:60] = True
+    expected = processor(image, input_boxes=[[BOX]], segmentation_maps=[[mask]])
+    assert expected["labels"].shape == (1, 1, 1, 64, 64) and expected["labels"].sum() == 14 * 20
+    pil = PIL.Image.fromarray(mask)
+    for maps in (
+        mask,
+        [mask],
+        mask[None],
+        torch.from_numpy(mask),
+        mask * 255,
+        mask.astype(float),
+        pil,
+        [pil],
+        [[pil]],
+    ):
+        assert equal(processor(image, input_boxes=[[BOX]], segmentation_maps=maps), expected)
+    several = processor([image] * 2, input_boxes=[[BOX], [BOX]], segmentation_maps=[mask, ~mask])  # one reader each
+    assert several["labels"].shape == (2, 1, 1, 64, 64)
+    assert torch.equal(several["labels"][1], 1 - several["labels"][0])
+    assert equal(processor(image, None, [[mask]], None, None, [[BOX]]), expected)  # SamProcessor's own order
+    whole = ProbabilisticSamProcessor(256, crop_size=None)
+    shared = whole(image, input_boxes=[[BOX, [0, 0, 9, 9]]], segmentation_maps=[np.stack([mask, mask & False])])
+    assert shared["labels"].shape == (1, 2, 2, 64, 64)
+    assert torch.equal(shared["labels"][:, 0], shared["labels"][:, 1])
+    assert shared["annotated"].tolist() == [[[True, False]] * 2]
+
+
+@pytest.mark.parametrize(
+    ("maps", "message"),
+    [
+        (np.zeros((9, 9)), r"segmentation_maps of image 0 must have the image's size \(100, 128\), got \(9, 9\)"),
+        (np.full((100, 128), 0.5), "must be boolean, 0 and 1, or 0 and 255"),
+        (np.tile(np.arange(128) % 3, (100, 1)), "must be boolean, 0 and 1, or 0 and 255"),
+        (np.full((100, 128), np.nan), "must be boolean, 0 and 1, or 0 and 255"),
+        (np.zeros((0, 100, 128)), "segmentation_maps of image 0 hold no mask"),
+        (np.zeros((2, 1, 100, 128)), "segmentation_maps are for 2 images, but there are 1"),
+        ("masks.png", r"must be nested lists of numbers.*\[image\]\[reader\] masks \(H, W\)"),
+        (7, "must be nested lists of numbers"),
+    ],
+)
+def test_wrong_readers_masks_are_named(processor, image, maps, message):
+    with pytest.raises(ValueError, match=message):
+        processor(image, input_boxes=[[BOX]], segmentation_maps=maps)
+
+
+def test_images_of_one_call_have_as_many_readers(processor, image):
+    mask = np.zeros((100, 128))
+    with pytest.raises(ValueError, match=r"different numbers of readers \(1, 2\)"):
+        processor([image] * 2, input_boxes=[[BOX], [BOX]], segmentation_maps=[[mask], [mask, mask]])
+
+
+def test_a_model_trains_on_what_the_processor_gives(image):
+    """The shipped encoder is tested with the pipeline; the sizes are the same rule, image_size / 4."""
+    mask = np.zeros((100, 128), bool)
+    mask[30:44, 40:60] = True
+    inputs = ProbabilisticSamProcessor(SIZE, 24)(image, input_boxes=[[BOX]], segmentation_maps=[[mask, mask & False]])
+    assert inputs.pop("annotated").tolist() == [[[True, False]]]
+    assert torch.isfinite(tiny_model()(**inputs).loss)
+
+
 # ---------------------------------------------------------------------------------------------------------- pixels
+
+
+def files_of(kind):
+    """A file (PNG unless it says TIFF), and the array (H, W) or (H, W, 3) that it stands for."""
+    rng = np.random.default_rng(1)
+    grey = rng.integers(0, 256, (40, 60), dtype=np.uint8)
+    colour = rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    options, expected = {}, colour
+    if kind == "orientation":  # 6: the file lies on its left side
+        image, expected = PIL.Image.fromarray(colour), np.rot90(colour, -1)
+        options["exif"] = PIL.Image.Exif()
+        options["exif"][0x0112] = 6
+    elif kind == "palette":
+        image = PIL.Image.fromarray(colour).quantize(16)
+        options["transparency"], expected = 3, np.asarray(image.convert("RGB"))
+    elif kind == "transparent":
+        image = PIL.Image.fromarray(np.concatenate([colour, grey[..., None]], axis=-1))
+    elif kind == "grey with alpha":
+        image, expected = PIL.Image.merge("LA", [PIL.Image.fromarray(grey)] * 2), grey
+    elif kind == "1 bit":
+        image, expected = PIL.Image.fromarray(grey > 99), np.where(grey > 99, 255, 0)
+    elif kind == "16 bit":
+        expected = grey.astype(np.uint16) * 200 + 3
+        image = PIL.Image.fromarray(expected)
+    elif kind == "float":
+        expected = grey.astype(np.float32) / 7 - 1000
+        image, options["format"] = PIL.Image.fromarray(expected), "TIFF"
+    else:
+        image = PIL.Image.fromarray(colour)
+    file = io.BytesIO()
+    image.save(file, **{"format": "PNG", **options})
+    return file.getvalue(), expected
+
+
+KINDS = ("colour", "orientation", "palette", "transparent", "grey with alpha", "1 bit", "16 bit", "float")
+
+
+def forms_of(content, folder):
+    """All forms in which a file may come in."""
+    text, path = base64.b64encode(content).decode(), folder / "image.file"
+    path.write_bytes(content)
+    return (
+        path, str(path), content, bytearray(content), io.BytesIO(content), PIL.Image.open(io.BytesIO(content)), text,
+        "data:image/png;base64," + text, "\n".join(text[i : i + 76] for i in range(0, len(text), 76)),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_is_the_same_in_every_form(processor, tmp_path, kind):
+    content, array = files_of(kind)
+    expected = processor(array.copy(), input_boxes=[[[5, 5, 25, 30]]])
+    for form in forms_of(content, tmp_path):
+        assert equal(processor(form, input_boxes=[[[5, 5, 25, 30]]]), expected), type(form)
+    with (tmp_path / "image.file").open("rb") as file:  # stays open
+        for _ in range(2):
+            assert equal(processor(file, input_boxes=[[[5, 5, 25, 30]]]), expected)
+
+
+def test_an_image_that_is_none_gets_one_short_line(processor, tmp_path):
+    content, _ = files_of("colour")
+    (tmp_path / "text.png").write_text("hello")
+    frames = [PIL.Image.new("L", (8, 8), value) for value in (0, 1)]
+    frames[0].save(tmp_path / "stack.tiff", save_all=True, append_images=frames[1:])
+    secret = "c2VjcmV0" * 4000
+    for image, message in (
+        (secret, "the image is not an image; accepted: PNG"),
+        (secret + "!", "image c2VjcmV0.* cannot be read .no such file, and not base64.; accepted: PNG"),
+        ("data:image/png;base64," + secret, "the image is not an image"),
+        ("data:image/png," + secret, "data URL without base64"),
+        ("missing.png", "image missing.png cannot be read .no such file"),
+        ("https://example.org/slice.png", "the image is a URL, which is not fetched; accepted: PNG"),
+        (tmp_path / "missing.png", "cannot be read .No such file"),
+        (tmp_path, "cannot be read .Is a directory"),
+        (secret.encode(), "the image is not an image"),
+        (content[:-2000], "the image cannot be read"),
+        (PIL.Image.open(io.BytesIO(content[:-2000])), "the image cannot be read"),
+        (PIL.Image.open(tmp_path / "stack.tiff"), "the image holds 2 frames"),
+        (tmp_path / "stack.tiff", "holds 2 frames"),
+        ({"path": secret}, "an image must be a file, a PIL image or an array of numbers, got dict"),
+        (np.array(["a", "b"]), "an image must be a file, a PIL image or an array of numbers, got ndarray"),
+        (None, "no images are given"),
+        ([], "the list of images is empty"),
+    ):
+        with pytest.raises(ValueError, match=message) as caught:
+            processor(image, input_boxes=[[[1, 1, 5, 5]]])
+        assert len(str(caught.value)) < 400 and "\n" not in str(caught.value)
+    with (tmp_path / "text.png").open() as file, pytest.raises(ValueError, match="opened as text"):
+        processor(file, input_boxes=[[[1, 1, 5, 5]]])
+
+
+@pytest.mark.filterwarnings("ignore:.*EXIF:UserWarning", "ignore:Truncated:UserWarning")
+def test_damaged_orientation_tags_are_one_line_or_none():
+    file, exif = io.BytesIO(), PIL.Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "words"
+    PIL.Image.new("RGB", (40, 30)).save(file, format="JPEG", exif=exif)
+    content = file.getvalue()
+    assert open_image(content).size == (30, 40)
+    refused = 0
+    for position in range(content.index(b"Exif"), content.index(b"words")):
+        for value in (5, 10, 12):  # fractions and floating-point numbers among them
+            damaged = content[:position] + bytes([value]) + content[position + 1 :]
+            try:
+                open_image(damaged)
+            except ValueError as error:
+                refused += 1
+                assert "cannot be read" in str(error) and "\n" not in str(error)
+    assert refused
+
+
+def test_files_need_pillow_and_arrays_do_not(processor, image, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)  # importing it fails
+    assert processor(image, input_boxes=[[BOX]])["windows"].tolist() == [[18, 5, 64]]
+    with pytest.raises(ImportError, match="reading image files needs Pillow"):
+        processor(tmp_path / "slice.png", input_boxes=[[BOX]])
+
+
+def test_messages_stay_short_whatever_is_given(processor, image):
+    for name, value in (
+        ("input_boxes", [["x" * 10**6]]),
+        ("input_boxes", [[list(range(10**5))]]),
+        ("input_points", "y" * 10**6),
+        ("input_points", [[[[0, 10**400]]]]),
+        ("input_labels", [[1] * 10**5]),
+        ("input_masks", [[["z" * 10**6]]]),
+        ("w" * 10**6, 1),
+        ("do_pad", "v" * 10**6),
+        ("device", "u" * 10**6),
+        ("return_tensors", "t" * 10**6),
+    ):
+        prompts = {"input_points": [[[[50, 40]]]], name: value}
+        with pytest.raises(ValueError) as caught:
+            processor(image, **prompts)
+        assert len(str(caught.value)) < 400 and "\n" not in str(caught.value)
 
 
 def test_every_kind_of_image_gives_the_same_pixels(processor, image):
@@ -303,6 +607,96 @@ def test_model_takes_what_the_processor_gives(image):
         assert model(**inputs, num_samples=3).pred_masks.shape == output.pred_masks.shape
 
 
+def test_results_carry_no_gradients(processor, image):
+    inputs = processor(image, input_boxes=[[BOX]])
+    place = inputs["windows"], inputs["original_sizes"]
+    logits = torch.randn(1, 1, 2, 64, 64, requires_grad=True)
+    (result,) = processor.post_process_samples(logits, *place)
+    assert not any(value.requires_grad for value in result.values() if isinstance(value, torch.Tensor))
+    assert not processor.post_process_logits(logits, *place)[0].requires_grad
+    assert not processor.post_process_masks(logits, *place[::-1], binarize=False)[0].requires_grad
+    result["mean"].numpy()  # would raise with gradients
+
+
+def test_sam_names_for_pasting_masks_back(processor, image):
+    inputs = processor([image, image[:90]], input_boxes=[[BOX], [BOX]])
+    logits = torch.randn(2, 1, 3, 64, 64)
+    sizes, windows = inputs["original_sizes"], inputs["windows"]
+    expected = processor.post_process_logits(logits, windows, sizes)
+    for owner in (processor, processor.image_processor):
+        masks = owner.post_process_masks(logits, sizes, windows)
+        assert [mask.shape for mask in masks] == [(1, 3, 100, 128), (1, 3, 90, 128)] and masks[0].dtype == torch.bool
+        assert all(torch.equal(mask[0], pasted > 0) for mask, pasted in zip(masks, expected, strict=True))
+    higher = processor.post_process_masks(logits, sizes.tolist(), windows.tolist(), mask_threshold=1.0)
+    assert torch.equal(higher[1][0], expected[1] > 1)
+    (raw, _) = processor.post_process_masks(logits, sizes, windows, binarize=False)
+    assert torch.equal(raw[0], expected[0])
+    for arguments in ((sizes,), (sizes, torch.tensor([[256, 256]] * 2)), (sizes, windows, 0.0, True)):
+        options = {"reshaped_input_sizes": sizes} if len(arguments) == 4 else {}
+        with pytest.raises(ValueError, match="give the windows .* in place of reshaped_input_sizes"):
+            processor.post_process_masks(logits, *arguments, **options)
+    with pytest.raises(KeyError, match="post_process_masks takes windows in their place"):
+        inputs["reshaped_input_sizes"]
+    for wrong in ((logits[0], windows, sizes), (logits, sizes, windows), (logits, windows[:1], sizes)):
+        for function in (processor.post_process_logits, processor.post_process_samples):
+            with pytest.raises(
+                ValueError, match=r"must have the shapes \(W, P, N, h, w\), \(W, 3\) and \(W, 2\), got"
+            ):
+                function(*wrong)
+    with pytest.raises(AttributeError, match="the processor has no size; it has image_size, crop_size"):
+        _ = processor.image_processor.size
+    assert not hasattr(processor, "tokenizer")
+
+
+# ------------------------------------------------------------------------------------------- arguments of SamProcessor
+
+
+def test_arguments_of_sam_processor_are_honoured_or_refused(processor, image):
+    import inspect
+
+    from transformers import SamProcessor
+    from transformers.models.sam.processing_sam import SamProcessorKwargs
+    from transformers.processing_utils import ImagesKwargs
+
+    expected = processor(image, input_boxes=[[BOX]])
+    honoured = {
+        "do_resize": True, "do_normalize": True, "do_pad": True, "do_convert_rgb": True, "do_center_crop": False,
+        "data_format": "channels_first", "point_pad_value": -10, "do_rescale": False, "return_tensors": "pt",
+        "device": "cpu", "disable_grouping": True, "text": None, "size": None,
+    }  # fmt: skip
+    for name, value in honoured.items():
+        assert equal(processor(image, input_boxes=[[BOX]], **{name: value}), expected), name
+    scaled = processor(image / 255, input_boxes=[[BOX]], do_rescale=False)
+    assert torch.allclose(scaled["pixel_values"], expected["pixel_values"], atol=1e-4)
+    moved = processor(image, input_boxes=[[BOX]], device="meta")
+    assert {value.device.type for value in moved.values()} == {"meta"}
+
+    names = set(inspect.signature(SamProcessor.__call__).parameters) | set(ImagesKwargs.__annotations__)
+    names |= set(SamProcessorKwargs.__annotations__) - {"return_tensors"}
+    names |= {"images_kwargs", "padding", "pad_token", "padding_value", "truncation", "videos", "audio", "mask_size"}
+    for name in sorted(names - {"self", "kwargs", "images", "do_rescale", "disable_grouping"}):
+        prompts = {"input_boxes": [[BOX]], name: "wrong"}
+        with pytest.raises(ValueError, match=name.replace("segmentation_maps", "segmentation_maps must be")) as caught:
+            processor(image, **prompts)
+        assert "\n" not in str(caught.value)
+    for name in ("do_resize", "do_normalize", "do_pad", "do_convert_rgb"):
+        with pytest.raises(ValueError, match=f"{name} is False; accepted: only True"):
+            processor(image, input_boxes=[[BOX]], **{name: False})
+    with pytest.raises(ValueError, match="device 'nowhere' cannot be used"):
+        processor(image, input_boxes=[[BOX]], device="nowhere")
+
+
+def test_an_image_without_a_prompt_has_no_window_but_the_whole(processor, image):
+    with pytest.raises(ValueError, match="a prompt must be given: input_boxes, input_points or input_masks"):
+        processor(image)
+    whole = ProbabilisticSamProcessor(256, crop_size=None)
+    inputs = whole(image)  # for embeddings
+    assert set(inputs) == {"pixel_values", "windows", "original_sizes"}
+    assert torch.equal(inputs["pixel_values"], whole(image, input_boxes=[[BOX]])["pixel_values"])
+    with pytest.raises(ValueError, match="a prompt must be given"):
+        whole(image, segmentation_maps=np.zeros((100, 128)))
+
+
 # ---------------------------------------------------------------------------------------------------------- faults
 
 
@@ -315,8 +709,12 @@ def test_model_takes_what_the_processor_gives(image):
         ({"input_boxes": [[[40, 30, 60]]]}, r"four finite numbers x1, y1, x2, y2, got \[40.0, 30.0, 60.0\]"),
         ({"input_boxes": [[[40, 30, 60, float("nan")]]]}, "four finite numbers"),
         ({"input_boxes": [[["a", 30, 60, 44]]]}, "input_boxes must be nested lists of numbers"),
-        ({"input_boxes": 3}, "input_boxes must be a list with an entry for each image, got 3"),
-        ({"input_boxes": [3]}, "input_boxes must be nested lists of numbers"),
+        ({"input_boxes": 3}, r"input_boxes must be nested lists of numbers.* \[image\]\[prompt\]\[x1, y1.* got 3$"),
+        ({"input_boxes": [3]}, r"a box must be four finite numbers x1, y1, x2, y2, got \[3.0\]"),
+        ({"input_boxes": [[[BOX]]]}, r"input_boxes must be .*\[image\]\[prompt\]\[x1, y1, x2, y2\], got \[\[\[\[40"),
+        ({"input_boxes": "all"}, "input_boxes must be nested lists of numbers"),
+        ({"input_boxes": [BOX, [BOX]]}, "input_boxes must be nested lists of numbers"),
+        ({"input_boxes": []}, "input_boxes are for 0 images, but there are 1"),
         ({"input_boxes": [[[60, 30, 40, 44]]]}, "has no area: x2 must exceed x1"),
         ({"input_boxes": [[[40, 30, 60, 30]]]}, "has no area"),
         (
@@ -332,7 +730,10 @@ def test_model_takes_what_the_processor_gives(image):
         ({"input_points": [[[[20, float("inf")]]]]}, "points must be finite pairs"),
         ({"input_points": [[[[20, 30, 40]]]]}, "points must be finite pairs"),
         ({"input_points": [[[[20, 30]]]], "input_labels": [[[1, 1]]]}, "1 points need as many labels"),
-        ({"input_points": [[[[20, 30]]]], "input_labels": [[[2]]]}, "labels must be 1 .inside., 0 .outside. or -10"),
+        (
+            {"input_points": [[[[20, 30]]]], "input_labels": [[[2]]]},
+            "labels must be 1 .inside., 0 .outside., -1 or -10",
+        ),
         ({"input_points": [[[[20, 30]]]], "input_labels": [[[-10]]]}, "every point is padding"),
         ({"input_points": [[[[20, 30]]]], "input_labels": [[[1], [1]]]}, "image 0 has different numbers of prompts"),
         ({"input_boxes": [[BOX]], "input_points": [[[[20, 30]], [[20, 30]]]]}, "different numbers of prompts"),

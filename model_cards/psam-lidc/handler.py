@@ -12,8 +12,8 @@ It stands alone: torch, transformers, numpy, pillow and the files beside it are 
 """
 
 import base64
-import binascii
 import io
+import reprlib
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +28,7 @@ MAX_MASKS = 1_000  # samples times prompts of a request
 MAX_MASK_PIXELS = 2**27  # masks times pixels: one byte each is kept
 MAX_NUMBERS = 10_000  # of the boxes, points or labels of a request
 MAX_MESSAGE = 500  # characters of an error
+MAX_QUOTED = 80  # characters of a request that an error repeats
 PARAMETERS = ("boxes", "points", "labels", "num_samples", "seed", "threshold", "pixel_spacing_mm")
 
 
@@ -57,12 +58,13 @@ class EndpointHandler:
         """Answer one request.
 
         Args:
-            data: an image, or `{"inputs": image, "parameters": {...}}`. The image is the bytes of a PNG, JPEG, TIFF,
+            data: an image, or `{"inputs": image, "parameters": {...}}`; parameters beside `inputs` are taken as well,
+                and every other name is refused. The image is the bytes of a PNG, JPEG, TIFF,
                 BMP, PPM or WebP file of at most 8 million pixels, base64 of them (a data URL, too), or a PIL image:
                 that is what an endpoint makes of a body of type `image/*`, in 8-bit RGB, so slices of 16 bits must
                 come in base64. Parameters, all optional: `boxes` `[x1, y1, x2, y2]` or a list of them, `points`
-                `[[x, y], ...]` or `[prompt][point][x, y]` with `labels` (1 inside, 0 outside), in pixels of the
-                image; `num_samples` (1 to 1000, 16), `seed` (0), `threshold` (0.5; its name in the
+                `[x, y]`, `[[x, y], ...]` or `[prompt][point][x, y]` with `labels` (1 inside, 0 outside), in pixels of
+                the image; `num_samples` (1 to 1000, 16), `seed` (0), `threshold` (0.5; its name in the
                 image-segmentation schema, `mask_threshold`, is understood as well), `pixel_spacing_mm`. Without
                 boxes and points the prompt is a point at the image's centre.
 
@@ -92,7 +94,7 @@ class EndpointHandler:
         image = self.read_image(inputs)
         if "boxes" not in given and "points" not in given:
             given["points"] = [[image.width / 2, image.height / 2]]
-        prompts = max(count_prompts(given.get("boxes"), 1), count_prompts(given.get("points"), 2))
+        prompts = max(count_prompts(given.get("boxes"), 2), count_prompts(given.get("points"), 3))
         most = min(MAX_MASKS, MAX_MASK_PIXELS // (image.width * image.height)) // prompts
         if given["num_samples"] > most:
             raise ValueError(
@@ -103,21 +105,10 @@ class EndpointHandler:
 
     def read_image(self, inputs: Any) -> Image.Image:
         """The image of a request, its size checked before it is decoded."""
-        if isinstance(inputs, Image.Image):
-            if inputs.width * inputs.height > MAX_PIXELS:
-                size = f"{inputs.width} x {inputs.height}"
-                raise ValueError(f"the input has {size} pixels; accepted: at most {MAX_PIXELS}")
-            return inputs
-        if isinstance(inputs, str):
-            text = inputs.partition(",")[2] if inputs.startswith("data:") else inputs
-            try:
-                inputs = base64.b64decode("".join(text.split()), validate=True)
-            except (binascii.Error, ValueError) as error:
-                raise ValueError(f"inputs are no base64 ({error}); accepted: base64 of an image file") from error
-        if not isinstance(inputs, (bytes, bytearray)):
+        if not isinstance(inputs, (Image.Image, str, bytes, bytearray)):
             kind = type(inputs).__name__
             raise ValueError(f"inputs are of type {kind}; accepted: an image file, as bytes or in base64")
-        return self.pipe.open_image(io.BytesIO(inputs), "the input", MAX_PIXELS)
+        return self.pipe.open_image(inputs, "the input", MAX_PIXELS, paths=False)
 
 
 def unpack(data: Any) -> tuple[Any, dict[str, Any]]:
@@ -130,33 +121,44 @@ def unpack(data: Any) -> tuple[Any, dict[str, Any]]:
     parameters = data.get("parameters")
     if parameters is not None and not isinstance(parameters, dict):
         raise ValueError(f"parameters are of type {type(parameters).__name__}; accepted: {', '.join(PARAMETERS)}")
-    return data["inputs"], parameters or {}
+    inside = {name: value for name, value in (parameters or {}).items() if value is not None}
+    for name, value in data.items():
+        if name in ("inputs", "parameters") or value is None:
+            continue
+        if name not in (*PARAMETERS, "mask_threshold"):
+            accepted = ", ".join(("inputs", "parameters", *PARAMETERS))
+            raise ValueError(f"the request has an unknown key {str(name)[:MAX_QUOTED]}; accepted: {accepted}")
+        if inside.setdefault(name, value) != value:
+            raise ValueError(f"{name} is given twice, inside and beside parameters; accepted: one value")
+    return data["inputs"], inside
 
 
 def check_parameters(parameters: dict[str, Any]) -> dict[str, Any]:
     """Arguments of the pipeline, `num_samples` among them; what needs the image is left to the pipeline."""
     given = {name: value for name, value in parameters.items() if value is not None}
     if "mask_threshold" in given:
-        given.setdefault("threshold", given.pop("mask_threshold"))
-    unknown = sorted(given.keys() - set(PARAMETERS))
+        threshold = given.pop("mask_threshold")
+        if given.setdefault("threshold", threshold) != threshold:
+            raise ValueError("threshold and mask_threshold are given with different values; accepted: one of them")
+    unknown = sorted(map(str, given.keys() - set(PARAMETERS)))
     if unknown:
-        raise ValueError(f"unknown parameter {unknown[0]}; accepted: {', '.join(PARAMETERS)}")
+        raise ValueError(f"unknown parameter {unknown[0][:MAX_QUOTED]}; accepted: {', '.join(PARAMETERS)}")
     given.setdefault("num_samples", 16)
     for name, low, high in (("num_samples", 1, MAX_MASKS), ("seed", 0, 2**63 - 1)):
         value = given.get(name, low)
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            raise ValueError(f"{name} is {value!r}; accepted: a whole number from {low} to {high}")
+            raise ValueError(f"{name} is {brief(value)}; accepted: a whole number from {low} to {high}")
     for name, high in (("threshold", 1), ("pixel_spacing_mm", 1000)):
         value = given.get(name, 0.5)
         if not is_number(value) or not 0 < value < high:
-            raise ValueError(f"{name} is {value!r}; accepted: a number between 0 and {high}")
+            raise ValueError(f"{name} is {brief(value)}; accepted: a number between 0 and {high}")
     for name in ("boxes", "points", "labels"):
         if name in given:
-            for count, value in enumerate(leaves(given[name], depth=3), start=1):
+            for count, value in enumerate(leaves(given[name], depth=4), start=1):
                 if count > MAX_NUMBERS:
                     raise ValueError(f"{name} have too many numbers; accepted: at most {MAX_NUMBERS}")
                 if not is_number(value):
-                    raise ValueError(f"{name} contain {value!r}; accepted: nested lists of finite numbers")
+                    raise ValueError(f"{name} contain {brief(value)}; accepted: nested lists of finite numbers")
     return given
 
 
@@ -175,11 +177,16 @@ def leaves(value: Any, depth: int) -> Iterator[Any]:
 
 
 def count_prompts(prompts: Any, depth: int) -> int:
-    """Number of boxes (a box has depth 1) or of prompts of points (depth 2)."""
-    first: Any = prompts
-    for _ in range(depth):
-        first = first[0] if isinstance(first, (list, tuple)) and first else None
-    return len(prompts) if isinstance(first, (list, tuple)) else 1
+    """Number of prompts in boxes, which as a list of prompts have depth 2, or in points, which then have depth 3."""
+    levels: list[Any] = []
+    while isinstance(prompts, (list, tuple)) and prompts:
+        levels, prompts = [*levels, prompts], prompts[0]
+    return len(levels[-depth]) if len(levels) >= depth else 1
+
+
+def brief(value: Any) -> str:
+    """What an error message repeats of a request: at most 80 characters."""
+    return reprlib.repr(value)[:MAX_QUOTED]
 
 
 def entries(prompt: int, result: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -34,8 +34,10 @@ def open_image(file: str | os.PathLike[str] | BinaryIO, name: str, max_pixels: i
     Raises:
         ValueError: not an image, truncated, several frames, or more than `max_pixels`.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError  # only for files: arrays do without
-
+    try:  # only for files; transformers would refuse all remote code where an import outside of `try` is missing
+        from PIL import Image, ImageOps, UnidentifiedImageError
+    except ImportError as error:
+        raise ImportError("image files need Pillow (pip install pillow); arrays and tensors do without") from error
     try:
         # The header says the size
         with warnings.catch_warnings():
@@ -231,23 +233,10 @@ class ProbabilisticMaskGenerationPipeline(Pipeline):
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write a repository that works without the package: weights, configuration, processor and the code of all."""
-        self.model.config.auto_map = {
-            "AutoModelForMaskGeneration": f"{ProbabilisticSamModel.__module__.split('.')[-1]}.ProbabilisticSamModel"
-        }
-        parts: dict[str, Any] = {
-            "AutoConfig": type(self.model.config),
-            "AutoModel": type(self.model),
-            "AutoProcessor": type(self.processor),
-        }
-        before = {name: part._auto_class for name, part in parts.items()}
-        try:
-            for name, part in parts.items():
-                part.register_for_auto_class(name)  # from now on its code is saved with it
-            super().save_pretrained(save_directory, **kwargs)
-            self.processor.save_pretrained(save_directory)
-        finally:  # subclasses would inherit it, and their code cannot travel
-            for name, part in parts.items():
-                part._auto_class = before[name]
+        self.model.config.include_code()
+        self.model.save_pretrained(save_directory, **kwargs)
+        self.processor.include_code()
+        self.processor.save_pretrained(save_directory)
 
 
 __all__ = ["ProbabilisticMaskGenerationPipeline"]

@@ -72,7 +72,8 @@ class ProbabilisticMaskGenerationPipeline(Pipeline):
     result["masks"]  # (16, H, W)
     ```
 
-    Without the package `trust_remote_code=True` is needed. What a call takes by name may be given to
+    Without the package `trust_remote_code=True` is needed. transformers' own `mask-generation` pipeline is not
+    supported. What a call takes by name may be given to
     `transformers.pipeline` as well, for all calls.
     """
 

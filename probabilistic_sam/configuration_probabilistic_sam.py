@@ -116,7 +116,16 @@ class ProbabilisticSamConfig(SamConfig):
         super().__post_init__(**kwargs)
 
     def include_code(self) -> None:
-        """Let `save_pretrained` write the code of model, processor and pipeline too, and name it in `config.json`."""
+        """Let `save_pretrained` write the code of model, processor and pipeline too, and name it in `config.json`.
+
+        Raises:
+            ValueError: a subclass for another model, whose code is not among the files that are written.
+        """
+        if self.model_type != ProbabilisticSamConfig.model_type:
+            raise ValueError(
+                f"the code of a {self.model_type} cannot be saved with it, only that of a "
+                f"{ProbabilisticSamConfig.model_type}; save model and processor, and open them with the package"
+            )
         # Imported here, since they import this module; transformers copies what a module imports, wherever it does so
         from .modeling_probabilistic_sam import ProbabilisticSamModel
         from .pipeline_probabilistic_sam import ProbabilisticMaskGenerationPipeline
@@ -140,7 +149,10 @@ class ProbabilisticSamConfig(SamConfig):
         transformers alone would copy only the modules of the class that is saved, and keep references to the others
         as they are: to files that are not there, or to a repository on the Hub.
         """
-        if hasattr(self, "auto_map"):
+        if self.model_type != ProbabilisticSamConfig.model_type:  # what it was made from may have come with code
+            for name in ("auto_map", "custom_pipelines"):
+                self.__dict__.pop(name, None)
+        elif hasattr(self, "auto_map"):
             self.include_code()
         super().save_pretrained(save_directory, *args, **kwargs)
 

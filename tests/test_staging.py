@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard
 from tiny import SIZE, load_script, sam_parts, tiny_model, tiny_vit_parts
 
 from probabilistic_sam import ProbabilisticSamConfig, ProbabilisticSamModel, ProbabilisticSamProcessor
+from probabilistic_sam.baselines import PromptFreePriorModel
 from probabilistic_sam.errors import UserError
 from probabilistic_sam.staging import stage_model
 
@@ -84,6 +85,17 @@ def test_staging_leaves_nothing_in_the_process(run, tmp_path):
     tiny_model().save_pretrained(tmp_path / "later")
     ProbabilisticSamProcessor(SIZE, 24).save_pretrained(tmp_path / "later")
     assert files(tmp_path / "later") == {"config.json", "model.safetensors", "processor_config.json"}
+
+
+def test_a_baseline_made_from_a_staged_model_does_not_name_the_code_of_that_model(run, tmp_path):
+    stage_model(run, tmp_path / "staged", "alice/eyes")
+    model = PromptFreePriorModel.from_sam(ProbabilisticSamModel.from_pretrained(tmp_path / "staged"))
+    model.save_pretrained(tmp_path / "baseline")
+    assert files(tmp_path / "baseline") == {"config.json", "model.safetensors"}
+    config = json.loads((tmp_path / "baseline" / "config.json").read_text())
+    assert config["model_type"] == "prompt_free_prior" and not {"auto_map", "custom_pipelines"} & config.keys()
+    with pytest.raises(ValueError, match="the code of a prompt_free_prior cannot be saved with it"):
+        model.config.include_code()
 
 
 def test_weights_that_were_pulled_are_staged_with_code_of_their_own(run, changed, tmp_path):

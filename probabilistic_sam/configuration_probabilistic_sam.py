@@ -1,5 +1,6 @@
 """Configuration of Probabilistic SAM and of its light vision encoder."""
 
+import os
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -113,6 +114,47 @@ class ProbabilisticSamConfig(SamConfig):
         if isinstance(vision, dict) and vision.get("model_type") == TinyViTVisionConfig.model_type:
             self.vision_config = TinyViTVisionConfig(**vision)
         super().__post_init__(**kwargs)
+
+    def include_code(self) -> None:
+        """Let `save_pretrained` write the code of model, processor and pipeline too, and name it in `config.json`.
+
+        Raises:
+            ValueError: a subclass for another model, whose code is not among the files that are written.
+        """
+        if self.model_type != ProbabilisticSamConfig.model_type:
+            raise ValueError(
+                f"the code of a {self.model_type} cannot be saved with it, only that of a "
+                f"{ProbabilisticSamConfig.model_type}; save model and processor, and open them with the package"
+            )
+        # Imported here, since they import this module; transformers copies what a module imports, wherever it does so
+        from .modeling_probabilistic_sam import ProbabilisticSamModel
+        from .pipeline_probabilistic_sam import ProbabilisticMaskGenerationPipeline
+
+        def reference(part: type) -> str:
+            return f"{part.__module__.rpartition('.')[2]}.{part.__name__}"
+
+        self.auto_map = {
+            "AutoConfig": reference(ProbabilisticSamConfig),
+            "AutoModel": reference(ProbabilisticSamModel),
+            "AutoModelForMaskGeneration": reference(ProbabilisticSamModel),
+        }
+        pipeline = {"impl": reference(ProbabilisticMaskGenerationPipeline), "pt": ["AutoModel"], "type": "image"}
+        self.custom_pipelines: Any = {"probabilistic-mask-generation": pipeline}
+        self._auto_class = "AutoConfig"  # of this object only: not every configuration is to be saved with code
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Save the configuration, with the code if it came with code.
+
+        The folder then opens without this package and without the repository that the configuration came from.
+        transformers alone would copy only the modules of the class that is saved, and keep references to the others
+        as they are: to files that are not there, or to a repository on the Hub.
+        """
+        if self.model_type != ProbabilisticSamConfig.model_type:  # what it was made from may have come with code
+            for name in ("auto_map", "custom_pipelines"):
+                self.__dict__.pop(name, None)
+        elif hasattr(self, "auto_map"):
+            self.include_code()
+        super().save_pretrained(save_directory, *args, **kwargs)
 
 
 __all__ = ["ProbabilisticSamConfig", "TinyViTVisionConfig"]

@@ -139,7 +139,8 @@ result = processor.post_process_samples(samples.pred_masks, inputs["windows"], i
 print(result["area_quantiles"], result["empty_share"])  # result["masks"], ["mean"], ["entropy"] are maps
 ```
 
-As a pipeline, from image and box to masks; after `import probabilistic_sam` leave `trust_remote_code` out:
+As a pipeline, from image and box to masks; after `import probabilistic_sam` leave `trust_remote_code` out. The task is
+`probabilistic-mask-generation`; transformers' own `mask-generation` pipeline is not supported.
 
 ```python
 from transformers import pipeline

@@ -549,7 +549,10 @@ class ProbabilisticSamModel(SamModel):
     def __init__(self, config: ProbabilisticSamConfig):
         super(SamModel, self).__init__(config)  # SamModel's own would build a ViT whatever the vision configuration is
         self.shared_image_embedding = SamPositionalEmbedding(config.vision_config)
-        encoder = TinyViTVisionEncoder if isinstance(config.vision_config, TinyViTVisionConfig) else SamVisionEncoder
+        # Not isinstance: as remote code from a local folder, the configuration's class comes from another copy of its
+        # module than the one that this module imports
+        is_tiny_vit = config.vision_config.model_type == TinyViTVisionConfig.model_type
+        encoder = TinyViTVisionEncoder if is_tiny_vit else SamVisionEncoder
         self.vision_encoder = encoder(config.vision_config)
         self.prompt_encoder = SamPromptEncoder(config)
         config.mask_decoder_config._attn_implementation = config._attn_implementation

@@ -31,7 +31,8 @@ class ProbabilisticMaskGenerationPipeline(Pipeline):
     result["masks"]  # (16, H, W)
     ```
 
-    Without the package `trust_remote_code=True` is needed. What a call takes by name may be given to
+    Without the package `trust_remote_code=True` is needed. transformers' own `mask-generation` pipeline is not
+    supported. What a call takes by name may be given to
     `transformers.pipeline` as well, for all calls.
     """
 
@@ -196,23 +197,10 @@ class ProbabilisticMaskGenerationPipeline(Pipeline):
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write a repository that works without the package: weights, configuration, processor and the code of all."""
-        self.model.config.auto_map = {
-            "AutoModelForMaskGeneration": f"{ProbabilisticSamModel.__module__.split('.')[-1]}.ProbabilisticSamModel"
-        }
-        parts: dict[str, Any] = {
-            "AutoConfig": type(self.model.config),
-            "AutoModel": type(self.model),
-            "AutoProcessor": type(self.processor),
-        }
-        before = {name: part._auto_class for name, part in parts.items()}
-        try:
-            for name, part in parts.items():
-                part.register_for_auto_class(name)  # from now on its code is saved with it
-            super().save_pretrained(save_directory, **kwargs)
-            self.processor.save_pretrained(save_directory)
-        finally:  # subclasses would inherit it, and their code cannot travel
-            for name, part in parts.items():
-                part._auto_class = before[name]
+        self.model.config.include_code()
+        self.model.save_pretrained(save_directory, **kwargs)
+        self.processor.include_code()
+        self.processor.save_pretrained(save_directory)
 
 
 def refuse_unknown(unknown: Mapping[str, Any]) -> None:

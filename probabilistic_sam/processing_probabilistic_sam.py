@@ -81,6 +81,20 @@ class ProbabilisticSamProcessor(ProcessorMixin):
         self.crop_size = crop_size
         self.stretch_percentiles = tuple(stretch_percentiles)
 
+    # ------------------------------------------------------------------------------------------------------- saving
+
+    def include_code(self) -> None:
+        """Let `save_pretrained` write the processor's code too, and name it in `processor_config.json`."""
+        self._auto_class = "AutoProcessor"  # of this object only: not every processor is to be saved with code
+
+    @classmethod
+    def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """A processor that came with code is saved with code."""
+        result = super().from_args_and_dict(args, processor_dict, **kwargs)
+        if "auto_map" in processor_dict:
+            (result[0] if isinstance(result, tuple) else result).include_code()
+        return result
+
     # ------------------------------------------------------------------------------------------------------ forward
 
     def __call__(

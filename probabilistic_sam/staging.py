@@ -15,7 +15,6 @@ from .cli import DEFAULT_MODEL, load_model, replaced_directory
 from .errors import UserError
 from .hub import check_repo_name, push_folder
 from .model_card import HUB_NAME, read_json, run_card
-from .pipeline_probabilistic_sam import ProbabilisticMaskGenerationPipeline
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 SERVING = ("handler.py", "requirements.txt", "examples/*")  # the same for every model
@@ -47,11 +46,10 @@ def stage_model(source: str | os.PathLike[str], output: str | os.PathLike[str], 
         raise UserError(f"the weights of {source} are not safetensors, and nothing else is pushed")
     readme = source / "README.md"
     with replaced_directory(output, ()) as folder:
-        # Configuration, processor and remote code; the weights go as they are, in their own precision and shards
-        ProbabilisticMaskGenerationPipeline(model=model, processor=processor).save_pretrained(folder)
-        for pattern in WEIGHTS:
-            for path in folder.glob(pattern):
-                path.unlink()
+        for part in (model.config, processor):
+            part.include_code()
+            part.save_pretrained(folder)
+        # The weights go as they are, in their own precision and shards
         copy(source, folder, *OF_THE_MODEL)
         copy(DEFAULT_MODEL, folder, *SERVING)
         shutil.copyfile(DEFAULT_MODEL.parent.parent / "LICENSE", folder / "LICENSE")

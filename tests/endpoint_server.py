@@ -17,11 +17,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from PIL import Image
 
 
-def load_handler(folder):
+def load_handler(folder, model=None):
+    """The handler in `folder`, for the model in that folder or another one."""
     spec = importlib.util.spec_from_file_location("handler", folder / "handler.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.EndpointHandler(str(folder))
+    return module.EndpointHandler(str(model or folder))
 
 
 class EndpointServer(ThreadingHTTPServer):

@@ -1,5 +1,6 @@
 """A pushed model, opened by a stranger: in fresh processes, with the package and without, by name from the Hub."""
 
+import json
 import os
 import re
 import subprocess
@@ -8,10 +9,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
+from endpoint_server import load_handler
 from loopback_hub import LoopbackHub
 from tiny import SIZE, tiny_model
+from transformers import AutoModel, AutoProcessor, pipeline
 
 from probabilistic_sam import ProbabilisticMaskGenerationPipeline, ProbabilisticSamModel, ProbabilisticSamProcessor
 
@@ -118,7 +122,7 @@ def one_thread():
 def python(hub, home, package, *lines, **variables):
     """Run code in a process whose folder and path have nothing of this project."""
     code = "".join((PACKAGE[package], TRUST[package], *lines, END[package], '\nnp.savez("saved.npz", **saved)\n'))
-    home.mkdir(exist_ok=True)
+    home.mkdir(exist_ok=True, parents=True)
     np.save(home / "image.npy", picture())
     environment = os.environ | hub.environment(home / "hub") | {"OMP_NUM_THREADS": "1", **variables}
     environment["PYTHONPATH"] = str(ROOT) if package == "installed" else ""
@@ -225,26 +229,164 @@ def test_options_of_from_pretrained(pushed):
     assert 0 < np.abs(pulled.half - second).mean() < 0.2 * spread  # the same masks, at three digits
 
 
-# ------------------------------------------------------------------------------------------------------- shipped card
+# ----------------------------------------------------------------------------------------------------- shipped weights
+
+# The tests above have SAM's own encoder. The shipped weights have another one, whose classes are ours as well.
+CARD = ROOT / "model_cards" / "psam-lidc"
+TASK = "probabilistic-mask-generation"
+EXAMPLE = CARD / "examples" / "phantom-1.png"
+EXAMPLE_BOX = json.loads((CARD / "examples" / "examples.json").read_text())["images"][0]["box"]
+CODE = {
+    "configuration_probabilistic_sam.py", "modeling_probabilistic_sam.py", "modeling_tiny_vit.py",
+    "pipeline_probabilistic_sam.py", "processing_probabilistic_sam.py",
+}  # fmt: skip
+WAYS = """
+import copy, json, os, sys
+from pathlib import Path
+import numpy as np
+import PIL.Image
+import torch
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, AutoModel, AutoModelForMaskGeneration, AutoProcessor, pipeline
+
+saved, handler_folder, example, box = {}, *json.loads(os.environ["GIVEN"])
+image = np.asarray(PIL.Image.open(example))
+sys.path.insert(0, handler_folder)
+from handler import EndpointHandler
+
+def sample(model, processor):
+    inputs = processor(image, input_boxes=[[box]])
+    return model.sample(**inputs, num_samples=3, generator=torch.Generator().manual_seed(0)).pred_masks.numpy()
+
+def ways(name):
+    # Everything that a model can be opened with; for a folder also the handler of the endpoint
+    processor = AutoProcessor.from_pretrained(name, **trust)
+    model = AutoModel.from_pretrained(name, **trust)
+    mask_generation = AutoModelForMaskGeneration.from_pretrained(name, **trust)
+    built = AutoModel.from_config(AutoConfig.from_pretrained(name, **trust), **trust).eval()
+    built.load_state_dict(model.state_dict(), assign=True)  # the same memory, so the same rounding
+    pipe = pipeline("probabilistic-mask-generation", model=name, **trust)
+    for way, opened in {"AutoModel": model, "AutoModelForMaskGeneration": mask_generation, "config": built}.items():
+        saved[f"{name}/{way}"] = sample(opened, processor)
+    saved[f"{name}/pipeline"] = pipe(image, boxes=[box], num_samples=3, seed=1)[0]["mean"]
+    if Path(name).is_dir():
+        request = {"inputs": PIL.Image.open(example), "parameters": {"boxes": [box], "num_samples": 3}}
+        saved[f"{name}/handler"] = np.array(json.dumps(EndpointHandler(name)(request)))
+    return model, mask_generation, processor, pipe
+
+def save(folder, *parts):
+    for part in parts:
+        part.save_pretrained(folder)
+"""
+FROM_FOLDER = """
+model, mask_generation, processor, pipe = ways("copy")
+save("again", mask_generation, processor)
+save("piped", pipe)
+"""
+FROM_SAVED = """
+model, mask_generation, processor, pipe = ways("again")
+save("third", processor, model)
+save("third-piped", pipe)
+"""
+BY_NAME = """
+model, mask_generation, processor, pipe = ways("org/psam-tiny")
+save("again", mask_generation, processor)
+os.symlink(snapshot_download("org/psam-tiny"), "snapshot")  # its files are links themselves
+ways("snapshot")
+"""
 
 
-def test_code_of_the_shipped_card_runs_as_it_stands(tmp_path):
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory):
+    """The shipped weights on the Hub and, in `home / "copy"`, as a folder."""
+    folder = tmp_path_factory.mktemp("shipped")
     with LoopbackHub() as hub:
-        push(hub, tmp_path / "home", ROOT / "model_cards" / "psam-lidc")
-        card = hub.repos["model", NAME].files()["README.md"].decode()
-        blocks = re.findall(r"^```python\n(.*?)^```$", card, flags=re.MULTILINE | re.DOTALL)
-        blocks = [block for block in blocks if "InferenceClient" not in block]
-        own, remote = "from probabilistic_sam import", "AutoModel.from_pretrained"
-        assert [sum(part in block for block in blocks) for part in (own, remote, "pipeline(")] == [1, 1, 1]
-        for package, other in (("installed", remote), ("absent", own)):
-            lines = [
-                block.replace("result", f"result{place}") for place, block in enumerate(blocks) if other not in block
-            ]
-            keep = (
-                "import numpy as np\nsaved = {n: np.asarray(v['masks']) for n, v in list(globals().items()) "
-                "if n.startswith('result')}\n"
-            )
-            pulled = python(hub, tmp_path / package, package, *lines, keep)
-            sampled, piped = (value for name, value in vars(pulled).items() if name.startswith("result"))
-            assert sampled.shape == (16, 128, 128) and np.array_equal(sampled, piped)
-            assert 100 < np.median(sampled.sum(axis=(1, 2))) < 1000  # a nodule of some 23 pixels
+        push(hub, folder / "home", CARD)
+        files = hub.repos["model", NAME].files()
+        for name, content in files.items():
+            path = folder / "folder" / "copy" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        yield SimpleNamespace(hub=hub, home=folder / "folder", elsewhere=folder / "elsewhere", files=files)
+
+
+@pytest.fixture(scope="module")
+def opened(shipped):
+    """`home / "copy"` opened without the package and saved to "again" and "piped"."""
+    return ways_without_package(shipped, shipped.home, FROM_FOLDER)
+
+
+def ways_without_package(shipped, home, lines):
+    given = json.dumps([str(shipped.home / "copy"), str(EXAMPLE), EXAMPLE_BOX])
+    return vars(python(shipped.hub, home, "absent", WAYS, lines, GIVEN=given))
+
+
+def assert_as_with_the_package(results, name, folder):
+    """All results for `name` are the package's for `folder`, bit by bit."""
+    image = np.asarray(PIL.Image.open(EXAMPLE))
+    model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    assert type(model) is ProbabilisticSamModel and type(processor) is ProbabilisticSamProcessor
+    inputs = processor(image, input_boxes=[[EXAMPLE_BOX]])
+    samples = model.sample(**inputs, num_samples=3, generator=torch.Generator().manual_seed(0)).pred_masks.numpy()
+    assert (samples > 0).any()
+    for way in ("AutoModel", "AutoModelForMaskGeneration", "config"):
+        assert np.array_equal(results[f"{name}/{way}"], samples), way
+    piped = pipeline(TASK, model=model, processor=processor)(image, boxes=[EXAMPLE_BOX], num_samples=3, seed=1)
+    assert np.array_equal(results[f"{name}/pipeline"], piped[0]["mean"])
+    if f"{name}/handler" in results:
+        request = {"inputs": PIL.Image.open(EXAMPLE), "parameters": {"boxes": [EXAMPLE_BOX], "num_samples": 3}}
+        endpoint = load_handler(CARD, folder)
+        assert type(endpoint.pipe) is ProbabilisticMaskGenerationPipeline
+        assert json.loads(str(results[f"{name}/handler"])) == endpoint(request)
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_shipped_folder_opens_in_every_way_without_the_package(shipped, opened):
+    assert_as_with_the_package(opened, "copy", shipped.home / "copy")
+
+
+def test_what_was_opened_and_saved_opens_again_and_again(shipped, opened):
+    first = content(shipped.home / "again")
+    assert set(first) == CODE | {"config.json", "model.safetensors", "processor_config.json"}
+    assert content(shipped.home / "piped") == first
+    again = ways_without_package(shipped, shipped.home, FROM_SAVED)
+    assert_as_with_the_package(again, "again", shipped.home / "again")
+    for name in ("third", "third-piped"):  # so every further generation opens as well
+        assert content(shipped.home / name) == first
+
+
+def test_shipped_weights_open_in_every_way_by_name_and_as_a_snapshot(shipped, opened):
+    pulled = ways_without_package(shipped, shipped.elsewhere, BY_NAME)
+    for name in (NAME, "snapshot"):
+        assert_as_with_the_package(pulled, name, shipped.home / "copy")
+    assert content(shipped.elsewhere / "again") == content(shipped.home / "again")  # refers to the Hub nowhere
+
+
+def test_what_the_package_opened_from_such_a_folder_is_saved_with_code(shipped, opened, tmp_path):
+    expected = content(shipped.home / "again")
+    copy = shipped.home / "copy"
+    for part in (ProbabilisticSamModel.from_pretrained(copy), ProbabilisticSamProcessor.from_pretrained(copy)):
+        part.save_pretrained(tmp_path / "parts")
+    pipeline(TASK, model=str(copy)).save_pretrained(tmp_path / "piped")
+    assert content(tmp_path / "parts") == content(tmp_path / "piped") == expected
+
+
+def test_code_of_the_shipped_card_runs_as_it_stands(shipped):
+    card = shipped.files["README.md"].decode()
+    blocks = re.findall(r"^```python\n(.*?)^```$", card, flags=re.MULTILINE | re.DOTALL)
+    blocks = [block for block in blocks if "InferenceClient" not in block]
+    own, remote = "from probabilistic_sam import", "AutoModel.from_pretrained"
+    assert [sum(part in block for block in blocks) for part in (own, remote, "pipeline(")] == [1, 1, 1]
+    for package, other in (("installed", remote), ("absent", own)):
+        lines = [block.replace("result", f"result{place}") for place, block in enumerate(blocks) if other not in block]
+        keep = (
+            "import numpy as np\nsaved = {n: np.asarray(v['masks']) for n, v in list(globals().items()) "
+            "if n.startswith('result')}\n"
+        )
+        pulled = python(shipped.hub, shipped.elsewhere / package, package, *lines, keep)
+        sampled, piped = (value for name, value in vars(pulled).items() if name.startswith("result"))
+        assert sampled.shape == (16, 128, 128) and np.array_equal(sampled, piped)
+        assert 100 < np.median(sampled.sum(axis=(1, 2))) < 1000  # a nodule of some 23 pixels

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
-from tiny import SIZE, load_script, tiny_model
+from tiny import SIZE, load_script, sam_parts, tiny_model, tiny_vit_parts
 
-from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamProcessor
+from probabilistic_sam import ProbabilisticSamConfig, ProbabilisticSamModel, ProbabilisticSamProcessor
+from probabilistic_sam.baselines import PromptFreePriorModel
 from probabilistic_sam.errors import UserError
 from probabilistic_sam.staging import stage_model
 
@@ -86,6 +87,17 @@ def test_staging_leaves_nothing_in_the_process(run, tmp_path):
     assert files(tmp_path / "later") == {"config.json", "model.safetensors", "processor_config.json"}
 
 
+def test_a_baseline_made_from_a_staged_model_does_not_name_the_code_of_that_model(run, tmp_path):
+    stage_model(run, tmp_path / "staged", "alice/eyes")
+    model = PromptFreePriorModel.from_sam(ProbabilisticSamModel.from_pretrained(tmp_path / "staged"))
+    model.save_pretrained(tmp_path / "baseline")
+    assert files(tmp_path / "baseline") == {"config.json", "model.safetensors"}
+    config = json.loads((tmp_path / "baseline" / "config.json").read_text())
+    assert config["model_type"] == "prompt_free_prior" and not {"auto_map", "custom_pipelines"} & config.keys()
+    with pytest.raises(ValueError, match="the code of a prompt_free_prior cannot be saved with it"):
+        model.config.include_code()
+
+
 def test_weights_that_were_pulled_are_staged_with_code_of_their_own(run, changed, tmp_path):
     """`from_pretrained` puts the repository's name before each module; a push elsewhere must not point back there."""
     model = ProbabilisticSamModel.from_pretrained(run)
@@ -103,6 +115,7 @@ def test_card_of_a_run_says_what_its_files_say_and_nothing_of_our_weights(run, t
     for part in ("# eyes: ", "train: 1,200 slices of 4 patients, source eyes", "GED was 0.432", "base_model: base"):
         assert part in card.text
     assert 'from_pretrained("alice/eyes"' in card.text and "org/psam-lidc" not in card.text
+    assert "`mask-generation` pipeline is not supported" in card.text
     ours = json.loads((SHIPPED / "results" / "validation.json").read_text())["results"]["all"]["ged"]["mean"]
     assert f"{ours:.3f}" not in card.text and "1,740" not in card.text and "MobileSAM" not in card.text
 
@@ -139,6 +152,7 @@ def test_shipped_model_is_staged_whole_with_its_card(tmp_path):
     card = ModelCard.load(tmp_path / "staged" / "README.md")
     assert card.data.license == "apache-2.0" and len(card.data.eval_results) == 3
     assert 'from_pretrained("alice/psam"' in card.text and "org/psam-lidc" not in card.text
+    assert "`mask-generation` pipeline is not supported" in card.text
     linked = [part.split(")")[0] for part in card.text.split("](")[1:]]
     assert linked and all(name in staged for name in linked if "://" not in name)
     config = json.loads((tmp_path / "staged" / "config.json").read_text())
@@ -190,7 +204,32 @@ def test_modules_that_travel_import_nothing_else(path):
     from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
     assert set(get_relative_imports(path)) <= {module.stem for module in MODULES}
-    assert not {"probabilistic_sam", "PIL"} & set(get_imports(path))
+    # These transformers asks for before it runs the code; Pillow is not among them
+    assert set(get_imports(path)) <= {"torch", "numpy", "transformers", "huggingface_hub", *sys.stdlib_module_names}
+
+
+@pytest.mark.parametrize("parts", [sam_parts, tiny_vit_parts])
+def test_configuration_may_come_from_another_copy_of_its_module(parts):
+    """As it does without the package: from a local folder transformers loads each module by itself."""
+    path = ROOT / "probabilistic_sam" / "configuration_probabilistic_sam.py"
+    spec = importlib.util.spec_from_file_location("another_configuration_probabilistic_sam", path)
+    other = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = other
+    try:
+        spec.loader.exec_module(other)
+    finally:
+        del sys.modules[spec.name]
+    model = tiny_model(parts)
+    fields = {"latent_dim": 4, "latent_hidden_size": 16, "initializer_range": 0.2}
+    config = other.ProbabilisticSamConfig(**parts(), **fields)
+    assert not isinstance(config, ProbabilisticSamConfig)
+    same = ProbabilisticSamModel(config)
+    assert type(same.vision_encoder) is type(model.vision_encoder)
+    same.load_state_dict(model.state_dict())
+    # A part of it may come from elsewhere as well
+    mixed = ProbabilisticSamConfig(**{**parts(), "vision_config": config.vision_config}, **fields)
+    assert mixed.vision_config is config.vision_config
+    ProbabilisticSamModel(mixed).load_state_dict(model.state_dict())
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,9 @@ PARAMETERS = ("boxes", "points", "labels", "num_samples", "seed", "threshold", "
 class EndpointHandler:
     """Answers requests, one at a time, so that what they need of memory does not add up.
 
+    It runs the pipeline of task `probabilistic-mask-generation`; transformers' own `mask-generation` pipeline is not
+    supported.
+
     A request at the limits above takes some 1.3 GB beside the model.
 
     Args:

@@ -41,7 +41,8 @@ def test_summary_counts_outlines_of_those_who_drew_only():
     assert state["kl_per_dimension"] == [0.5, 2.5, 0.0]
     # Coordinate 0: 1, -1, 1, 1; coordinate 1: 0, 2, 4; coordinate 2: 5, 5, 5.1
     assert state["posterior_mean_variance"] == pytest.approx([0.75, 8 / 3, 0.01 * 2 / 9], abs=1e-6)
-    assert state["active_units"] == 2
+    assert state["active_outline_units"] == 1  # coordinate 1; coordinate 0 varies by construction
+    assert summarize_collapse([FIRST, SECOND], has_presence=False)["active_outline_units"] == 2
     assert state["posterior_iou"] == 0.5
     assert json.loads(json.dumps(state, allow_nan=False)) == state
 
@@ -49,7 +50,7 @@ def test_summary_counts_outlines_of_those_who_drew_only():
 def test_collapsed_posterior_has_no_active_unit():
     collapsed = make_slice(np.zeros((2, 3)), np.ones((2, 3)), [[1, 0], [1, 0]], [[1, 0], [0, 1]])
     state = summarize_collapse([collapsed, collapsed])
-    assert (state["active_units"], state["kl_per_dimension"]) == (0, [0, 0, 0])
+    assert (state["active_outline_units"], state["kl_per_dimension"]) == (0, [0, 0, 0])
 
 
 def test_where_nobody_drew_the_outline_is_unknown():
@@ -57,7 +58,7 @@ def test_where_nobody_drew_the_outline_is_unknown():
     assert summarize_collapse([nobody]) == {
         "kl_per_dimension": [0.5, None],
         "posterior_mean_variance": [0.25, None],
-        "active_units": 1,
+        "active_outline_units": None,
         "posterior_iou": None,
     }
 

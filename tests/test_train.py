@@ -174,7 +174,7 @@ def test_log_has_the_documented_lines(finished):
     assert [line["step"] for line in validation] == [4, 8]
     for line in validation:
         assert {"step", "validation/all/ged", "validation/all/hm_iou", "validation/all/sample_diversity"} < line.keys()
-        assert {"validation/active_units", "validation/posterior_iou"} < line.keys()
+        assert {"validation/active_outline_units", "validation/posterior_iou"} < line.keys()
         assert len(line["validation/kl_per_dimension"]) == len(line["validation/posterior_mean_variance"]) == 4
 
 

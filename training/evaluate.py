@@ -32,6 +32,7 @@ from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor
 
 import probabilistic_sam.baselines  # noqa: F401  (registers all our models for AutoModel and AutoProcessor)
+from probabilistic_sam import ProbabilisticSamModel
 from probabilistic_sam.data import PROMPTS, make_prompt, row_seed
 from probabilistic_sam.data.rows import decode_image, decode_masks, load_split
 from probabilistic_sam.embedding_cache import View, view_masks
@@ -379,7 +380,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         }
         latent_spaces = [scores["collapse"] for scores in runs[0] if "collapse" in scores]
         if latent_spaces:
-            content["collapse"] = summarize_collapse(latent_spaces)
+            content["collapse"] = summarize_collapse(latent_spaces, isinstance(model, ProbabilisticSamModel))
         if len(args.seeds) > 1:
             content["per_seed"] = {
                 str(seed): summarize(run, patients) for seed, run in zip(args.seeds, runs, strict=True)

@@ -379,7 +379,8 @@ def validate(model, processor, cache, rows, indices, config, accelerator) -> dic
         for name in ("empty_ece", "empty_correlation", "dice_max_per_reader")
     }
     latent_spaces = [item["collapse"] for item in results if "collapse" in item]
-    return scores | summarize_collapse(latent_spaces) if latent_spaces else scores
+    has_presence = isinstance(model, ProbabilisticSamModel)
+    return scores | summarize_collapse(latent_spaces, has_presence) if latent_spaces else scores
 
 
 def latent_values(kl: torch.Tensor | None, labels: torch.Tensor, has_drawing: bool) -> dict[str, torch.Tensor]:
@@ -613,7 +614,7 @@ def main() -> None:
             scores = validate(model, processor, validation_cache, validation_rows, indices, config, accelerator)
             if accelerator.is_main_process:
                 log(step, {f"validation/{name}": value for name, value in scores.items()})
-                told = ("all/ged", "shape/ged", "all/hm_iou", "active_units", "posterior_iou")
+                told = ("all/ged", "shape/ged", "all/hm_iou", "active_outline_units", "posterior_iou")
                 known = [f"{name} {scores[name]:.4g}" for name in told if scores.get(name) is not None]
                 progress.write(f"step {step}: {', '.join(known)}")
                 if scores["all/ged"] < best.get("all/ged", math.inf):

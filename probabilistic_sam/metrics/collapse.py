@@ -1,4 +1,4 @@
-"""Is the latent space used? KL by dimension, active units, and what the posterior can reconstruct.
+"""Is the latent space used? KL by dimension, active outline units, and what the posterior can reconstruct.
 
 A posterior that has collapsed equals the prior and tells nothing about its reader: its KL is 0, its mean does not vary
 over the data, and its reconstructions are no better than samples of the prior.
@@ -42,7 +42,22 @@ def slice_collapse(
     return {"kl": kl.astype(float), "posterior_mean": posterior_mean.astype(float), "drew": drew, "iou": iou}
 
 
-def summarize_collapse(slices: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def active_outline_units(variance: Sequence[float | None], has_presence: bool = True) -> int | None:
+    """How many latent coordinates vary over the data, the presence coordinate aside, which does so by construction.
+
+    Args:
+        variance: of the posterior mean over the data, by coordinate; None where it is not known. Also the
+            `posterior_mean_variance` of older results files, whose `active_units` counts the presence coordinate.
+        has_presence: coordinate 0 is the presence; all coordinates count without it (Probabilistic U-Net).
+
+    Returns:
+        The number of coordinates whose variance exceeds `ACTIVE_UNIT_VARIANCE`; None where none is known.
+    """
+    known = [value for value in variance[1 if has_presence else 0 :] if value is not None]
+    return sum(value > ACTIVE_UNIT_VARIANCE for value in known) if known else None
+
+
+def summarize_collapse(slices: Sequence[dict[str, Any]], has_presence: bool = True) -> dict[str, Any]:
     """State of the latent space over many slices.
 
     Coordinate 0, which decides whether a reader draws, counts every reader. The others shape an outline and count the
@@ -50,12 +65,12 @@ def summarize_collapse(slices: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     Args:
         slices: what `slice_collapse` returned, at least one.
+        has_presence: see `active_outline_units`.
 
     Returns:
         `kl_per_dimension`, L numbers in nats: mean over a slice's readers, then over slices;
-        `posterior_mean_variance`, L numbers: variance over the readers of all slices; `active_units`: how many of
-        these exceed `ACTIVE_UNIT_VARIANCE`; `posterior_iou`: IoU of the reconstructions, averaged like the KL. None
-        stands where nobody drew.
+        `posterior_mean_variance`, L numbers: variance over the readers of all slices; `active_outline_units`, counted
+        from these; `posterior_iou`: IoU of the reconstructions, averaged like the KL. None stands where nobody drew.
     """
     if not slices:
         raise ValueError("no slice was given")
@@ -69,10 +84,11 @@ def summarize_collapse(slices: Sequence[dict[str, Any]]) -> dict[str, Any]:
     else:
         outline = slices[0]["kl"].shape[1] - 1
         kl, variance, iou = kl + [np.nan] * outline, variance + [np.nan] * outline, np.nan
+    variances = [_number(value) for value in variance]
     return {
         "kl_per_dimension": [_number(value) for value in kl],
-        "posterior_mean_variance": [_number(value) for value in variance],
-        "active_units": sum(bool(value > ACTIVE_UNIT_VARIANCE) for value in variance),
+        "posterior_mean_variance": variances,
+        "active_outline_units": active_outline_units(variances, has_presence),
         "posterior_iou": _number(iou),
     }
 

@@ -385,6 +385,32 @@ def test_load_split_names_what_is_there(tmp_path):
         load_split(tmp_path / "nowhere", "train")
     with pytest.raises(UserError, match="holds no data"):
         load_split(tmp_path, "train")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file: is a file; accepted: the output of"):
+        load_split(tmp_path / "file", "train")
     (tmp_path / "build" / "data" / "train-00000-of-00001.parquet").write_bytes(b"PAR1 no longer")
     with pytest.raises(UserError, match="does not open as Parquet"):
+        load_split(tmp_path / "build", "train")
+
+
+def test_incomplete_split_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("probabilistic_sam.data.rows.SHARD_BYTES", 20_000)
+    write_dataset([make_row(slice_index=index) for index in range(120)], tmp_path / "build", "Made up.")
+    shards = sorted((tmp_path / "build" / "data").iterdir())
+    shards[-1].unlink()
+    with pytest.raises(UserError, match=f"split 'train' is incomplete or of several builds: {len(shards) - 1} files"):
+        load_split(tmp_path / "build", "train")
+
+
+def test_columns_of_another_type_are_refused(tmp_path):
+    import datasets
+
+    write_dataset([make_row()], tmp_path / "build", "Made up.")
+    path = tmp_path / "build" / "data" / "train-00000-of-00001.parquet"
+    rows = load_split(tmp_path / "build", "train")
+    rows.cast_column("nodule_id", datasets.Value("string")).to_parquet(path)
+    with pytest.raises(UserError, match=r"column 'nodule_id' is Value\('string'\); accepted: Value\('int32'\)"):
+        load_split(tmp_path / "build", "train")
+    rows.remove_columns("z_mm").to_parquet(path)
+    with pytest.raises(UserError, match="has no column 'z_mm'; accepted: the output of training/build_lidc"):
         load_split(tmp_path / "build", "train")

@@ -87,7 +87,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--model", required=True, help=f"directory or Hub name of a model with its processor, or {', '.join(ORACLES)}"
     )
-    parser.add_argument("--dataset", required=True, help="a build of training/build_lidc.py")
+    parser.add_argument("--dataset", required=True, help="build of training/build_lidc.py: folder or Hub name")
     parser.add_argument("--split", default="validation")
     parser.add_argument("--prompt", default="union_box", choices=PROMPTS)
     parser.add_argument("--num_samples", type=int, default=16, help="masks drawn for each slice")

@@ -31,7 +31,7 @@ def parse_args() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="run folder of training/train.py")
-    parser.add_argument("--dataset", required=True, help="output of training/build_lidc.py")
+    parser.add_argument("--dataset", required=True, help="build of training/build_lidc.py: folder or Hub name")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--cache_dir", default="~/.cache/probabilistic_sam", help="folder of the embedding caches")
     return parser.parse_args()

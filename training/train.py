@@ -101,7 +101,7 @@ def parse_args() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="YAML file with the fields of TrainingConfig")
-    parser.add_argument("--dataset", required=True, help="output of training/build_lidc.py")
+    parser.add_argument("--dataset", required=True, help="build of training/build_lidc.py: folder or Hub name")
     parser.add_argument("--output_dir", required=True, help="run folder: log, checkpoints, the best model at its top")
     parser.add_argument("--base_model", help="in place of the configuration's base_model")
     parser.add_argument("--cache_dir", default="~/.cache/probabilistic_sam", help="folder of the embedding caches")

@@ -17,10 +17,9 @@ import torch
 from safetensors import SafetensorError
 from scipy.optimize import brentq
 from scipy.special import ndtr
-from train import find_checkpoint
+from train import find_checkpoint, read_checkpoint
 
 from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamProcessor
-from probabilistic_sam.conversion import load_torch_file
 from probabilistic_sam.data import make_prompt, row_seed
 from probabilistic_sam.data.rows import load_split
 from probabilistic_sam.embedding_cache import EmbeddingCache
@@ -87,7 +86,7 @@ def main() -> None:
         processor = ProbabilisticSamProcessor.from_pretrained(arguments.run)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"--run {arguments.run} does not open: {str(error).splitlines()[0]}") from error
-    state = load_torch_file(find_checkpoint("latest", arguments.run) / "training_state.pt")
+    state = read_checkpoint(find_checkpoint("latest", arguments.run), ("step", "best", "ema"))
     average(model, state["ema"])
     rows = load_split(arguments.dataset, "validation")
     cache = EmbeddingCache(model, processor, rows, 0, 0, arguments.cache_dir, bf16=True)

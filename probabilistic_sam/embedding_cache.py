@@ -84,9 +84,22 @@ def view_pixel_values(image: np.ndarray, view: View, processor: ProbabilisticSam
     return processor.pixel_values(to_grey_or_rgb(image), view.window)
 
 
+def cut_masks(masks: np.ndarray, view: View) -> torch.Tensor:
+    """Readers' masks (R, H, W) in a view before any resizing, (R, side, side) of 0 and 1."""
+    return cut(torch.from_numpy(view.turn(masks)).float(), view.window, fill=0.0)
+
+
+def view_annotated(masks: np.ndarray, view: View) -> torch.Tensor:
+    """Which readers' masks (R, H, W) have a pixel in a view, (R,) boolean.
+
+    Decided before resizing, in which a mask of one or two pixels may vanish.
+    """
+    return cut_masks(masks, view).flatten(1).any(dim=1)
+
+
 def view_masks(masks: np.ndarray, view: View, size: int) -> torch.Tensor:
     """Readers' masks (R, H, W) in a view, (R, size, size) boolean."""
-    window = cut(torch.from_numpy(view.turn(masks)).float(), view.window, fill=0.0)
+    window = cut_masks(masks, view)
     if window.shape[-1] == size:
         return window > 0.5
     return F.interpolate(window[None], size=(size, size), mode="bilinear", antialias=True)[0] >= 0.5

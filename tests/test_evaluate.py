@@ -241,6 +241,20 @@ def test_looking_into_the_latent_space_leaves_the_samples_alone(script, model_di
     assert alone["all"] == first["all"]
 
 
+def test_latent_space_counts_masks_that_vanish_in_the_window(script, model_dir):
+    from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamProcessor
+
+    masks = np.zeros((3, SIZE, SIZE), bool)
+    masks[0, 12:20, 12:20] = masks[1, 15, 15] = True  # 24 pixels of the image become 8: a single one is lost
+    row = image_row(
+        encode_png(np.eye(SIZE, dtype=np.uint8)), [encode_png(mask) for mask in masks], "image", ["mask"] * 3,
+        patient_id=PATIENTS[0], scan_id=0, nodule_id=0, slice_index=0, source="test",
+    )  # fmt: skip
+    model, processor = ProbabilisticSamModel.from_pretrained(model_dir).eval(), ProbabilisticSamProcessor(32, 24)
+    ((scores,),) = script.evaluate_rows(model, processor, [row], "union_box", 2, (0,))
+    assert scores["collapse"]["drew"].tolist() == [True, True, False] and len(scores["collapse"]["iou"]) == 2
+
+
 def test_max_slices_takes_a_fixed_subset(script, dataset):
     def identity(chosen):
         return [(row["patient_id"], row["slice_index"]) for row in chosen]

@@ -377,6 +377,28 @@ def test_batch_has_the_shapes_of_the_model(script):
     assert make_batches(script, prompts={"center_point": 1.0})(0)["input_points"].shape == (4, 1, 1, 2)
 
 
+def test_batch_tells_who_annotated_before_masks_are_resized(script, monkeypatch):
+    def row_masks(self, index):  # as the others, but the second reader's mask is one pixel
+        masks = np.zeros((2 + index % 2, SIZE, SIZE), bool)
+        masks[0, 8:20, 10:18] = masks[1, 12, 12] = True
+        return masks
+
+    monkeypatch.setattr(StubCache, "row_masks", row_masks)
+    batch = make_batches(script)(0)
+    assert batch["annotated"].shape == (4, 1, 3) and batch["annotated"].dtype == torch.bool
+    assert batch["annotated"][:, 0].tolist() == [[True, True, False]] * 4  # the third is empty, or missing
+    assert batch["labels"].flatten(3).any(dim=-1)[:, 0].tolist() == [[True, False, False]] * 4  # the pixel is lost
+
+
+def test_log_averages_the_outline_over_annotated_masks(script):
+    kl = torch.tensor([[9.0, 1, 2], [9, 3, 4], [0, 50, 50]])[None, None]  # (B, P, R, L)
+    annotated = torch.tensor([[[True, True, False]]])
+    values = script.latent_values(kl, annotated, True)
+    assert values["outline_kl"].item() == 5  # (1 + 2 + 3 + 4) / 2
+    assert values["drawing_nll"].item() == 6
+    assert script.latent_values(kl, annotated, False)["kl"].item() == pytest.approx(128 / 3)
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "training" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configurations_are_read(script, path):
     arguments = dict.fromkeys(("base_model", "max_steps", "seed", "push_to_hub"))

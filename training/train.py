@@ -49,7 +49,7 @@ from probabilistic_sam.conversion import (
 )
 from probabilistic_sam.data import make_prompt, row_seed
 from probabilistic_sam.data.rows import decode_masks, load_split, split_content
-from probabilistic_sam.embedding_cache import EmbeddingCache, view_masks, view_prompt
+from probabilistic_sam.embedding_cache import EmbeddingCache, view_annotated, view_masks, view_prompt
 from probabilistic_sam.errors import UserError, run
 from probabilistic_sam.hub import check_repo_name
 from probabilistic_sam.metrics import slice_collapse, slice_metrics, summarize, summarize_collapse
@@ -274,7 +274,7 @@ def parameter_groups(model: PreTrainedModel, config: TrainingConfig) -> list[dic
 
 
 class Batches:
-    """The batch of any step, from (seed, step, rank) alone: embeddings, one prompt a slice, and the readers' masks."""
+    """The batch of any step, from (seed, step, rank) alone: embeddings, a prompt per slice, and readers' masks."""
 
     def __init__(self, cache: EmbeddingCache, config: TrainingConfig, grid: int, rank: int, world_size: int):
         if config.batch_size % world_size:
@@ -302,12 +302,14 @@ class Batches:
             view = self.cache.view(index, view_index, masks)
             item = view_prompt(masks, view, name, rng, self.config.image_size)
             item["labels"] = view_masks(masks, view, self.size)
+            item["annotated"] = view_annotated(masks, view)
             item["image_embeddings"] = torch.from_numpy(np.array(self.cache.embeddings[index, view_index])).float()
             items.append(item)
-        batch = {key: torch.stack([item[key] for item in items]) for key in items[0] if key != "labels"}
+        by_reader = ("labels", "annotated")
+        batch = {key: torch.stack([item[key] for item in items]) for key in items[0] if key not in by_reader}
         most = max(len(item["labels"]) for item in items)
-        labels = torch.stack([pad_readers(item["labels"], most) for item in items])
-        batch["labels"] = labels[:, None]  # (B, 1, R, h, w)
+        for key in by_reader:  # (B, 1, R, h, w) and (B, 1, R)
+            batch[key] = torch.stack([pad_readers(item[key], most) for item in items])[:, None]
         if "input_boxes" in batch:
             batch["input_boxes"] = batch["input_boxes"][:, None]  # (B, 1, 4)
         else:
@@ -315,9 +317,9 @@ class Batches:
         return batch
 
 
-def pad_readers(masks: torch.Tensor, readers: int) -> torch.Tensor:
-    """Readers who are missing drew nothing."""
-    return torch.cat([masks, masks.new_zeros((readers - len(masks), *masks.shape[1:]))])
+def pad_readers(values: torch.Tensor, readers: int) -> torch.Tensor:
+    """Missing readers get empty masks, which are not annotated; `values` (R, ...) is boolean."""
+    return torch.cat([values, values.new_zeros((readers - len(values), *values.shape[1:]))])
 
 
 class Ema:
@@ -375,6 +377,7 @@ def validate(model, processor, cache, rows, indices, config, accelerator) -> dic
                 output.posterior_mean[0, 0].cpu().numpy(),
                 output.pred_masks[0, 0].cpu().numpy() > 0,
                 target.numpy(),
+                view_annotated(masks, view).numpy(),
             )
         results.append(result)
     results = sorted(gather_object(results), key=lambda item: item["index"])
@@ -395,14 +398,16 @@ def validate(model, processor, cache, rows, indices, config, accelerator) -> dic
     return scores | summarize_collapse(latent_spaces, has_presence) if latent_spaces else scores
 
 
-def latent_values(kl: torch.Tensor | None, labels: torch.Tensor, has_drawing: bool) -> dict[str, torch.Tensor]:
-    """What the log says of a KL divergence (B, P, R, L) in nats; its coordinate 0 may be the drawing coordinate."""
+def latent_values(kl: torch.Tensor | None, annotated: torch.Tensor, has_drawing: bool) -> dict[str, torch.Tensor]:
+    """What the log says of a KL divergence (B, P, R, L) in nats; its coordinate 0 may be the presence.
+
+    `annotated` (B, P, R) tells whose masks are not empty: the outline's coordinates count for these only.
+    """
     if kl is None:
         return {}
     if not has_drawing:
         return {"kl": kl.sum(dim=-1).mean()}
-    drew = labels.flatten(3).any(dim=-1)
-    outline = (kl[..., 1:].sum(dim=-1) * drew).sum() / drew.sum().clamp(min=1)
+    outline = (kl[..., 1:].sum(dim=-1) * annotated).sum() / annotated.sum().clamp(min=1)
     return {"outline_kl": outline, "drawing_nll": kl[..., 0].mean()}
 
 
@@ -669,7 +674,7 @@ def main() -> None:
         if energy_weight:
             ramp = (step + 1 - config.energy_start_step) / max(config.energy_ramp_steps, 1)
             model.config.energy_weight = energy_weight * min(max(ramp, 0.0), 1.0)
-        output = wrapped(**batch)
+        output = wrapped(**{key: value for key, value in batch.items() if key != "annotated"})
         accelerator.backward(output.loss)
         norm = accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], config.max_grad_norm)
         optimizer.step()
@@ -681,7 +686,7 @@ def main() -> None:
 
         values = {
             "loss": output.loss, "reconstruction_loss": output.reconstruction_loss,
-            **latent_values(output.kl_divergence, batch["labels"], isinstance(model, ProbabilisticSamModel)),
+            **latent_values(output.kl_divergence, batch["annotated"], isinstance(model, ProbabilisticSamModel)),
             "energy_distance": output.energy_distance, "grad_norm": norm,
         }  # fmt: skip
         for name, value in values.items():

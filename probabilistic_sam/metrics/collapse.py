@@ -16,7 +16,11 @@ DECIMALS = 6
 
 
 def slice_collapse(
-    kl: np.ndarray, posterior_mean: np.ndarray, reconstructions: np.ndarray, targets: np.ndarray
+    kl: np.ndarray,
+    posterior_mean: np.ndarray,
+    reconstructions: np.ndarray,
+    targets: np.ndarray,
+    annotated: np.ndarray,
 ) -> dict[str, Any]:
     """What one slice says about the latent space.
 
@@ -25,9 +29,12 @@ def slice_collapse(
         posterior_mean: (R, L).
         reconstructions: (R, h, w) bool, the masks decoded from each reader's posterior.
         targets: (R, h, w) bool, the readers' masks at the same resolution.
+        annotated: (R,) bool, which masks have a pixel at the image's own resolution. At that of `targets` a mask of
+            one or two pixels may be empty.
 
     Returns:
-        `kl` and `posterior_mean` in float64, `drew` (R,) bool, and `iou` of the reconstruction for each who drew.
+        `kl` and `posterior_mean` in float64, `drew` (R,) bool as `annotated`, and `iou` of the reconstruction for each
+        of these; two empty masks have IoU 1.
 
     Raises:
         ValueError: for shapes that do not fit each other.
@@ -36,10 +43,12 @@ def slice_collapse(
         raise ValueError(f"kl {kl.shape} and posterior_mean {posterior_mean.shape} must have one shape (R, L)")
     if reconstructions.shape != targets.shape or len(targets) != len(kl):
         raise ValueError(f"reconstructions {reconstructions.shape} and targets {targets.shape} must be (R, h, w)")
-    drew = targets.any(axis=(1, 2))
-    union = (reconstructions | targets).sum(axis=(1, 2))[drew]
-    iou = (reconstructions & targets).sum(axis=(1, 2))[drew] / union
-    return {"kl": kl.astype(float), "posterior_mean": posterior_mean.astype(float), "drew": drew, "iou": iou}
+    if annotated.shape != (len(kl),) or annotated.dtype != bool:
+        raise ValueError(f"annotated must be bool ({len(kl)},), got {annotated.dtype} {annotated.shape}")
+    union = (reconstructions | targets).sum(axis=(1, 2))[annotated]
+    intersection = (reconstructions & targets).sum(axis=(1, 2))[annotated]
+    iou = np.where(union > 0, intersection / np.maximum(union, 1), 1.0)
+    return {"kl": kl.astype(float), "posterior_mean": posterior_mean.astype(float), "drew": annotated, "iou": iou}
 
 
 def active_outline_units(variance: Sequence[float | None], has_presence: bool = True) -> int | None:

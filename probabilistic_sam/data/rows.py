@@ -35,10 +35,11 @@ import pyarrow.parquet as pq
 from probabilistic_sam.errors import UserError
 from probabilistic_sam.hub import check_repo_name, reason
 
-from .report import BUILD_TAG, BuildReport, Note, dataset_card
+from .report import BUILD_TAG, BuildReport, Note, Origin, dataset_card
 from .splits import SPLITS, split_of
 
-NUM_READERS = 4
+NUM_READERS = 4  # of LIDC-IDRI
+MAX_READERS = 127  # of any row: `num_nonempty` has 8 bits
 MAX_PIXELS = 2048 * 2048  # of one image; a CT slice has 512 x 512
 SHARD_BYTES = 500_000_000
 ROW_GROUP_ROWS = 100  # as `datasets` writes images: small groups keep random access and streaming cheap
@@ -98,14 +99,17 @@ def image_row(png: bytes, mask_pngs: Sequence[bytes], name: str, mask_names: Seq
 
     Args:
         png: the slice, 8 or 16 bit grey.
-        mask_pngs: one a reader, in the order of annotations, 1 bit or 8 bit grey with one value beside 0.
+        mask_pngs: one per reader, at most `MAX_READERS`, 1 bit or 8 bit grey with one value beside 0.
         name: what errors call the image, such as its path in an archive.
         mask_names: the same for the masks.
         **columns: the other columns of `FEATURES`.
 
     Raises:
-        UserError: bytes that are no PNG or do not decode, a mask with grey levels, a mask of another size.
+        UserError: bytes that are no PNG or do not decode, a mask with grey levels, a mask of another size, too many
+            masks.
     """
+    if len(mask_pngs) > MAX_READERS:
+        raise UserError(f"{name}: {len(mask_pngs)} masks; accepted: at most {MAX_READERS}")
     size, *digests = _check_image(png, name)
     masks, num_nonempty = [], 0
     for mask_png, mask_name in zip(mask_pngs, mask_names, strict=True):
@@ -201,7 +205,7 @@ def split_content(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def write_dataset(
-    rows: Iterable[dict], output: str | os.PathLike[str], origin: str, notes: Sequence[Note] = ()
+    rows: Iterable[dict], output: str | os.PathLike[str], origin: Origin | str, notes: Sequence[Note] = ()
 ) -> BuildReport:
     """Write rows as Parquet by split with a manifest and a dataset card, all or nothing.
 
@@ -211,7 +215,8 @@ def write_dataset(
     Args:
         rows: as `image_row` makes them.
         output: directory to make. An earlier build in it is replaced; any other content is refused.
-        origin: one paragraph of Markdown for the card: where the pixels come from.
+        origin: what the source states about its rows, for the card. A paragraph of Markdown alone says where the
+            pixels come from and nothing else: the card then gives no licence.
         notes: what the source left out; read after the last row, so a source may append to it as it goes.
 
     Raises:
@@ -239,7 +244,7 @@ def write_dataset(
         spool.unlink()
         manifest = json.dumps(_manifest(report, digests), indent=1) + "\n"
         (temporary / "manifest.json").write_text(manifest, encoding="utf-8")
-        card = dataset_card(report, origin, notes)
+        card = dataset_card(report, Origin(origin) if isinstance(origin, str) else origin, notes)
         (temporary / "README.md").write_text(str(card), encoding="utf-8")
         _replace_directory(temporary, output)
     return report

@@ -281,8 +281,9 @@ def look_inside(
     generator: torch.Generator,
 ) -> dict[str, Any]:
     """What the readers' masks (R, h, w) of one window, (R,) of them annotated, become in the model's latent space."""
-    labels = targets[None, None].to(model.device)
-    output = model(**inputs, labels=labels, generator=generator)
+    readers = {"labels": targets[None, None], "annotated": annotated[None, None]}
+    readers = {name: value.to(model.device) for name, value in readers.items()}
+    output = model(**inputs, **readers, generator=generator)
     return slice_collapse(
         output.kl_divergence[0, 0].cpu().numpy(),
         output.posterior_mean[0, 0].cpu().numpy(),

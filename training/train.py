@@ -371,13 +371,16 @@ def validate(model, processor, cache, rows, indices, config, accelerator) -> dic
         result = {"index": index, "metrics": slice_metrics(logits > 0, expit(logits), masks)}
         if hasattr(model, "posterior"):
             target = view_masks(masks, view, samples.pred_masks.shape[-1])
-            output = model(**inputs, labels=target[None, None].to(accelerator.device), generator=generator)
+            annotated = view_annotated(masks, view)
+            readers = {"labels": target[None, None], "annotated": annotated[None, None]}
+            readers = {name: value.to(accelerator.device) for name, value in readers.items()}
+            output = model(**inputs, **readers, generator=generator)
             result["collapse"] = slice_collapse(
                 output.kl_divergence[0, 0].cpu().numpy(),
                 output.posterior_mean[0, 0].cpu().numpy(),
                 output.pred_masks[0, 0].cpu().numpy() > 0,
                 target.numpy(),
-                view_annotated(masks, view).numpy(),
+                annotated.numpy(),
             )
         results.append(result)
     results = sorted(gather_object(results), key=lambda item: item["index"])
@@ -674,7 +677,7 @@ def main() -> None:
         if energy_weight:
             ramp = (step + 1 - config.energy_start_step) / max(config.energy_ramp_steps, 1)
             model.config.energy_weight = energy_weight * min(max(ramp, 0.0), 1.0)
-        output = wrapped(**{key: value for key, value in batch.items() if key != "annotated"})
+        output = wrapped(**batch)
         accelerator.backward(output.loss)
         norm = accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], config.max_grad_norm)
         optimizer.step()

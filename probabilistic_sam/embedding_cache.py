@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from .data import make_prompt
 from .data.rows import decode_image, decode_masks
 from .errors import UserError
-from .processing_probabilistic_sam import ProbabilisticSamProcessor, cut_masks, to_grey_or_rgb
+from .processing_probabilistic_sam import ProbabilisticSamProcessor, cut, cut_masks, to_grey_or_rgb
 
 CACHE_VERSION = 2
 
@@ -81,6 +81,15 @@ def view_pixel_values(image: np.ndarray, view: View, processor: ProbabilisticSam
     if view.gamma != 1.0 and high > low:
         image = ((image - low) / (high - low)) ** view.gamma
     return processor.pixel_values(to_grey_or_rgb(image), view.window)
+
+
+def view_annotated(masks: np.ndarray, view: View) -> torch.Tensor:
+    """Which readers' masks (R, H, W) have a pixel in a view, (R,) boolean.
+
+    Decided before resizing, in which a mask of one or two pixels may vanish.
+    """
+    window = cut(torch.from_numpy(view.turn(masks)).float(), view.window, fill=0.0)
+    return window.flatten(1).any(dim=1)
 
 
 def view_masks(masks: np.ndarray, view: View, size: int) -> torch.Tensor:

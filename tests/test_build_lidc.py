@@ -16,7 +16,7 @@ import datasets
 import numpy as np
 import pytest
 from dicom_files import write_slice
-from tiny import load_script
+from tiny import card_sizes, load_script
 
 from probabilistic_sam.data import files as files_module
 from probabilistic_sam.data.nodules import read_nodule
@@ -124,6 +124,9 @@ def test_directory_and_archives_give_identical_builds(tmp_path, build):
     row = load_split(tmp_path / "0", "train")[0]
     assert (row["nodule_id"], row["slice_index"], row["num_nonempty"], row["source"]) == (0, 0, 2, "slices")
     assert row["scan_id"] is None and row["z_mm"] is None and row["malignancy"] is None
+    card = builds[0]["README.md"].decode()
+    assert card_sizes(card) == {name: ["1", "unknown", "1", "2"] for name in ("train", "validation")}
+    assert "pretty_name: LIDC-IDRI slices with readers' masks\n" in card and "Armato" in card
     np.testing.assert_array_equal(
         decode_masks(row), np.stack([np.eye(16), np.eye(16), np.zeros((16, 16)), np.zeros((16, 16))])
     )
@@ -352,7 +355,10 @@ def test_phantom_build_has_the_same_columns(tmp_path, build):
     row = load_split(tmp_path / "phantom", name)[0]
     assert row["source"] == "phantom" and row["scan_id"] > 0 and len(row["masks"]) == 4
     assert decode_image(row).shape == decode_masks(row).shape[1:]
-    assert "simulated" in (tmp_path / "phantom" / "README.md").read_text()
+    card = (tmp_path / "phantom" / "README.md").read_text()
+    assert "\n# Phantom: simulated CT with the masks of LIDC-IDRI's readers\n" in card
+    assert sum(int(cells[1]) for cells in card_sizes(card).values()) == 2  # scans
+    assert sum(int(cells[2]) for cells in card_sizes(card).values()) == 2  # nodules
 
 
 @pytest.mark.parametrize(

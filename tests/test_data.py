@@ -10,7 +10,7 @@ import PIL.Image
 import pytest
 
 from probabilistic_sam.data import PROMPTS, make_prompt, patient_bucket, row_seed, split_of
-from probabilistic_sam.data.report import CARD_NOTES, Note
+from probabilistic_sam.data.report import CARD_NOTES, BuildReport, Note, Origin, dataset_card
 from probabilistic_sam.data.rows import (
     FEATURES,
     decode_image,
@@ -363,8 +363,9 @@ def test_card_counts_by_split_reader_and_source_and_says_what_was_left_out(tmp_p
     for line in (
         "| split | patients | scans | nodules | slices |",
         "| train | 1 | 1 | 1 | 2 |",
-        "| train | 1 | 1 | 0 | 0 |",
-        "| validation | 0 | 1 | 0 | 0 |",
+        "| split | 1 | 2 | 3 |",  # rows have one mask or three
+        "| train | 1 | 1 | 0 |",
+        "| validation | 0 | 1 | 0 |",
         "| split | dicom | slices |",
         "| train | 0 | 2 |",
         "| validation | 1 | 0 |",
@@ -377,6 +378,53 @@ def test_card_counts_by_split_reader_and_source_and_says_what_was_left_out(tmp_p
     assert card.count("- slice ") == CARD_NOTES and max(map(len, card.splitlines())) < 310
 
 
+def card_of(rows, path, origin="Made up.") -> str:
+    write_dataset(rows, path, origin)
+    return (path / "README.md").read_text()
+
+
+def test_card_has_a_column_for_every_number_of_readers(tmp_path):
+    five = np.repeat(MASKS[:1], 5, axis=0)
+    rows = [make_row(slice_index=0), *(make_row(slice_index=index, masks=five) for index in (1, 2))]
+    card = card_of(rows, tmp_path / "build")
+    assert "\n| split | 1 | 2 | 3 | 4 | 5 |\n" in card and "\n| train | 0 | 1 | 0 | 0 | 2 |\n" in card
+    assert "masks of its readers: 3 to 5 per row" in card and "four" not in card
+    with pytest.raises(UserError, match="image: 128 masks; accepted: at most 127"):
+        make_row(masks=np.repeat(MASKS[:1], 128, axis=0))
+
+
+def test_card_of_other_data_claims_nothing_of_lidc(tmp_path):
+    card = card_of([make_row() | {"source": "mine"}], tmp_path / "build", "Slices of ours.")
+    assert "Slices of ours." in card and "masks of its readers: 3 per row" in card
+    assert "\nThe source of these rows states neither a licence nor a citation.\n" in card
+    for claim in ("license:", "LIDC", "CC BY", "Armato", "pylidc", "nodule\n", "lung", "- ct"):
+        assert claim not in card, claim
+    card = card_of([make_row()], tmp_path / "lidc", Origin("Real CT.", "LIDC-IDRI slices", is_lidc=True))
+    for claim in ("license: cc-by-3.0", "pretty_name: LIDC-IDRI slices", "# LIDC-IDRI slices\n", "Armato", "- ct\n"):
+        assert claim in card, claim
+
+
+def test_card_counts_only_identities_that_are_known(tmp_path):
+    rows = [make_row(slice_index=index) | {"scan_id": scan} for index, scan in enumerate((12, 12, 13))]
+    assert "\n| train | 1 | 2 | 1 | 3 |\n" in card_of(rows, tmp_path / "all")
+    rows[1]["scan_id"] = None
+    assert "\n| train | 1 | at least 2 | 1 | 3 |\n" in card_of(rows, tmp_path / "some")
+    rows = [row | {"scan_id": None} for row in rows]
+    card = card_of(rows, tmp_path / "none", Origin("Crops.", has_nodules=False))
+    assert "\n| train | 1 | unknown | unknown | 3 |\n" in card
+    assert "| `nodule_id` | int32 | completes the identity of the row; which nodule it shows is not known |" in card
+
+
+@pytest.mark.parametrize(
+    ("count", "category"), [(999, "n<1K"), (1000, "1K<n<10K"), (99_999, "10K<n<100K"), (2_000_000, "n>1M")]
+)
+def test_card_names_the_size(count, category):
+    report = BuildReport()
+    report.add({**IDENTITY, "num_nonempty": 1, "masks": [None]})
+    report.slices["train"] = count
+    assert dataset_card(report, Origin("Made up.")).data.size_categories == [category]
+
+
 def test_load_split_names_what_is_there(tmp_path):
     write_dataset([make_row()], tmp_path / "build", "Made up.")
     with pytest.raises(UserError, match="has no split 'test'; accepted: train"):
@@ -385,6 +433,32 @@ def test_load_split_names_what_is_there(tmp_path):
         load_split(tmp_path / "nowhere", "train")
     with pytest.raises(UserError, match="holds no data"):
         load_split(tmp_path, "train")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file: is a file; accepted: the output of"):
+        load_split(tmp_path / "file", "train")
     (tmp_path / "build" / "data" / "train-00000-of-00001.parquet").write_bytes(b"PAR1 no longer")
     with pytest.raises(UserError, match="does not open as Parquet"):
+        load_split(tmp_path / "build", "train")
+
+
+def test_incomplete_split_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("probabilistic_sam.data.rows.SHARD_BYTES", 20_000)
+    write_dataset([make_row(slice_index=index) for index in range(120)], tmp_path / "build", "Made up.")
+    shards = sorted((tmp_path / "build" / "data").iterdir())
+    shards[-1].unlink()
+    with pytest.raises(UserError, match=f"split 'train' is incomplete or of several builds: {len(shards) - 1} files"):
+        load_split(tmp_path / "build", "train")
+
+
+def test_columns_of_another_type_are_refused(tmp_path):
+    import datasets
+
+    write_dataset([make_row()], tmp_path / "build", "Made up.")
+    path = tmp_path / "build" / "data" / "train-00000-of-00001.parquet"
+    rows = load_split(tmp_path / "build", "train")
+    rows.cast_column("nodule_id", datasets.Value("string")).to_parquet(path)
+    with pytest.raises(UserError, match=r"column 'nodule_id' is Value\('string'\); accepted: Value\('int32'\)"):
+        load_split(tmp_path / "build", "train")
+    rows.remove_columns("z_mm").to_parquet(path)
+    with pytest.raises(UserError, match="has no column 'z_mm'; accepted: the output of training/build_lidc"):
         load_split(tmp_path / "build", "train")

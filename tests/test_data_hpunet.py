@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import load_script
+from tiny import card_sizes, load_script
 
 from probabilistic_sam.data.hpunet import read_hpunet
 from probabilistic_sam.data.pylidc_adapter import load_pylidc
@@ -126,6 +126,14 @@ def test_folders_and_archives_give_identical_builds_split_by_patient(tmp_path, b
         assert {row["patient_id"] for row in rows} == {patient for patient in patients if split_of(patient) == split}
     card = (tmp_path / "0/README.md").read_text()
     assert "it is not that of the folders" in card
+    # Three of the four have no contour at this position; a crop's number on its slice tells no nodule
+    known = [load_split(tmp_path / "0", split)["scan_id"] for split in card_sizes(card)]
+    for cells, scans in zip(card_sizes(card).values(), known, strict=True):
+        found = len({scan for scan in scans if scan is not None})
+        complete = all(scan is not None for scan in scans)
+        assert cells[1] == (f"{found}" if complete else f"at least {found}" if found else "unknown")
+        assert cells[2] == "unknown"
+    assert "Armato" in card and "license: cc-by-3.0" in card
 
 
 def changed(changes: dict[str, bytes | None]) -> dict[str, bytes]:

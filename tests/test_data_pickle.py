@@ -5,6 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
+from tiny import card_sizes, load_script
 
 from probabilistic_sam.data.pickle_crops import read_pickle
 from probabilistic_sam.data.pylidc_adapter import load_pylidc
@@ -97,3 +98,19 @@ def test_damaged_files_are_refused(tmp_path):
         list(read_pickle(tmp_path / "absent"))
     with pytest.raises(UserError, match="no dict of crops"):
         list(read_pickle(write(tmp_path / "b.pickle", [1])))
+
+
+def test_card_does_not_count_nodules_that_the_pickle_does_not_tell(tmp_path, monkeypatch):
+    crops = {f"crop{number}": crop() for number in range(30)}
+    crops["five"] = crop(masks=[np.ones((4, 4))] * 5)
+    path = write(tmp_path / "data_lidc.pickle", crops)
+    command = ["build_lidc.py", "pickle", "--input", str(path), "--output", str(tmp_path / "build")]
+    monkeypatch.setattr("sys.argv", command)
+    load_script("build_lidc").main()
+    card = (tmp_path / "build" / "README.md").read_text()
+    (cells,) = card_sizes(card).values()
+    assert cells == ["1", "1", "unknown", "31"]  # patients, scans, nodules, slices
+    assert "masks of its readers: 4 to 5 per row" in card
+    (split,) = card_sizes(card)
+    assert "| split | 1 | 2 | 3 | 4 | 5 |" in card and f"| {split} | 0 | 0 | 30 | 0 | 1 |" in card
+    assert "license: cc-by-3.0" in card  # series of LIDC-IDRI only are accepted

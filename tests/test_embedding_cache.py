@@ -20,6 +20,7 @@ from probabilistic_sam.embedding_cache import (
     plain_view,
     prompt_window,
     random_view,
+    view_annotated,
     view_masks,
     view_pixel_values,
     view_prompt,
@@ -112,6 +113,18 @@ def test_image_masks_and_prompt_turn_together(masks, turns, mirror, corner):
     bright = view_pixel_values(image, view, processor)[0] > 0
     expected = view_masks(masks, view, 96)[0]
     assert (bright & expected).sum() > 0.95 * (bright | expected).sum()
+
+
+def test_whether_a_reader_annotated_is_decided_between_cutting_and_resizing():
+    masks = np.zeros((4, 40, 40), bool)
+    masks[0, 10:20, 10:20] = True
+    masks[1, 12, 12] = True  # one pixel, a ninth of one after resizing
+    masks[2, 35, 35] = True  # outside of the window
+    view = View(0, False, (6, 6, 24), 1.0)
+    assert view_masks(masks, view, 8).flatten(1).any(dim=1).tolist() == [True, False, False, False]
+    assert view_annotated(masks, view).tolist() == [True, True, False, False]
+    half_turn = View(2, False, (0, 0, 24), 1.0)  # pixel (35, 35) comes to (4, 4), pixel (12, 12) to (27, 27)
+    assert view_annotated(masks, half_turn).tolist() == [True, False, True, False]
 
 
 def test_the_eight_symmetries_differ(masks):

@@ -241,6 +241,26 @@ def test_looking_into_the_latent_space_leaves_the_samples_alone(script, model_di
     assert alone["all"] == first["all"]
 
 
+@pytest.mark.parametrize("shipped", [False, True])
+def test_latent_space_counts_masks_that_vanish_in_the_window(script, model_dir, shipped):
+    from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamProcessor
+
+    # Tiny: 24 pixels of the image become 8. Shipped: a lesion of 100 pixels needs a window wider than the 64 of a mask
+    size, first, last = (160, 30, 130) if shipped else (SIZE, 12, 20)
+    folder = ROOT / "model_cards" / "psam-lidc" if shipped else model_dir
+    masks = np.zeros((3, size, size), bool)
+    masks[0, first:last, first:last] = masks[1, last - 5, last - 5] = True  # a single pixel is lost
+    row = image_row(
+        encode_png(np.eye(size, dtype=np.uint8)), [encode_png(mask) for mask in masks], "image", ["mask"] * 3,
+        patient_id=PATIENTS[0], scan_id=0, nodule_id=0, slice_index=0, source="test",
+    )  # fmt: skip
+    model = ProbabilisticSamModel.from_pretrained(folder).eval()
+    processor = ProbabilisticSamProcessor.from_pretrained(folder) if shipped else ProbabilisticSamProcessor(32, 24)
+    ((scores,),) = script.evaluate_rows(model, processor, [row], "union_box", 2, (0,))
+    assert scores["collapse"]["drew"].tolist() == [True, True, False] and len(scores["collapse"]["iou"]) == 2
+    assert np.isfinite(scores["collapse"]["iou"]).all()
+
+
 def test_max_slices_takes_a_fixed_subset(script, dataset):
     def identity(chosen):
         return [(row["patient_id"], row["slice_index"]) for row in chosen]

@@ -85,3 +85,20 @@ def test_a_folder_that_is_no_run(tmp_path):
     command = [sys.executable, str(SCRIPT), "--run", tmp_path, "--dataset", tmp_path, "--output", tmp_path / "done"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 2 and "does not open" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_damaged_checkpoint_is_named(script, run_folder, tmp_path, monkeypatch):
+    arguments = ["--run", run_folder, "--dataset", tmp_path / "lidc", "--output", tmp_path / "done"]
+    monkeypatch.setattr(sys, "argv", ["finish_run.py", *map(str, arguments)])
+    path = run_folder / "checkpoint-4" / "training_state.pt"
+    for content, message in (
+        ({"step": 4, "best": {"step": 2}}, "training_state.pt lacks 'ema'; accepted: a file of training/train.py"),
+        ([1], "training_state.pt lacks 'step'"),
+    ):
+        torch.save(content, path)
+        with pytest.raises(UserError, match=message):
+            script.main()
+    path.write_bytes(b"text")
+    with pytest.raises(UserError, match="training_state.pt is not a readable torch file"):
+        script.main()
+    assert not (tmp_path / "done").exists()

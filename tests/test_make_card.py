@@ -115,11 +115,14 @@ def test_prompts_that_leak_show_no_distance(result):
 
 
 def test_ablations_show_the_latent_space(result):
-    result["collapse"] = {"active_units": 6, "posterior_iou": 0.7}
-    dead = result | {"collapse": {"active_units": 0, "posterior_iou": 0.5}}
-    text = make_card.ablation_section({"probabilistic_sam_seed0": result, "ablation_reference_recipe": dead})
-    ours, ablated = text.splitlines()[-2:]
-    assert ours.endswith("| 6.0 | 0.700 |") and ablated.endswith("| 0.0 | 0.500 |")
+    old = {"active_units": 3, "posterior_mean_variance": [0.9, 0.02, 0.01, 0.5], "posterior_iou": 0.7}
+    new = {"active_outline_units": 0, "posterior_mean_variance": [0.9, 0.0, 0.0, 0.01], "posterior_iou": 0.5}
+    results = {
+        "probabilistic_sam_seed0": result | {"collapse": old},
+        "ablation_reference_recipe": result | {"collapse": new},
+    }
+    ours, ablated = make_card.ablation_section(results).splitlines()[-2:]
+    assert ours.endswith("| 2.0 | 0.700 |") and ablated.endswith("| 0.0 | 0.500 |")  # counted alike, no presence
 
 
 def test_cost_has_a_line_a_comparison_and_says_what_was_missed():

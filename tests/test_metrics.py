@@ -247,16 +247,25 @@ def test_ncc_is_high_where_doubt_and_disagreement_meet():
 # ------------------------------------------------------------------------------------------------------------- packing
 
 
-def test_packed_masks_keep_their_overlaps():
-    masks = random_masks(4, 8, size=7)  # 49 bits do not fill bytes
+def test_packed_masks_keep_size_and_pixels():
+    masks = random_masks(4, 8, size=7)[:, :5]  # 5 x 7 = 35 bits do not fill bytes
     packed = functional.pack_masks(masks)
-    assert [len(item) for item in packed] == [7] * 4
-    unpacked = functional.unpack_masks(packed)
-    np.testing.assert_allclose(functional.iou_matrix(unpacked, unpacked), functional.iou_matrix(masks, masks))
-    with pytest.raises(ValueError, match=r"of one length, got \[1, 2\]"):
-        functional.unpack_masks([b"a", b"ab"])
+    assert [len(item) for item in packed] == [8 + 5] * 4  # two numbers of 4 bytes and 35 bits
+    np.testing.assert_array_equal(functional.unpack_masks(packed), masks)
+
+
+def test_packed_masks_of_another_format_are_refused():
+    tall, wide = (functional.pack_masks(np.ones((1, *size), dtype=bool)) for size in ((16, 8), (8, 16)))
+    with pytest.raises(ValueError, match=r"must have one size, got \[\(8, 16\), \(16, 8\)\]"):
+        functional.unpack_masks(tall + wide)
     with pytest.raises(ValueError, match="one or more"):
         functional.unpack_masks([])
+    bits_alone = np.zeros(8, dtype=np.uint8).tobytes()  # of 64 pixels, without their size
+    for damaged in (b"a", bits_alone, tall[0][:-1], tall[0] + b"a", b"\xff" * 8):
+        with pytest.raises(ValueError, match=f"got {len(damaged)} bytes of another format"):
+            functional.unpack_masks([damaged])
+    with pytest.raises(ValueError, match="must have pixels"):
+        functional.pack_masks(np.zeros((2, 0, 5), dtype=bool))
 
 
 # -------------------------------------------------------------------------------------------------- columns of a slice

@@ -13,9 +13,10 @@ def masks(*rows):
     return np.array(rows, dtype=bool)[:, None]
 
 
-def make_slice(kl, means, reconstructions, targets):
+def make_slice(kl, means, reconstructions, targets, annotated=None):
     arrays = (np.array(kl, dtype=np.float32), np.array(means, dtype=np.float32))
-    return slice_collapse(*arrays, masks(*reconstructions), masks(*targets))
+    annotated = np.any(targets, axis=1) if annotated is None else np.array(annotated)
+    return slice_collapse(*arrays, masks(*reconstructions), masks(*targets), annotated)
 
 
 # Two readers, three coordinates. In the first slice the second reader drew nothing.
@@ -41,15 +42,24 @@ def test_summary_counts_outlines_of_those_who_drew_only():
     assert state["kl_per_dimension"] == [0.5, 2.5, 0.0]
     # Coordinate 0: 1, -1, 1, 1; coordinate 1: 0, 2, 4; coordinate 2: 5, 5, 5.1
     assert state["posterior_mean_variance"] == pytest.approx([0.75, 8 / 3, 0.01 * 2 / 9], abs=1e-6)
-    assert state["active_units"] == 2
+    assert state["active_outline_units"] == 1  # coordinate 1; coordinate 0 varies by construction
+    assert summarize_collapse([FIRST, SECOND], has_presence=False)["active_outline_units"] == 2
     assert state["posterior_iou"] == 0.5
     assert json.loads(json.dumps(state, allow_nan=False)) == state
+
+
+def test_mask_that_vanishes_when_it_is_resized_is_annotated():
+    targets = [[0, 0], [0, 0], [0, 0]]  # the first two readers annotated a pixel, which is lost at this resolution
+    state = make_slice(np.ones((3, 2)), np.ones((3, 2)), [[0, 0], [1, 0], [0, 0]], targets, [True, True, False])
+    assert state["drew"].tolist() == [True, True, False]
+    assert state["iou"].tolist() == [1, 0]  # both masks are empty, one is
+    assert summarize_collapse([state])["posterior_iou"] == 0.5
 
 
 def test_collapsed_posterior_has_no_active_unit():
     collapsed = make_slice(np.zeros((2, 3)), np.ones((2, 3)), [[1, 0], [1, 0]], [[1, 0], [0, 1]])
     state = summarize_collapse([collapsed, collapsed])
-    assert (state["active_units"], state["kl_per_dimension"]) == (0, [0, 0, 0])
+    assert (state["active_outline_units"], state["kl_per_dimension"]) == (0, [0, 0, 0])
 
 
 def test_where_nobody_drew_the_outline_is_unknown():
@@ -57,7 +67,7 @@ def test_where_nobody_drew_the_outline_is_unknown():
     assert summarize_collapse([nobody]) == {
         "kl_per_dimension": [0.5, None],
         "posterior_mean_variance": [0.25, None],
-        "active_units": 1,
+        "active_outline_units": None,
         "posterior_iou": None,
     }
 
@@ -67,5 +77,7 @@ def test_wrong_shapes_are_named():
         make_slice(np.zeros((2, 3)), np.zeros((2, 2)), [[1]] * 2, [[1]] * 2)
     with pytest.raises(ValueError, match=r"must be \(R, h, w\)"):
         make_slice(np.zeros((2, 3)), np.zeros((2, 3)), [[1]], [[1]])
+    with pytest.raises(ValueError, match=r"annotated must be bool \(1,\), got int64 \(1,\)"):
+        make_slice(np.zeros((1, 3)), np.zeros((1, 3)), [[1]], [[1]], [1])
     with pytest.raises(ValueError, match="no slice"):
         summarize_collapse([])

@@ -24,6 +24,7 @@ def load(tmp_path, monkeypatch):
 def test_modules_agree_with_the_functions(load):
     rng = np.random.default_rng(0)
     images = [(rng.random((n, 9, 9)) < 0.5, rng.random((m, 9, 9)) < 0.5) for n, m in ((4, 2), (3, 4), (1, 1))]
+    images.append((rng.random((2, 8, 16)) < 0.5, rng.random((3, 8, 16)) < 0.5))  # each image has a size of its own
     expected_ged = np.mean([functional.ged(samples, readers) for samples, readers in images], axis=0)
     expected_hm_iou = np.mean([functional.hm_iou(samples, readers) for samples, readers in images])
     predictions = [functional.pack_masks(samples) for samples, _ in images]
@@ -37,3 +38,11 @@ def test_modules_agree_with_the_functions(load):
     for prediction, reference in zip(predictions, references, strict=True):
         metric.add(predictions=prediction, references=reference)
     assert metric.compute() == pytest.approx({"hm_iou": expected_hm_iou})
+
+
+@pytest.mark.parametrize("name", ["ged", "hm_iou"])
+def test_masks_of_another_size_than_their_readers_are_refused(load, name):
+    wide, tall = np.ones((2, 8, 16), dtype=bool), np.ones((3, 16, 8), dtype=bool)  # equally many pixels
+    packed = {"predictions": [functional.pack_masks(wide)], "references": [functional.pack_masks(tall)]}
+    with pytest.raises(ValueError, match=r"must have one size, got .*\(2, 8, 16\).*\(3, 16, 8\)"):
+        load(name).compute(**packed)

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
 
 from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamProcessor
+from probabilistic_sam.data import split_of
 from probabilistic_sam.data.rows import write_dataset
 from probabilistic_sam.errors import UserError
 
@@ -57,7 +59,7 @@ def workspace(tmp_path_factory):
     path = tmp_path_factory.mktemp("training")
     tiny_model(tiny_vit_parts).save_pretrained(path / "base")
     write_dataset(tiny_rows({"train": 4, "validation": 2}), path / "lidc", "Made for a test.")
-    (path / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"base_model": str(path / "base")}))
+    (path / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"base_model": str(path / "base")}, sort_keys=False))
     return path
 
 
@@ -174,7 +176,7 @@ def test_log_has_the_documented_lines(finished):
     assert [line["step"] for line in validation] == [4, 8]
     for line in validation:
         assert {"step", "validation/all/ged", "validation/all/hm_iou", "validation/all/sample_diversity"} < line.keys()
-        assert {"validation/active_units", "validation/posterior_iou"} < line.keys()
+        assert {"validation/active_outline_units", "validation/posterior_iou"} < line.keys()
         assert len(line["validation/kl_per_dimension"]) == len(line["validation/posterior_mean_variance"]) == 4
 
 
@@ -241,6 +243,64 @@ def test_finished_run_resumes_to_nothing(train, finished, tmp_path):
     before = (finished / "log.jsonl").read_bytes()
     train(finished, "--resume_from_checkpoint", finished / "checkpoint-8")
     assert (finished / "log.jsonl").read_bytes() == before
+
+
+def contents(run):
+    """Every file of a run folder with its content and time."""
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in run.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eval_slices": 4}, "eval_slices is 5 there and 4 here"),
+        ({"max_steps": 12}, "max_steps is 8 there and 12 here"),  # every step has another learning rate
+        ({"model": CONFIG["model"] | {"energy_weight": 7}}, "model.energy_weight is 5.0 there and 7.0 here"),
+        ({"model": {}}, "model.energy_weight is 5.0 there and not set here"),
+        ({"augmentation": {"max_shift": 0, "max_zoom": 0.15, "max_gamma": 0.25}}, "max_shift is 6.0 there and 0.0 h"),
+        ({"prompts": dict(reversed(CONFIG["prompts"].items()))}, 'prompts is {"union_box": .* there and {"center_p'),
+        ({"base_model": "random"}, "frozen weights of base_model is sha256 .* there and sha256 .* here"),
+    ],
+)
+def test_another_configuration_is_not_resumed(train, finished, workspace, tmp_path, changes, message):
+    before = contents(finished)
+    with pytest.raises(
+        UserError, match=f"checkpoint-8 cannot be resumed from: .*{message}.*; accepted: the same"
+    ) as e:
+        train(finished, "--config", configured(workspace, tmp_path, **changes), "--resume_from_checkpoint", "latest")
+    assert "\n" not in str(e.value) and contents(finished) == before
+
+
+def test_another_dataset_is_not_resumed(train, finished, tmp_path):
+    rows = list(tiny_rows({"train": 4, "validation": 2}))
+    last = next(row for row in reversed(rows) if split_of(row["patient_id"]) == "validation")
+    last["z_mm"] = 1.0  # pixels and numbers of rows stay
+    write_dataset(rows, tmp_path / "other", "Made for a test.")
+    before = contents(finished)
+    message = "validation split of the dataset is 6 rows, sha256 .* there and 6 rows, sha256 .* here"
+    with pytest.raises(UserError, match=message):
+        train(finished, "--dataset", tmp_path / "other", "--resume_from_checkpoint", "latest")
+    assert contents(finished) == before
+
+
+def test_run_resumes_with_a_copy_of_its_inputs_and_other_intervals(train, finished, workspace, tmp_path):
+    """Neither the places of dataset and base model nor how often a run writes make it another run."""
+    run = shutil.copytree(finished, tmp_path / "run")
+    for name in ("base", "lidc"):
+        shutil.copytree(workspace / name, tmp_path / name)
+    changes = {"base_model": str(tmp_path / "base"), "log_every": 2, "checkpoint_every": 3}
+    config = configured(workspace, tmp_path, **changes)
+    train(run, "--config", config, "--dataset", tmp_path / "lidc", "--resume_from_checkpoint", "latest")
+    assert yaml.safe_load((run / "training_config.yaml").read_text())["log_every"] == 2
+
+
+def test_max_steps_of_zero_and_checkpoints_of_another_run_are_refused(train, finished, tmp_path):
+    before = contents(finished)
+    with pytest.raises(UserError, match="--resume_from_checkpoint with max_steps 0, which trains nothing"):
+        train(finished, "--resume_from_checkpoint", "latest", "--max_steps", 0)
+    with pytest.raises(UserError, match="checkpoint-8 is a checkpoint of another run; accepted: one of those in"):
+        train(tmp_path / "other", "--resume_from_checkpoint", finished / "checkpoint-8")
+    assert contents(finished) == before and not (tmp_path / "other").exists()
 
 
 @pytest.mark.slow
@@ -317,6 +377,28 @@ def test_batch_has_the_shapes_of_the_model(script):
     assert make_batches(script, prompts={"center_point": 1.0})(0)["input_points"].shape == (4, 1, 1, 2)
 
 
+def test_batch_tells_who_annotated_before_masks_are_resized(script, monkeypatch):
+    def row_masks(self, index):  # as the others, but the second reader's mask is one pixel
+        masks = np.zeros((2 + index % 2, SIZE, SIZE), bool)
+        masks[0, 8:20, 10:18] = masks[1, 12, 12] = True
+        return masks
+
+    monkeypatch.setattr(StubCache, "row_masks", row_masks)
+    batch = make_batches(script)(0)
+    assert batch["annotated"].shape == (4, 1, 3) and batch["annotated"].dtype == torch.bool
+    assert batch["annotated"][:, 0].tolist() == [[True, True, False]] * 4  # the third is empty, or missing
+    assert batch["labels"].flatten(3).any(dim=-1)[:, 0].tolist() == [[True, False, False]] * 4  # the pixel is lost
+
+
+def test_log_averages_the_outline_over_annotated_masks(script):
+    kl = torch.tensor([[9.0, 1, 2], [9, 3, 4], [0, 50, 50]])[None, None]  # (B, P, R, L)
+    annotated = torch.tensor([[[True, True, False]]])
+    values = script.latent_values(kl, annotated, True)
+    assert values["outline_kl"].item() == 5  # (1 + 2 + 3 + 4) / 2
+    assert values["drawing_nll"].item() == 6
+    assert script.latent_values(kl, annotated, False)["kl"].item() == pytest.approx(128 / 3)
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "training" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configurations_are_read(script, path):
     arguments = dict.fromkeys(("base_model", "max_steps", "seed", "push_to_hub"))
@@ -357,7 +439,8 @@ def test_average_of_weights(script):
 def configured(workspace, tmp_path, **changes):
     values = CONFIG | {"base_model": str(workspace / "base")} | changes
     path = tmp_path / "changed.yaml"
-    path.write_text(yaml.safe_dump({name: value for name, value in values.items() if value is not None}))
+    given = {name: value for name, value in values.items() if value is not None}
+    path.write_text(yaml.safe_dump(given, sort_keys=False))
     return path
 
 
@@ -451,20 +534,38 @@ def test_nothing_to_resume_from(train, finished, tmp_path, monkeypatch):
     (run / "checkpoint-4").mkdir(parents=True)
     state = run / "checkpoint-4" / "training_state.pt"
     whole = (finished / "checkpoint-8" / "training_state.pt").read_bytes()
-    other = torch.load(finished / "checkpoint-8" / "training_state.pt")
-    del other["model"]["latent_proj.0.weight"]
-    torch.save(other, tmp_path / "other.pt")
-    for content in (
-        b"",
-        b"text",
-        whole[:1000],
-        pickle.dumps(Malicious(), protocol=2),
-        (tmp_path / "other.pt").read_bytes(),
-    ):
+    (run / "best.json").write_text("{}")
+    contents = [b"", b"text", whole[:1000], pickle.dumps(Malicious(), protocol=2)]
+    name = "latent_proj.0.weight"
+    damages = (
+        lambda state: state["model"].pop(name),
+        lambda state: state["ema"].pop(name),
+        lambda state: state["model"].update({name: torch.zeros(1)}),  # would be copied into all of them
+        lambda state: state["optimizer"]["state"][0].update(exp_avg=torch.zeros(1)),
+        lambda state: state["scheduler"].update(last_epoch=3),
+        lambda state: state.pop("fingerprint"),
+        lambda state: state.update(model=[1]),
+        lambda state: state.update(step="8"),
+    )
+    for damage in damages:
+        damaged = torch.load(finished / "checkpoint-8" / "training_state.pt")
+        damage(damaged)
+        torch.save(damaged, tmp_path / "damaged.pt")
+        contents.append((tmp_path / "damaged.pt").read_bytes())
+    for content in contents:
         state.write_bytes(content)
-        with pytest.raises(UserError, match="checkpoint-4 cannot be resumed from"):
+        with pytest.raises(UserError, match="checkpoint-4 cannot be resumed from") as error:
             train(run, "--resume_from_checkpoint", "latest")
+        assert "\n" not in str(error.value)
+        assert {path.name for path in run.iterdir()} == {"checkpoint-4", "best.json"}  # nothing is written
     assert not (tmp_path / "executed").exists()
+
+
+def test_checkpoint_of_an_earlier_version_says_why(script, tmp_path):
+    torch.save({name: kind() for name, kind in script.CHECKPOINT.items() if name != "fingerprint"}, tmp_path / "a.pt")
+    (tmp_path / "a.pt").rename(tmp_path / "training_state.pt")
+    with pytest.raises(UserError, match="lacks 'fingerprint', as those of earlier versions do; accepted"):
+        script.read_checkpoint(tmp_path)
 
 
 def test_earlier_run_is_not_overwritten(train, finished):

@@ -93,3 +93,9 @@ def tiny_rows(patients_by_split, slices=3, size=SIZE):
                     "image", [f"mask {number}" for number in range(4)],
                     patient_id=patient, scan_id=1, nodule_id=0, slice_index=slice_index, source="test",
                 )  # fmt: skip
+
+
+def card_sizes(card):
+    """Cells of the first table of a build's card: patients, scans, nodules and slices of each split."""
+    lines = card[card.index("| split | patients | scans | nodules | slices |") :].split("\n\n")[0].splitlines()[2:]
+    return {line.split(" | ")[0].lstrip("| "): line.rstrip(" |").split(" | ")[1:] for line in lines}

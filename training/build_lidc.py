@@ -23,7 +23,7 @@ from probabilistic_sam.data.hpunet import read_hpunet
 from probabilistic_sam.data.parts import Job, finished_parts, part_rows
 from probabilistic_sam.data.phantom import phantom_jobs
 from probabilistic_sam.data.pickle_crops import read_pickle
-from probabilistic_sam.data.report import BuildReport, Note
+from probabilistic_sam.data.report import UNKNOWN, BuildReport, Note, Origin
 from probabilistic_sam.data.rows import NoRows, check_output, write_dataset
 from probabilistic_sam.data.slices import read_slices
 from probabilistic_sam.errors import UserError, run
@@ -31,13 +31,13 @@ from probabilistic_sam.hub import check_repo_name, push_folder
 
 DICOM_ORIGIN = """\
 Real CT in Hounsfield units (16-bit PNG, HU + 1024): a window of 128x128 pixels around each nodule, {spacing}, from the
-DICOM series of LIDC-IDRI. Masks are filled from the readers' contours by pylidc. Only slices on which some reader drew
-are in it."""
+DICOM series of LIDC-IDRI. Masks are filled from the readers' contours by pylidc, in the order of its annotations;
+readers who are missing come last. Only slices that some reader annotated are in it."""
 
 SLICES_ORIGIN = """\
-Real CT: crops of 128x128 pixels around each nodule at the scan's own pixel spacing. Grey values are scaled for each
-crop from its own minimum and maximum to 0..255; they are not Hounsfield units. Only slices on which some reader drew
-are in it."""
+Real CT: crops in the layout of the public LIDC-IDRI-slices set, as they are there. In that set a crop has 128x128
+pixels around a nodule at the scan's own pixel spacing, and its grey values are scaled from its own minimum and maximum
+to 0..255; they are not Hounsfield units. Only slices that some reader annotated are in it."""
 
 PICKLE_ORIGIN = """\
 Real CT: the crops of `data_lidc.pickle`, which comes with a PyTorch implementation of the Probabilistic U-Net. Grey
@@ -55,9 +55,12 @@ not compare with published ones."""
 PHANTOM_ORIGIN = """\
 **Phantom: the pixels are simulated.** The contours are those that LIDC's readers drew, from the database that pylidc
 ships; the CT around them is drawn by a program, 128x128 pixels at the scan's own pixel spacing. It serves
-demonstrations, tests and documentation; no claim of quality can rest on it."""
+demonstrations, tests and documentation; no claim of quality can rest on it. Masks are in the order of pylidc's
+annotations; readers who are missing come last."""
 
-
+TITLE = "LIDC-IDRI slices with readers' masks"
+PHANTOM_TITLE = "Phantom: simulated CT with the masks of LIDC-IDRI's readers"
+WITHOUT_NODULES = ("pickle", "hpunet")  # sources that do not tell which nodule a crop shows
 IN_PARTS = ("dicom", "phantom")  # sources whose work is divided into jobs
 
 
@@ -116,9 +119,15 @@ def main() -> None:
         rows, origin = read_pickle(args.input), PICKLE_ORIGIN
     else:
         rows, origin = read_hpunet(args.input), HPUNET_ORIGIN
+    stated = Origin(
+        origin,
+        PHANTOM_TITLE if args.source == "phantom" else TITLE,
+        is_lidc=True,
+        has_nodules=args.source not in WITHOUT_NODULES,
+    )
 
     try:
-        report = write_dataset(tqdm(rows, unit=" slices", desc=args.source), output, origin, notes)
+        report = write_dataset(tqdm(rows, unit=" slices", desc=args.source), output, stated, notes)
     except NoRows:
         if not parts or args.num_shards == 1 or output.exists():
             raise
@@ -173,9 +182,9 @@ def read_jobs(args: argparse.Namespace, notes: list[Note]) -> tuple[list[Job], s
 
 def print_summary(report: BuildReport) -> None:
     """A line for the scans that were used and one for each kind of what was left out."""
-    num_scans = len(set().union(*report.scans.values()))
-    if num_scans:
-        print(f"{num_scans:,} scans used")
+    num_scans = report.num_scans(report.splits)
+    if num_scans != UNKNOWN:
+        print(f"{num_scans} scans used")
     for line in report.left_out_lines():
         print(line)
 

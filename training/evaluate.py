@@ -32,9 +32,10 @@ from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor
 
 import probabilistic_sam.baselines  # noqa: F401  (registers all our models for AutoModel and AutoProcessor)
+from probabilistic_sam import ProbabilisticSamModel
 from probabilistic_sam.data import PROMPTS, make_prompt, row_seed
 from probabilistic_sam.data.rows import decode_image, decode_masks, load_split
-from probabilistic_sam.embedding_cache import View, view_masks
+from probabilistic_sam.embedding_cache import View, view_annotated, view_masks
 from probabilistic_sam.errors import UserError, run
 from probabilistic_sam.metrics import (
     COLUMNS,
@@ -86,7 +87,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--model", required=True, help=f"directory or Hub name of a model with its processor, or {', '.join(ORACLES)}"
     )
-    parser.add_argument("--dataset", required=True, help="a build of training/build_lidc.py")
+    parser.add_argument("--dataset", required=True, help="build of training/build_lidc.py: folder or Hub name")
     parser.add_argument("--split", default="validation")
     parser.add_argument("--prompt", default="union_box", choices=PROMPTS)
     parser.add_argument("--num_samples", type=int, default=16, help="masks drawn for each slice")
@@ -234,8 +235,10 @@ def evaluate_rows(
                     raise UserError("sample() gave logits that are not finite: has the model's training diverged?")
                 logits[index] += processor.post_process_logits(pred_masks, item["windows"], item["original_sizes"])
                 if looks_inside and seed == seeds[0]:  # after the samples, whose noise must not depend on it
-                    targets = window_masks(all_masks[index], item["windows"], pred_masks.shape[-1])
-                    latent_spaces[index] = look_inside(model, inputs, targets, generator)
+                    view = window_view(item["windows"])
+                    targets = view_masks(all_masks[index], view, pred_masks.shape[-1])
+                    annotated = view_annotated(all_masks[index], view)
+                    latent_spaces[index] = look_inside(model, inputs, targets, annotated, generator)
             for index, masks in enumerate(all_masks):
                 drawn_logits = torch.cat(logits[index]).float()  # (N, H, W), N for each reader with reader_box
                 samples, probabilities = (drawn_logits > 0).cpu().numpy(), drawn_logits.sigmoid().cpu().numpy()
@@ -264,23 +267,29 @@ def score_oracle(oracle: Oracle, masks: np.ndarray, num_samples: int, seed: int)
     return scores
 
 
-def window_masks(masks: np.ndarray, windows: torch.Tensor, size: int) -> torch.Tensor:
-    """The readers' masks (R, H, W) as the model sees them in its window (1, 3): (R, size, size) bool."""
+def window_view(windows: torch.Tensor) -> View:
+    """The window (1, 3) that the processor cut, as a view."""
     x, y, side = windows[0].tolist()
-    return view_masks(masks, View(0, False, (x, y, side), 1.0), size)
+    return View(0, False, (x, y, side), 1.0)
 
 
 def look_inside(
-    model: Any, inputs: Mapping[str, Any], targets: torch.Tensor, generator: torch.Generator
+    model: Any,
+    inputs: Mapping[str, Any],
+    targets: torch.Tensor,
+    annotated: torch.Tensor,
+    generator: torch.Generator,
 ) -> dict[str, Any]:
-    """What the readers' masks (R, h, w) of one window become in the model's latent space."""
-    labels = targets[None, None].to(model.device)
-    output = model(**inputs, labels=labels, generator=generator)
+    """What the readers' masks (R, h, w) of one window, (R,) of them annotated, become in the model's latent space."""
+    readers = {"labels": targets[None, None], "annotated": annotated[None, None]}
+    readers = {name: value.to(model.device) for name, value in readers.items()}
+    output = model(**inputs, **readers, generator=generator)
     return slice_collapse(
         output.kl_divergence[0, 0].cpu().numpy(),
         output.posterior_mean[0, 0].cpu().numpy(),
         (output.pred_masks[0, 0] > 0).cpu().numpy(),
         targets.numpy(),
+        annotated.numpy(),
     )
 
 
@@ -379,7 +388,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         }
         latent_spaces = [scores["collapse"] for scores in runs[0] if "collapse" in scores]
         if latent_spaces:
-            content["collapse"] = summarize_collapse(latent_spaces)
+            content["collapse"] = summarize_collapse(latent_spaces, isinstance(model, ProbabilisticSamModel))
         if len(args.seeds) > 1:
             content["per_seed"] = {
                 str(seed): summarize(run, patients) for seed, run in zip(args.seeds, runs, strict=True)

@@ -17,10 +17,9 @@ import torch
 from safetensors import SafetensorError
 from scipy.optimize import brentq
 from scipy.special import ndtr
-from train import find_checkpoint
+from train import find_checkpoint, read_checkpoint
 
 from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamProcessor
-from probabilistic_sam.conversion import load_torch_file
 from probabilistic_sam.data import make_prompt, row_seed
 from probabilistic_sam.data.rows import load_split
 from probabilistic_sam.embedding_cache import EmbeddingCache
@@ -31,7 +30,7 @@ def parse_args() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="run folder of training/train.py")
-    parser.add_argument("--dataset", required=True, help="output of training/build_lidc.py")
+    parser.add_argument("--dataset", required=True, help="build of training/build_lidc.py: folder or Hub name")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--cache_dir", default="~/.cache/probabilistic_sam", help="folder of the embedding caches")
     return parser.parse_args()
@@ -87,7 +86,7 @@ def main() -> None:
         processor = ProbabilisticSamProcessor.from_pretrained(arguments.run)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"--run {arguments.run} does not open: {str(error).splitlines()[0]}") from error
-    state = load_torch_file(find_checkpoint("latest", arguments.run) / "training_state.pt")
+    state = read_checkpoint(find_checkpoint("latest", arguments.run), ("step", "best", "ema"))
     average(model, state["ema"])
     rows = load_split(arguments.dataset, "validation")
     cache = EmbeddingCache(model, processor, rows, 0, 0, arguments.cache_dir, bf16=True)

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamProcessor
 from probabilistic_sam.errors import UserError, run
-from probabilistic_sam.metrics import paired_difference
+from probabilistic_sam.metrics import active_outline_units, paired_difference
 from probabilistic_sam.model_card import (
     CITATION,
     COLUMNS,
@@ -208,16 +208,16 @@ def ablation_section(results: dict[str, dict]) -> str:
     lines = []
     for stem, title in ABLATIONS.items():
         if rows := row_results(results, stem):
-            inside = [
-                mean_and_range([row["collapse"][name] for row in rows], digits)
-                for name, digits in (("active_units", 1), ("posterior_iou", 3))
-            ]
-            lines.append([title, *metric_cells(rows, shown), *inside])
+            # From the variances: the `active_units` of older results files count the presence coordinate too
+            active = [active_outline_units(row["collapse"]["posterior_mean_variance"]) for row in rows]
+            iou = [row["collapse"]["posterior_iou"] for row in rows]
+            lines.append([title, *metric_cells(rows, shown), mean_and_range(active, 1), mean_and_range(iou)])
     check_alike(results, ABLATIONS)
-    text = table((*titles, "active units", "IoU of the posterior's masks"), lines)
+    text = table((*titles, "active outline units", "IoU of the posterior's masks"), lines)
     return (
-        "What single parts are worth, at the same budget (active units: latent coordinates that are used; one "
-        f"training seed where no range is given):\n\n{text}"
+        "What single parts are worth, at the same budget (active outline units: latent coordinates whose posterior "
+        "mean varies over the data, the presence coordinate not counted; one training seed where no range is given):"
+        f"\n\n{text}"
     )
 
 

@@ -38,7 +38,7 @@ def parse_args() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="directory or Hub name of a Probabilistic SAM")
-    parser.add_argument("--dataset", required=True, help="a build of training/build_lidc.py")
+    parser.add_argument("--dataset", required=True, help="build of training/build_lidc.py: folder or Hub name")
     parser.add_argument("--split", default="validation")
     parser.add_argument("--max_slices", type=int, default=200, help="of the split, from which the gallery chooses")
     parser.add_argument(

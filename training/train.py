@@ -6,17 +6,22 @@ Which model is the `model_type` under `model:` in the configuration, Probabilist
 `max_steps: 0` nothing is trained: SAM as it is, or the ellipse, which is fitted in closed form.
 
 Everything random follows from (seed, step), so a run that was killed and resumed gives the weights of one that was
-not.
+not. A run resumes with the dataset, the configuration and the frozen weights it started with; anything else is refused
+before a file of the run is touched. Only `log_every` and `checkpoint_every` may change, and the path of `base_model`.
+`max_steps` may not, since the learning rates of all steps follow from it. With another number of processes a run
+resumes too, but the random numbers of its further steps are others.
 """
 
 import argparse
 import contextlib
+import hashlib
 import json
 import math
 import os
 import shutil
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -43,8 +48,8 @@ from probabilistic_sam.conversion import (
     save_model,
 )
 from probabilistic_sam.data import make_prompt, row_seed
-from probabilistic_sam.data.rows import decode_masks, load_split
-from probabilistic_sam.embedding_cache import EmbeddingCache, view_masks, view_prompt
+from probabilistic_sam.data.rows import decode_masks, load_split, split_content
+from probabilistic_sam.embedding_cache import EmbeddingCache, view_annotated, view_masks, view_prompt
 from probabilistic_sam.errors import UserError, run
 from probabilistic_sam.hub import check_repo_name
 from probabilistic_sam.metrics import slice_collapse, slice_metrics, summarize, summarize_collapse
@@ -63,6 +68,13 @@ TRAINING_PROMPTS = ("union_box", "center_box", "center_point")
 AUGMENTATIONS = ("max_shift", "max_zoom", "max_gamma")
 MINIMA = dict.fromkeys(("crop_size", "batch_size", "log_every", "eval_every", "eval_slices"), 1) | {
     "eval_samples": 1, "checkpoint_every": 1, "max_steps": 0, "seed": 0, "num_views": 0, "warmup_steps": 0,
+}  # fmt: skip
+# Of the configuration, what a resumed run may change: none of it moves its weights or its scores. The weights that
+# base_model stands for are compared instead of its name
+FREE_WHEN_RESUMED = ("base_model", "log_every", "checkpoint_every")
+CHECKPOINT = {  # what training_state.pt holds
+    "step": int, "best": dict, "log": dict, "ema": dict, "optimizer": dict, "scheduler": dict, "model": dict,
+    "fingerprint": dict,
 }  # fmt: skip
 
 
@@ -101,7 +113,7 @@ def parse_args() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="YAML file with the fields of TrainingConfig")
-    parser.add_argument("--dataset", required=True, help="output of training/build_lidc.py")
+    parser.add_argument("--dataset", required=True, help="build of training/build_lidc.py: folder or Hub name")
     parser.add_argument("--output_dir", required=True, help="run folder: log, checkpoints, the best model at its top")
     parser.add_argument("--base_model", help="in place of the configuration's base_model")
     parser.add_argument("--cache_dir", default="~/.cache/probabilistic_sam", help="folder of the embedding caches")
@@ -262,7 +274,7 @@ def parameter_groups(model: PreTrainedModel, config: TrainingConfig) -> list[dic
 
 
 class Batches:
-    """The batch of any step, from (seed, step, rank) alone: embeddings, one prompt a slice, and the readers' masks."""
+    """The batch of any step, from (seed, step, rank) alone: embeddings, a prompt per slice, and readers' masks."""
 
     def __init__(self, cache: EmbeddingCache, config: TrainingConfig, grid: int, rank: int, world_size: int):
         if config.batch_size % world_size:
@@ -290,12 +302,14 @@ class Batches:
             view = self.cache.view(index, view_index, masks)
             item = view_prompt(masks, view, name, rng, self.config.image_size)
             item["labels"] = view_masks(masks, view, self.size)
+            item["annotated"] = view_annotated(masks, view)
             item["image_embeddings"] = torch.from_numpy(np.array(self.cache.embeddings[index, view_index])).float()
             items.append(item)
-        batch = {key: torch.stack([item[key] for item in items]) for key in items[0] if key != "labels"}
+        by_reader = ("labels", "annotated")
+        batch = {key: torch.stack([item[key] for item in items]) for key in items[0] if key not in by_reader}
         most = max(len(item["labels"]) for item in items)
-        labels = torch.stack([pad_readers(item["labels"], most) for item in items])
-        batch["labels"] = labels[:, None]  # (B, 1, R, h, w)
+        for key in by_reader:  # (B, 1, R, h, w) and (B, 1, R)
+            batch[key] = torch.stack([pad_readers(item[key], most) for item in items])[:, None]
         if "input_boxes" in batch:
             batch["input_boxes"] = batch["input_boxes"][:, None]  # (B, 1, 4)
         else:
@@ -303,9 +317,9 @@ class Batches:
         return batch
 
 
-def pad_readers(masks: torch.Tensor, readers: int) -> torch.Tensor:
-    """Readers who are missing drew nothing."""
-    return torch.cat([masks, masks.new_zeros((readers - len(masks), *masks.shape[1:]))])
+def pad_readers(values: torch.Tensor, readers: int) -> torch.Tensor:
+    """Missing readers get empty masks, which are not annotated; `values` (R, ...) is boolean."""
+    return torch.cat([values, values.new_zeros((readers - len(values), *values.shape[1:]))])
 
 
 class Ema:
@@ -357,12 +371,16 @@ def validate(model, processor, cache, rows, indices, config, accelerator) -> dic
         result = {"index": index, "metrics": slice_metrics(logits > 0, expit(logits), masks)}
         if hasattr(model, "posterior"):
             target = view_masks(masks, view, samples.pred_masks.shape[-1])
-            output = model(**inputs, labels=target[None, None].to(accelerator.device), generator=generator)
+            annotated = view_annotated(masks, view)
+            readers = {"labels": target[None, None], "annotated": annotated[None, None]}
+            readers = {name: value.to(accelerator.device) for name, value in readers.items()}
+            output = model(**inputs, **readers, generator=generator)
             result["collapse"] = slice_collapse(
                 output.kl_divergence[0, 0].cpu().numpy(),
                 output.posterior_mean[0, 0].cpu().numpy(),
                 output.pred_masks[0, 0].cpu().numpy() > 0,
                 target.numpy(),
+                annotated.numpy(),
             )
         results.append(result)
     results = sorted(gather_object(results), key=lambda item: item["index"])
@@ -379,17 +397,20 @@ def validate(model, processor, cache, rows, indices, config, accelerator) -> dic
         for name in ("empty_ece", "empty_correlation", "dice_max_per_reader")
     }
     latent_spaces = [item["collapse"] for item in results if "collapse" in item]
-    return scores | summarize_collapse(latent_spaces) if latent_spaces else scores
+    has_presence = isinstance(model, ProbabilisticSamModel)
+    return scores | summarize_collapse(latent_spaces, has_presence) if latent_spaces else scores
 
 
-def latent_values(kl: torch.Tensor | None, labels: torch.Tensor, has_drawing: bool) -> dict[str, torch.Tensor]:
-    """What the log says of a KL divergence (B, P, R, L) in nats; its coordinate 0 may be the drawing coordinate."""
+def latent_values(kl: torch.Tensor | None, annotated: torch.Tensor, has_drawing: bool) -> dict[str, torch.Tensor]:
+    """What the log says of a KL divergence (B, P, R, L) in nats; its coordinate 0 may be the presence.
+
+    `annotated` (B, P, R) tells whose masks are not empty: the outline's coordinates count for these only.
+    """
     if kl is None:
         return {}
     if not has_drawing:
         return {"kl": kl.sum(dim=-1).mean()}
-    drew = labels.flatten(3).any(dim=-1)
-    outline = (kl[..., 1:].sum(dim=-1) * drew).sum() / drew.sum().clamp(min=1)
+    outline = (kl[..., 1:].sum(dim=-1) * annotated).sum() / annotated.sum().clamp(min=1)
     return {"outline_kl": outline, "drawing_nll": kl[..., 0].mean()}
 
 
@@ -427,14 +448,44 @@ class Log:
                 self.writer.add_scalar(name, value, step)
 
 
-def save_checkpoint(directory: Path, step: int, model, optimizer, scheduler, ema, best: dict, log: dict) -> None:
+def fingerprint(config: TrainingConfig, model: PreTrainedModel, splits: dict[str, Any]) -> dict[str, Any]:
+    """What a run has in common with the checkpoint that it resumes from, by field.
+
+    Args:
+        config: of the run.
+        model: as `load_model` gives it, frozen already.
+        splits: rows by the name of their split.
+    """
+    values: dict[str, Any] = {}
+    for name, value in asdict(config).items():
+        if name == "prompts":
+            values[name] = json.dumps(value)  # their order matters, since a random number chooses among them
+        elif isinstance(value, dict):
+            values |= {f"{name}.{key}": item for key, item in value.items()}
+        elif name not in FREE_WHEN_RESUMED:
+            values[name] = value
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    frozen = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        if name not in trained:
+            frozen.update(name.encode() + value.detach().cpu().float().numpy().tobytes())
+    values["frozen weights of base_model"] = f"sha256 {frozen.hexdigest()}"
+    for split, rows in splits.items():
+        content = split_content(rows)  # as manifest.json has it
+        values[f"{split} split of the dataset"] = f"{content['rows']} rows, sha256 {content['sha256']}"
+    return values
+
+
+def save_checkpoint(
+    directory: Path, step: int, model, optimizer, scheduler, ema, best: dict, log: dict, same: dict
+) -> None:
     """`checkpoint-{step}`: everything that resuming needs, moved into place when it is complete; older ones go."""
     target, staging = directory / f"checkpoint-{step}", directory / f".checkpoint-{step}"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
     state = {
         "step": step, "best": best, "log": log, "ema": ema.weights, "optimizer": optimizer.state_dict(),
-        "scheduler": scheduler.state_dict(),
+        "scheduler": scheduler.state_dict(), "fingerprint": same,
         "model": {n: p.detach() for n, p in model.named_parameters() if p.requires_grad},
     }  # fmt: skip
     torch.save(state, staging / "training_state.pt")
@@ -457,26 +508,61 @@ def find_checkpoint(name: str, directory: Path) -> Path:
     path = Path(name)
     if not (path / "training_state.pt").is_file():
         raise UserError(f'{path} is no checkpoint: accepted are "latest" and a checkpoint-* folder of a run')
+    if path.resolve().parent != directory.resolve():
+        raise UserError(f"{path} is a checkpoint of another run; accepted: one of those in --output_dir {directory}")
     return path
 
 
-def load_checkpoint(path: Path, model, optimizer, scheduler, ema) -> dict:
-    """Restore a checkpoint; returns its `step`, the `best` scores so far, and `log`, what its next line began with."""
-    try:
-        state = load_torch_file(path / "training_state.pt")
-        parameters = dict(model.named_parameters())
-        if set(state["model"]) != {name for name, p in parameters.items() if p.requires_grad}:
+def read_checkpoint(path: Path, names: Sequence[str] = tuple(CHECKPOINT)) -> dict:
+    """Read the file of a checkpoint folder.
+
+    Args:
+        path: the folder.
+        names: what is needed, of `CHECKPOINT`.
+
+    Raises:
+        UserError: the file is damaged or not one that `save_checkpoint` wrote.
+    """
+    state = load_torch_file(path / "training_state.pt")
+    for name in names:
+        if not isinstance(state, dict) or not isinstance(state.get(name), CHECKPOINT[name]):
+            age = ", as those of earlier versions do" if name == "fingerprint" else ""
+            raise UserError(f"{path / 'training_state.pt'} lacks {name!r}{age}; accepted: a file of training/train.py")
+    return state
+
+
+def check_same_run(recorded: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raise `ValueError` unless the `fingerprint` of a checkpoint is that of the run which is to resume from it."""
+    for name in [*wanted, *recorded]:
+        values = [str(given[name]) if name in given else "not set" for given in (recorded, wanted)]
+        if values[0] != values[1]:
+            free = " and ".join(FREE_WHEN_RESUMED[1:])
+            raise ValueError(
+                f"{name} is {values[0]} there and {values[1]} here; accepted: the same dataset, configuration and "
+                f"base model, only {free} may differ"
+            )
+
+
+def restore(state: dict, model, optimizer, scheduler, ema) -> None:
+    """Put the content of a checkpoint in place.
+
+    Raises:
+        RuntimeError, ValueError, KeyError, TypeError, AttributeError: it is of another model or damaged.
+    """
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for part, weights in (("model", trained), ("ema", ema.weights)):
+        if {name: value.shape for name, value in state[part].items()} != {n: w.shape for n, w in weights.items()}:
             raise ValueError("its weights are of another model")
         with torch.no_grad():
-            for name, value in state["model"].items():
-                parameters[name].copy_(value)
-        for name, value in state["ema"].items():
-            ema.weights[name].copy_(value)
-        optimizer.load_state_dict(state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
-        return {"step": state["step"], "best": state["best"], "log": state.get("log", {})}
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be resumed from: {error}") from error
+            for name, value in state[part].items():
+                weights[name].copy_(value)
+    optimizer.load_state_dict(state["optimizer"])
+    for parameter, values in optimizer.state.items():
+        if any(value.ndim and value.shape != parameter.shape for value in values.values()):
+            raise ValueError("its optimizer is of another model")
+    scheduler.load_state_dict(state["scheduler"])
+    if scheduler.last_epoch != state["step"]:
+        raise ValueError(f"its learning rates are those of step {scheduler.last_epoch}, not {state['step']}")
 
 
 def data_counts(rows) -> dict:
@@ -513,7 +599,31 @@ def main() -> None:
             f"--output_dir {directory} holds checkpoints of an earlier run; accepted: a new folder, or "
             "--resume_from_checkpoint latest to go on with it"
         )
+    if checkpoint and not config.max_steps:
+        raise UserError(
+            "--resume_from_checkpoint with max_steps 0, which trains nothing; accepted: the run's own number"
+        )
     train_rows, validation_rows = (load_split(arguments.dataset, split) for split in ("train", "validation"))
+    torch.manual_seed(config.seed)
+    model = load_model(config)
+    processor = ProbabilisticSamProcessor(config.image_size, config.crop_size)
+    freeze(model)
+    model.to(accelerator.device)
+    state: dict[str, Any] = {}
+    if config.max_steps:
+        same = fingerprint(config, model, {"train": train_rows, "validation": validation_rows})
+        optimizer = torch.optim.AdamW(parameter_groups(model, config), betas=(0.9, 0.98))
+        scheduler = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, config.max_steps)
+        ema = Ema(model, config.ema_decay)
+    if checkpoint:
+        try:
+            state = read_checkpoint(checkpoint)
+            check_same_run(state["fingerprint"], same)
+            restore(state, model, optimizer, scheduler, ema)
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{checkpoint} cannot be resumed from: {error}") from error
+
+    # From here on the run folder is written to
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if accelerator.is_main_process:
@@ -522,12 +632,6 @@ def main() -> None:
             write_text(directory / "data.json", json.dumps(counts, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"--output_dir {directory} cannot be written: {error.strerror}") from error
-
-    torch.manual_seed(config.seed)
-    model = load_model(config)
-    processor = ProbabilisticSamProcessor(config.image_size, config.crop_size)
-    freeze(model)
-    model.to(accelerator.device)
 
     shared = {
         "cache_dir": arguments.cache_dir, "rank": accelerator.process_index, "world_size": accelerator.num_processes,
@@ -553,11 +657,7 @@ def main() -> None:
         return
 
     batches = Batches(cache, config, cache.embeddings.shape[-1], accelerator.process_index, accelerator.num_processes)
-    optimizer = torch.optim.AdamW(parameter_groups(model, config), betas=(0.9, 0.98))
-    scheduler = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, config.max_steps)
-    ema = Ema(model, config.ema_decay)
     energy_weight = getattr(model.config, "energy_weight", 0.0)
-    state = load_checkpoint(checkpoint, model, optimizer, scheduler, ema) if checkpoint else {}
     step, best, unlogged = state.get("step", 0), state.get("best", {}), state.get("log", {})
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     if accelerator.is_main_process:
@@ -589,7 +689,7 @@ def main() -> None:
 
         values = {
             "loss": output.loss, "reconstruction_loss": output.reconstruction_loss,
-            **latent_values(output.kl_divergence, batch["labels"], isinstance(model, ProbabilisticSamModel)),
+            **latent_values(output.kl_divergence, batch["annotated"], isinstance(model, ProbabilisticSamModel)),
             "energy_distance": output.energy_distance, "grad_norm": norm,
         }  # fmt: skip
         for name, value in values.items():
@@ -613,7 +713,7 @@ def main() -> None:
             scores = validate(model, processor, validation_cache, validation_rows, indices, config, accelerator)
             if accelerator.is_main_process:
                 log(step, {f"validation/{name}": value for name, value in scores.items()})
-                told = ("all/ged", "shape/ged", "all/hm_iou", "active_units", "posterior_iou")
+                told = ("all/ged", "shape/ged", "all/hm_iou", "active_outline_units", "posterior_iou")
                 known = [f"{name} {scores[name]:.4g}" for name in told if scores.get(name) is not None]
                 progress.write(f"step {step}: {', '.join(known)}")
                 if scores["all/ged"] < best.get("all/ged", math.inf):
@@ -623,7 +723,7 @@ def main() -> None:
         if step % config.checkpoint_every == 0 or step == config.max_steps:
             if accelerator.is_main_process:
                 unlogged = {"running": running, "seconds": time.time() - started}
-                save_checkpoint(directory, step, model, optimizer, scheduler, ema, best, unlogged)
+                save_checkpoint(directory, step, model, optimizer, scheduler, ema, best, unlogged, same)
             accelerator.wait_for_everyone()
         if arguments.stop_after == step:
             os.kill(os.getpid(), signal.SIGKILL)

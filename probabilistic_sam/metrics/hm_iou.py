@@ -21,8 +21,9 @@ matched one to one so that the mean IoU is greatest; two empty masks have IoU 1.
 
 _INPUTS_DESCRIPTION = """\
 Args:
-    predictions: for each image the sampled masks, packed to bits by `probabilistic_sam.metrics.functional.pack_masks`.
-    references: for each image the readers' masks, packed in the same way; their number may differ.
+    predictions: for each image the sampled masks, packed to bits by `probabilistic_sam.metrics.functional.pack_masks`,
+        which keeps their height and width.
+    references: for each image the readers' masks, packed in the same way. Their number may differ, their size may not.
 Returns:
     hm_iou: mean over images.
 """

@@ -146,9 +146,27 @@ def test_a_model_answers_what_libraries_ask(model):
     assert model.get_input_embeddings() is model.vision_encoder.patch_embed
     assert model.get_output_embeddings() is None and not model.can_generate()
     assert model.num_parameters() == sum(parameter.numel() for parameter in model.parameters())
+    trained = model.num_parameters(only_trainable=True)
     model.vision_encoder.requires_grad_(False)
-    frozen = model.vision_encoder.num_parameters()
-    assert model.num_parameters(only_trainable=True) == model.num_parameters() - frozen
+    assert model.num_parameters(only_trainable=True) == trained - model.vision_encoder.num_parameters()
+
+
+@pytest.mark.parametrize("origin", ["new", "saved", "sam", "with_info"])
+def test_every_trainable_weight_gets_a_gradient_however_the_model_was_made(tmp_path, parts, origin):
+    model = tiny_model(parts, energy_weight=1.0)
+    if origin != "new":
+        if origin == "sam" and parts is sam_parts:
+            SamModel(SamConfig(**parts())).save_pretrained(tmp_path)
+        else:
+            model.save_pretrained(tmp_path)
+        loaded = ProbabilisticSamModel.from_pretrained(tmp_path, output_loading_info=origin == "with_info")
+        model = loaded[0] if origin == "with_info" else loaded
+    loss_of(model.train()).backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert all(name.startswith(("shared_image", "prompt_encoder", "mask_decoder.")) for name in frozen)
+    assert not any(name.startswith(("mask_decoder.transformer", "mask_decoder.upscale")) for name in frozen)
 
 
 # --------------------------------------------------------------------------------------------------------- outputs
@@ -181,12 +199,50 @@ def test_tuple_and_dictionary_hold_the_same(model, inputs, latents):
     assert model.sample(**inputs, num_samples=3).pred_masks.shape == (2, 3, 3, 8, 8)
 
 
-@pytest.mark.parametrize(
-    "name", ["output_attentions", "output_hidden_states", "multimask_output", "num_items_in_batch"]
+SAMS_OWN = (
+    "multimask_output",
+    "attention_similarity",
+    "target_embedding",
+    "output_attentions",
+    "output_hidden_states",
 )
-def test_arguments_that_would_change_nothing_are_refused(inputs, name):
-    with pytest.raises(TypeError, match=name):
-        tiny_model()(**inputs, **{name: True})
+
+
+@pytest.mark.parametrize("name", SAMS_OWN)
+def test_arguments_of_sam_that_would_change_nothing_are_refused(inputs, name):
+    model = tiny_model()
+    value = torch.ones(1) if name in ("attention_similarity", "target_embedding") else True
+    for call in (model, model.sample):
+        with pytest.raises(ValueError, match=rf"^{name} is not supported: .*\.$"):
+            call(**inputs, **{name: value})
+    with pytest.raises(ValueError, match="multimask_output .* num_samples"):
+        model(**inputs, multimask_output=True)
+
+
+def test_every_argument_of_sam_is_known(inputs):
+    names = set(inspect.signature(SamModel.forward).parameters) - {"self", "kwargs"}
+    own = set(inspect.signature(ProbabilisticSamModel.forward).parameters)
+    assert names - own == {"multimask_output", "attention_similarity", "target_embedding"}
+
+
+def test_code_written_for_sam_and_its_processor_gets_the_same_samples(model, inputs):
+    expected = model.sample(**inputs, num_samples=2, generator=torch.Generator().manual_seed(0)).pred_masks
+    off = dict.fromkeys(SAMS_OWN, None) | dict.fromkeys(("multimask_output", "output_attentions"), False)
+    sizes = dict.fromkeys(("original_sizes", "reshaped_input_sizes", "windows"), torch.tensor([[SIZE, SIZE]] * 2))
+    with torch.no_grad():
+        for call in (model, model.sample):
+            output = call(**inputs, **off, **sizes, num_samples=2, generator=torch.Generator().manual_seed(0))
+            assert torch.equal(output.pred_masks, expected)
+
+
+@pytest.mark.parametrize("name", ["num_items_in_batch", "nonsense"])
+def test_unknown_arguments_are_refused_by_name(inputs, name):
+    model = tiny_model()
+    for call in (model, model.sample):
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+            call(**inputs, **{name: None})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'labels'"):
+        model.sample(**inputs, labels=tiny_labels())
 
 
 def test_the_vision_encoder_shows_hidden_states_and_attentions(parts, inputs):

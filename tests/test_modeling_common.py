@@ -4,15 +4,19 @@ import copy
 import inspect
 import json
 import pickle
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from tiny import SIZE, sam_parts, tiny_inputs, tiny_labels, tiny_model, tiny_vit_parts
-from transformers import PreTrainedModel, SamConfig, SamModel
+from transformers import PreTrainedModel, SamConfig, SamModel, SamProcessor
+from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 
 from probabilistic_sam import ProbabilisticSamConfig, ProbabilisticSamModel
 
+SHIPPED = Path(__file__).resolve().parent.parent / "model_cards" / "psam-lidc"
 PARTS = {"vit": sam_parts, "tiny_vit": tiny_vit_parts}
 
 
@@ -233,6 +237,29 @@ def test_code_written_for_sam_and_its_processor_gets_the_same_samples(model, inp
         for call in (model, model.sample):
             output = call(**inputs, **off, **sizes, num_samples=2, generator=torch.Generator().manual_seed(0))
             assert torch.equal(output.pred_masks, expected)
+
+
+def test_the_shipped_model_takes_what_sam_and_its_processor_take():
+    model = ProbabilisticSamModel.from_pretrained(SHIPPED)
+    assert not model.prompt_encoder.mask_embed.conv1.weight.requires_grad
+    sizes = {"size": {"longest_edge": 256}, "mask_size": {"longest_edge": 64}}
+    pads = {"pad_size": {"height": 256, "width": 256}, "mask_pad_size": {"height": 64, "width": 64}}
+    processor = SamProcessor(SamImageProcessorPil(**sizes, **pads))
+    image = np.random.default_rng(0).integers(0, 255, size=(128, 96, 3)).astype(np.uint8)
+    given = {"input_points": [[[40, 50], [0, 0]]], "input_labels": [[1, -1]], "input_boxes": [[[20.0, 30, 60, 80]]]}
+    inputs = processor(image, **given, return_tensors="pt")
+    with torch.no_grad():
+        masks = model(
+            **inputs, multimask_output=False, num_samples=3, generator=torch.Generator().manual_seed(0)
+        ).pred_masks
+    results = processor.post_process_masks(masks, inputs["original_sizes"], inputs["reshaped_input_sizes"])
+    assert masks.shape == (1, 1, 3, 64, 64) and results[0].shape == (1, 3, 128, 96)
+    own = {  # the image is shown at twice its size
+        "pixel_values": inputs["pixel_values"], "input_boxes": torch.tensor([[[40.0, 60, 120, 160]]]),
+        "input_points": torch.tensor([[[[80.0, 100], [7, 9]]]]), "input_labels": torch.tensor([[[1, -1]]]),
+    }  # fmt: skip
+    expected = model.sample(**own, num_samples=3, generator=torch.Generator().manual_seed(0)).pred_masks
+    assert torch.allclose(masks, expected, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["num_items_in_batch", "nonsense"])

@@ -7,6 +7,7 @@ from .configuration_probabilistic_sam import ProbabilisticSamConfig, TinyViTVisi
 from .modeling_probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamOutput
 from .pipeline_probabilistic_sam import ProbabilisticMaskGenerationPipeline
 from .processing_probabilistic_sam import ProbabilisticSamProcessor
+from .trainer_collator import ProbabilisticSamCollator
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,7 @@ ProbabilisticSamConfig.custom_pipelines = property(
 
 __all__ = [
     "ProbabilisticMaskGenerationPipeline",
+    "ProbabilisticSamCollator",
     "ProbabilisticSamConfig",
     "ProbabilisticSamModel",
     "ProbabilisticSamOutput",

@@ -81,6 +81,11 @@ class ProbabilisticSamConfig(SamConfig):
     """
 
     model_type = "probabilistic_sam"
+    # `Trainer` hands the other outputs to compute_metrics: samples alone
+    keys_to_ignore_at_inference = [
+        "reconstruction_loss", "energy_distance", "kl_divergence", "reconstructed_masks", "iou_scores", "latents",
+        "prior_mean", "prior_log_std", "posterior_mean", "posterior_log_std",
+    ]  # fmt: skip
 
     latent_dim: int = 9
     latent_hidden_size: int = 128

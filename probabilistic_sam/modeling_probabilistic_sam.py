@@ -11,9 +11,9 @@ it is not positive. The others shape the outline and enter SAM's mask decoder wi
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,9 +33,21 @@ from .modeling_tiny_vit import TinyViTVisionEncoder
 
 EMPTY_LOGIT = -30.0  # every pixel of a mask that its reader does not draw
 PIXEL_CHANNELS = 16  # of the image embeddings: 4 x 4 grey values a cell of the grid
+POINT_LABELS = {1: "inside", 0: "outside", -1: "not a point", -10: "padding"}
 PROMPT_CHANNELS = 4  # box, positive points, negative points, mask
 GROUPS = 8  # of a group norm
 MAX_DECODED = 16  # masks decoded in one call, so that memory does not grow with the number of samples
+EVALUATION_SEED = 0  # of the noise in evaluation mode with labels and without a generator
+# What processors return besides images, prompts and labels: accepted, so that `model(**inputs)` works, and not used
+NOT_USED = ("windows", "original_sizes", "reshaped_input_sizes")
+# Arguments of `SamModel.forward` that this model does not have, and why; None and False are accepted
+NOT_SUPPORTED = {
+    "multimask_output": "num_samples is the number of masks per prompt",
+    "attention_similarity": "the mask decoder has no target-guided attention",
+    "target_embedding": "the mask decoder has no target-guided attention",
+    "output_attentions": "call vision_encoder to see its attentions",
+    "output_hidden_states": "call vision_encoder to see its hidden states",
+}
 
 
 @dataclass
@@ -46,21 +58,27 @@ class ProbabilisticSamOutput(ModelOutput):
         loss (`torch.Tensor`, a scalar): reconstruction + `kl_weight` KL of the outline + `drawing_weight`
             -log P(drew or not) + `energy_weight` energy distance; with labels.
         reconstruction_loss (`torch.Tensor`, a scalar): BCE summed over pixels and Dice of the readers who drew, the
-            mean over all readers; with labels.
+            mean over all readers who are present; with labels.
         energy_distance (`torch.Tensor`, a scalar): soft energy distance of prior samples to the readers who drew.
         kl_divergence (`torch.Tensor` of shape `(B, P, R, L)`): nats by coordinate; coordinate 0 is
-            -log P(drew or not).
-        pred_masks (`torch.Tensor` of shape `(B, P, S, h, w)`): logits; with labels S = R, decoded from the posterior.
-        iou_scores (`torch.Tensor` of shape `(B, P, S)`): SAM's own quality estimate, not trained further.
-        latents (`torch.Tensor` of shape `(B, P, S, L)`).
+            -log P(drew or not). 0 for an absent reader.
+        reconstructed_masks (`torch.Tensor` of shape `(B, P, R, h, w)`): logits decoded from the posterior, which reads
+            the labels; with labels.
+        pred_masks (`torch.Tensor` of shape `(B, P, S, h, w)`): logits of samples of the prior, which does not see
+            labels; none in training mode with labels.
+        iou_scores (`torch.Tensor` of shape `(B, P, S)`): SAM's own quality estimate of `pred_masks`, not trained
+            further.
+        latents (`torch.Tensor` of shape `(B, P, S, L)`): of `pred_masks`.
         prior_mean, prior_log_std (`torch.Tensor` of shape `(B, P, L)`).
-        posterior_mean, posterior_log_std (`torch.Tensor` of shape `(B, P, R, L)`): with labels.
+        posterior_mean, posterior_log_std (`torch.Tensor` of shape `(B, P, R, L)`): with labels; the prior's for an
+            absent reader.
     """
 
     loss: torch.Tensor | None = None
     reconstruction_loss: torch.Tensor | None = None
     energy_distance: torch.Tensor | None = None
     kl_divergence: torch.Tensor | None = None
+    reconstructed_masks: torch.Tensor | None = None
     pred_masks: torch.Tensor | None = None
     iou_scores: torch.Tensor | None = None
     latents: torch.Tensor | None = None
@@ -90,8 +108,8 @@ def box_map(boxes: torch.Tensor, image_size: int, grid: int) -> torch.Tensor:
 def point_maps(points: torch.Tensor, labels: torch.Tensor, image_size: int, grid: int) -> torch.Tensor:
     """A bump of one cell's width at each point: points (B, P, K, 2), labels (B, P, K) to (B, P, 2, g, g).
 
-    Channel 0 holds the positive points (label 1), channel 1 the negative ones (label 0); padding (-1, -10) is left
-    out.
+    Channel 0 holds the positive points (label 1), channel 1 the negative ones (label 0). The two labels of padding
+    are left out: -1, with which SAM's prompt encoder marks what is not a point, and -10, which it embeds as zeros.
     """
     centres = torch.arange(grid, device=points.device, dtype=points.dtype) + 0.5
     distance = points[..., None] * (grid / image_size) - centres  # (B, P, K, 2, g)
@@ -114,13 +132,14 @@ def prompt_maps(
     Arguments and shapes are those of `ProbabilisticSamModel.forward`.
 
     Raises:
-        ValueError: no prompt.
+        ValueError: no prompt, or labels that are not SAM's (checked on the CPU only).
     """
     boxes = points = masks = None
     if input_boxes is not None:
         boxes = box_map(input_boxes.float(), image_size, grid)[:, :, None]
     if input_points is not None:
         labels = torch.ones_like(input_points[..., 0]) if input_labels is None else input_labels
+        check_values("input_labels", labels, POINT_LABELS)
         points = point_maps(input_points.float(), labels, image_size, grid)
     if input_masks is not None:
         masks = F.adaptive_avg_pool2d((input_masks.float() > 0).float(), grid)[:, None]
@@ -146,19 +165,104 @@ def pixels_and_contrast(image_embeddings: torch.Tensor) -> torch.Tensor:
     return torch.cat([pixels, (pixels - mean) / (std + 1e-3)], dim=1)
 
 
-def reader_targets(labels: torch.Tensor, lead: tuple[int, ...], size: int) -> torch.Tensor:
-    """Readers' masks (B, P, R, H, W) as 0 or 1 at `size` x `size`, for `lead` = (B, P).
+# ------------------------------------------------------------------------------------------- arguments and readers
+
+
+def check_other_arguments(arguments: Mapping[str, Any]) -> None:
+    """Refuse keyword arguments that would change nothing.
 
     Raises:
-        ValueError: labels of another shape.
+        ValueError: one of `SamModel.forward` that this model does not support.
+        TypeError: an unknown one.
     """
-    if labels.ndim != 5 or labels.shape[:2] != lead:
-        raise ValueError(f"labels must have the shape {(*lead, 'R', 'H', 'W')}, got {tuple(labels.shape)}.")
-    targets = labels.float()
-    if targets.shape[-2:] != (size, size):
-        targets = F.interpolate(targets.flatten(0, 1), size=(size, size), mode="area")
-        targets = (targets >= 0.5).float().unflatten(0, lead)
-    return targets
+    for name, value in arguments.items():
+        if name in NOT_SUPPORTED:
+            if value is not None and value is not False:
+                raise ValueError(f"{name} is not supported: {NOT_SUPPORTED[name]}.")
+        elif name not in NOT_USED:
+            raise TypeError(f"got an unexpected keyword argument {name!r}.")
+
+
+def check_values(name: str, values: torch.Tensor, accepted: Mapping[int, str]) -> None:
+    """Check that a tensor on the CPU holds only the `accepted` values; reading one on a GPU would stall it.
+
+    Raises:
+        ValueError: another value.
+    """
+    if values.dtype == torch.bool or values.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    wrong = torch.ones_like(values, dtype=torch.bool)
+    for value in accepted:
+        wrong &= values != value
+    if wrong.any():
+        meanings = ", ".join(f"{value} ({meaning})" for value, meaning in accepted.items())
+        found = f"{values[wrong][0].item():g} in {int(wrong.sum())} of {wrong.numel()} places"
+        raise ValueError(f"{name} must be boolean or hold only {meanings}; got {found}.")
+
+
+class Readers(NamedTuple):
+    """What `labels`, `reader_mask` and `annotated` say about the readers of a batch.
+
+    Args:
+        targets: (B, P, R, h, w), 0 or 1; 0 for an absent reader.
+        mask: (B, P, R) bool, who is present; None when everybody is.
+        annotated: (B, P, R) bool, whose mask has pixels at the image's own size.
+        outlined: (B, P, R) bool, whose mask still has pixels at h x w. The outline of the others is unknown.
+    """
+
+    targets: torch.Tensor
+    mask: torch.Tensor | None
+    annotated: torch.Tensor
+    outlined: torch.Tensor
+
+    @classmethod
+    def read(
+        cls,
+        labels: torch.Tensor,
+        reader_mask: torch.Tensor | None,
+        annotated: torch.Tensor | None,
+        lead: tuple[int, ...],
+        size: int,
+    ) -> "Readers":
+        """Check the arguments of `ProbabilisticSamModel.forward` and resize the labels, for `lead` = (B, P).
+
+        Raises:
+            ValueError: another shape or type; on the CPU also labels other than 0 and 1, and readers who are said not
+                to have annotated although their labels have pixels.
+        """
+        if labels.ndim != 5 or labels.shape[:2] != lead:
+            raise ValueError(f"labels must have the shape {(*lead, 'R', 'H', 'W')}, got {tuple(labels.shape)}.")
+        for name, given in {"reader_mask": reader_mask, "annotated": annotated}.items():
+            if given is not None and (given.shape != labels.shape[:3] or given.dtype != torch.bool):
+                raise ValueError(
+                    f"{name} must be boolean and have the shape {tuple(labels.shape[:3])}, got {given.dtype} and "
+                    f"{tuple(given.shape)}."
+                )
+        if reader_mask is not None:  # what stands in the place of an absent reader is not looked at
+            labels = labels.masked_fill(~reader_mask[..., None, None], 0)
+        check_values("labels", labels, {0: "outside", 1: "inside"})
+        targets = labels.float()
+        if targets.shape[-2:] != (size, size):
+            targets = F.interpolate(targets.flatten(0, 1), size=(size, size), mode="area")
+            targets = (targets >= 0.5).float().unflatten(0, lead)
+        outlined = targets.flatten(3).any(dim=-1)
+        if annotated is None:
+            return cls(targets, reader_mask, outlined, outlined)
+        if reader_mask is not None:
+            annotated = annotated & reader_mask
+        looks = targets.device.type == "cpu" and not torch.compiler.is_compiling()
+        if looks and (outlined & ~annotated).any():
+            raise ValueError("annotated must be true for every reader whose labels have pixels, but is false for one.")
+        return cls(targets, reader_mask, annotated, outlined & annotated)
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """Mean of values (B, P, R) over the readers who are present."""
+        return masked_mean(values, self.mask)
+
+
+def masked_mean(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Mean of the values where a boolean mask of the same shape is true; of all of them without a mask."""
+    return values.mean() if mask is None else (values * mask).sum() / mask.sum().clamp(min=1)
 
 
 # -------------------------------------------------------------------------------------------------- detail network
@@ -303,10 +407,15 @@ def truncated_normal(mean: torch.Tensor, positive: torch.Tensor) -> tuple[torch.
     return mean + sign * ratio, 0.5 * torch.log(variance.clamp(min=1e-6))
 
 
+def to_device(noise: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """Move noise without waiting for a GPU; other devices read the memory of the CPU later, so they wait."""
+    return noise.to(device, non_blocking=torch.device(device).type == "cuda")
+
+
 def draw_noise(shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device | str) -> torch.Tensor:
-    """Standard normal noise, drawn on the generator's device so that a seed means the same everywhere."""
-    source = device if generator is None else generator.device
-    return torch.empty(shape, device=source).normal_(generator=generator).to(device)
+    """Standard normal noise from the generator, the CPU's when there is none: one seed, one noise on any device."""
+    source = "cpu" if generator is None else generator.device
+    return to_device(torch.empty(shape, device=source).normal_(generator=generator), device)
 
 
 def draw_spread_noise(
@@ -327,11 +436,11 @@ def draw_spread_noise(
         if len(generator) != shape[0]:
             raise ValueError(f"{len(generator)} generators are for as many images, but there are {shape[0]}.")
         return torch.cat([draw_spread_noise((1, *shape[1:]), item, device) for item in generator])
-    source = device if generator is None else generator.device
-    places = torch.empty(shape, device=source).uniform_(generator=generator).argsort(dim=2)
-    inside = torch.empty(shape, device=source).uniform_(generator=generator)
-    level = ((places + inside.double()) / shape[2]).clamp(1e-9, 1 - 1e-9)  # float32 has no numbers close to 1
-    return torch.special.ndtri(level).float().to(device)
+    source = "cpu" if generator is None else generator.device
+    # On the CPU from here: float32 has no numbers close to 1, and Apple's GPU has no float64
+    order, inside = (torch.empty(shape, device=source).uniform_(generator=generator).cpu() for _ in range(2))
+    level = ((order.argsort(dim=2) + inside.double()) / shape[2]).clamp(1e-9, 1 - 1e-9)
+    return to_device(torch.special.ndtri(level).float(), device)
 
 
 def gaussian_kl(
@@ -539,8 +648,12 @@ class ProbabilisticSamModel(SamModel):
     """SAM with a Gaussian latent space: one image and one prompt give as many different masks as asked for.
 
     `from_pretrained` on the directory of a `SamModel` warm-starts: only the detail and latent networks are new.
+
+    The prompt encoder, its positional matrix, and the heads of the mask decoder that no loss reaches are frozen in
+    every new or loaded model: in distributed training every trainable weight needs a gradient.
     """
 
+    accepts_loss_kwargs = False  # `Trainer` takes any **kwargs for those of a loss
     config: ProbabilisticSamConfig
     config_class = ProbabilisticSamConfig
     _no_split_modules = ["SamVisionLayer", "TinyViTStage"]
@@ -565,6 +678,22 @@ class ProbabilisticSamModel(SamModel):
             nn.Linear(config.latent_dim - 1, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size)
         )
         self.post_init()
+        self.freeze_unused()
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in `PreTrainedModel`, which makes every weight trainable; those of `freeze_unused` stay frozen."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
+        model.freeze_unused()
+        return loaded
+
+    def freeze_unused(self) -> None:
+        """Freeze the prompt encoder, and what the loss does not depend on: SAM's iou head and multimask heads."""
+        decoder = self.mask_decoder
+        unused = decoder.iou_prediction_head, decoder.output_hypernetworks_mlps[1:]
+        for module in (self.shared_image_embedding, self.prompt_encoder, *unused):
+            module.requires_grad_(False)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -659,32 +788,44 @@ class ProbabilisticSamModel(SamModel):
         num_samples: int = 1,
         latents: torch.Tensor | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        windows: torch.Tensor | None = None,
-        original_sizes: torch.Tensor | None = None,
+        reader_mask: torch.Tensor | None = None,
+        annotated: torch.Tensor | None = None,
+        **kwargs,
     ) -> ProbabilisticSamOutput:
-        """Draw masks, or with `labels` compute the loss; `return_dict=False` gives a plain tuple.
+        """Sample masks, with `labels` compute the loss; `return_dict=False` gives a plain tuple.
 
-        Hidden states and attentions are those of `vision_encoder`: call it by itself to see them.
+        With `labels` there are samples in evaluation mode only.
 
         Args:
             pixel_values: `(B, 3, image_size, image_size)`.
             input_points: `(B, P, K, 2)`, x and y in pixels of the model's input.
-            input_labels: `(B, P, K)`: 1 inside, 0 outside, -10 padding; all inside when left out.
+            input_labels: `(B, P, K)`: 1 inside, 0 outside, -1 not a point, as SAM pads, -10 padding; all inside when
+                left out.
             input_boxes: `(B, P, 4)`, x1, y1, x2, y2 in pixels of the model's input.
             input_masks: `(B, 1, h, w)` logits, shared by the prompts of an image, as in SAM.
             image_embeddings: `(B, C, g, g)` in place of `pixel_values`.
-            labels: `(B, P, R, H, W)` readers' masks, boolean or 0..1; resized to h x w when they are larger. A reader
-                who drew nothing has an empty mask.
-            num_samples: samples a prompt when neither `labels` nor `latents` are given.
-            latents: `(B, P, S, L)`, to decode instead of drawing them.
-            generator: source of the noise; the same seed gives the same samples. One generator an image makes what
-                is drawn for an image independent of the others; only without `labels`.
-            windows: not used; `model(**inputs)` takes all that the processor gives.
-            original_sizes: not used.
+            labels: `(B, P, R, H, W)` readers' masks, boolean or 0 and 1 of any type; resized to h x w when they
+                have another size. The mask of a reader who did not annotate is empty.
+            num_samples: samples per prompt when `latents` are not given.
+            latents: `(B, P, S, L)`, to decode instead of sampling them; not with `labels`.
+            generator: source of the noise; the same seed gives the same samples on any device. Without one it is the
+                CPU's, or in evaluation mode with `labels` a new one with a fixed seed, so that a repeated evaluation
+                gives the same numbers. One generator per image makes the samples of an image independent of the
+                others; only without `labels`.
+            reader_mask: `(B, P, R)` bool, which readers are present, with `labels`; all of them when left out. Means
+                are over the present ones; the labels of an absent one are not looked at.
+            annotated: `(B, P, R)` bool, whose mask had pixels before it was resized, with `labels`; when left out,
+                whose has pixels at h x w. A reader whose few pixels vanished counts as one who annotated; since the
+                outline is unknown, reconstruction, KL of the outline and energy distance leave this reader out.
+            kwargs: the other arguments of `SamModel.forward`, and what processors return besides: not supported or not
+                used, see `check_other_arguments`.
 
         Raises:
-            ValueError: neither or both of image and embeddings, no prompt, or shapes that do not fit.
+            ValueError: neither or both of image and embeddings, no prompt, shapes that do not fit, values of labels
+                that are not accepted (checked on the CPU only), or an argument of SAM that is not supported.
+            TypeError: an unknown argument.
         """
+        check_other_arguments(kwargs)
         if (pixel_values is None) == (image_embeddings is None):
             raise ValueError("Exactly one of pixel_values and image_embeddings must be provided.")
         if input_points is None and input_boxes is None and input_masks is None:
@@ -695,6 +836,10 @@ class ProbabilisticSamModel(SamModel):
             raise ValueError(f"input_boxes must have the shape (B, P, 4), got {tuple(input_boxes.shape)}.")
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
+        if labels is None and (reader_mask is not None or annotated is not None):
+            raise ValueError("reader_mask and annotated describe labels, but there are none.")
+        if labels is not None and latents is not None:
+            raise ValueError("Only one of labels and latents can be provided.")
 
         if pixel_values is not None:
             image_embeddings = self.encode(pixel_values)
@@ -725,7 +870,18 @@ class ProbabilisticSamModel(SamModel):
         # The scale of the drawing coordinate is free, since only its sign counts
         prior_log_std = torch.cat([torch.zeros_like(prior_log_std[..., :1]), prior_log_std[..., 1:]], dim=-1)
 
-        if labels is None:
+        values = {"prior_mean": prior_mean, "prior_log_std": prior_log_std}
+        if labels is not None:
+            if isinstance(generator, Sequence):
+                raise ValueError("With labels one generator serves all images.")
+            if generator is None and not self.training:
+                generator = torch.Generator().manual_seed(EVALUATION_SEED)
+            size = 4 * self.config.prompt_encoder_config.image_embedding_size
+            readers = Readers.read(labels, reader_mask, annotated, lead, size)
+            values |= self.train_on_readers(
+                embeddings, (features, coarse_maps), prior_mean, prior_log_std, readers, generator
+            )
+        if labels is None or not self.training:
             if latents is None:
                 noise = draw_spread_noise((*lead, num_samples, self.config.latent_dim), generator, self.device)
                 latents = prior_mean[:, :, None] + torch.exp(prior_log_std)[:, :, None] * noise
@@ -739,19 +895,8 @@ class ProbabilisticSamModel(SamModel):
                 parts = latents.split(max(1, MAX_DECODED // count), dim=2)
                 chunks = [self.decode(embeddings, part) for part in parts]
                 masks, iou_scores = (torch.cat(chunk, dim=2) for chunk in zip(*chunks, strict=True))
-            output = ProbabilisticSamOutput(
-                pred_masks=masks,
-                iou_scores=iou_scores,
-                latents=latents,
-                prior_mean=prior_mean,
-                prior_log_std=prior_log_std,
-            )
-        else:
-            if isinstance(generator, Sequence):
-                raise ValueError("With labels one generator serves all images.")
-            posterior_inputs = (features, coarse_maps)
-            output = self.train_on_readers(embeddings, posterior_inputs, prior_mean, prior_log_std, labels, generator)
-        return output
+            values |= {"pred_masks": masks, "iou_scores": iou_scores, "latents": latents}
+        return ProbabilisticSamOutput(**values)
 
     def train_on_readers(
         self,
@@ -759,36 +904,46 @@ class ProbabilisticSamModel(SamModel):
         posterior_inputs: tuple[torch.Tensor, torch.Tensor],
         prior_mean: torch.Tensor,
         prior_log_std: torch.Tensor,
-        labels: torch.Tensor,
+        readers: Readers,
         generator: torch.Generator | None,
-    ) -> ProbabilisticSamOutput:
-        """Loss of all readers (B, P, R, H, W) in one decoder call: negative evidence lower bound and energy distance.
+    ) -> dict[str, torch.Tensor]:
+        """Loss of all readers in one decoder call: negative evidence lower bound and energy distance.
 
-        For a reader who drew: BCE + Dice of the mask decoded from the posterior, and KL(posterior, prior) over the
-        coordinates of the outline. For every reader: -log P(drew or not), the KL of the drawing coordinate between the
-        truncated and the whole normal distribution. The slot of a reader who drew nothing decodes a draw of the prior
-        instead: it serves the energy distance.
+        For a reader with an outline: BCE + Dice of the mask decoded from the posterior, and KL(posterior, prior) over
+        the coordinates of the outline. For every reader who is present: -log P(annotated or not), the KL of the
+        presence between the truncated and the whole normal distribution. The slot of a reader without an outline
+        decodes a sample of the prior instead, which serves the energy distance unless the reader is absent.
+
+        Returns:
+            Fields of `ProbabilisticSamOutput`.
         """
         config = self.config
-        lead, readers = prior_mean.shape[:2], labels.shape[2]
-        targets = reader_targets(labels, lead, 4 * config.prompt_encoder_config.image_embedding_size)
-        drew = targets.flatten(3).any(dim=-1)  # (B, P, R)
+        targets, present, annotated, outlined = readers
+        lead, count = prior_mean.shape[:2], targets.shape[2]
 
         mean, log_std = (
             item.unflatten(0, lead)  # (B, P, R, L)
             for item in self.posterior(*posterior_inputs, targets.flatten(0, 1).to(posterior_inputs[0].dtype))
         )
         prior_mean_r, prior_log_std_r = (item[:, :, None].expand_as(mean) for item in (prior_mean, prior_log_std))
-        drawing_mean, drawing_log_std = truncated_normal(prior_mean_r[..., :1], drew[..., None])
-        drew_outline = drew[..., None]
-        # Someone who drew nothing says nothing about outlines: his posterior over them is the prior
-        mean = torch.cat([drawing_mean, torch.where(drew_outline, mean, prior_mean_r)[..., 1:]], dim=-1)
-        log_std = torch.cat([drawing_log_std, torch.where(drew_outline, log_std, prior_log_std_r)[..., 1:]], dim=-1)
-
-        log_draws, log_empty = log_probability_of_drawing(prior_mean_r[..., 0])
-        kl_drawing = -torch.where(drew, log_draws, log_empty)[..., None]
+        presence_mean, presence_log_std = truncated_normal(prior_mean_r[..., :1], annotated[..., None])
+        # Without pixels there is no outline information, so the posterior over outlines equals the prior
+        mean, log_std = (
+            torch.cat([presence, torch.where(outlined[..., None], outline, prior)[..., 1:]], dim=-1)
+            for presence, outline, prior in (
+                (presence_mean, mean, prior_mean_r), (presence_log_std, log_std, prior_log_std_r)
+            )
+        )  # fmt: skip
+        log_annotated, log_empty = log_probability_of_drawing(prior_mean_r[..., 0])
+        kl_presence = -torch.where(annotated, log_annotated, log_empty)[..., None]
         kl_outline = gaussian_kl(mean, log_std, prior_mean_r, prior_log_std_r)[..., 1:]
-        kl = torch.cat([kl_drawing, kl_outline], dim=-1)
+        kl = torch.cat([kl_presence, kl_outline], dim=-1)
+        if present is not None:
+            kl = kl * present[..., None]
+            mean, log_std = (
+                torch.where(present[..., None], posterior, prior)
+                for posterior, prior in ((mean, prior_mean_r), (log_std, prior_log_std_r))
+            )
 
         extra = config.num_energy_samples if config.energy_weight > 0 else 0
         slot_mean = torch.cat([mean, prior_mean[:, :, None].expand(-1, -1, extra, -1)], dim=2)
@@ -797,37 +952,33 @@ class ProbabilisticSamModel(SamModel):
         outline = slot_mean + torch.exp(slot_log_std) * noise
         always = torch.ones_like(outline[..., :1])  # decode every slot: emptiness has its own exact likelihood
         slots = torch.cat([always, outline[..., 1:]], dim=-1)  # (B, P, R + E, L)
-        masks, iou_scores = self.decode(embeddings, slots)
+        masks, _ = self.decode(embeddings, slots)
 
-        logits = masks[:, :, :readers]
+        logits = masks[:, :, :count]
         bce = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(dim=(-2, -1))
         probabilities = masks.sigmoid()
-        overlap = (probabilities[:, :, :readers] * targets).sum(dim=(-2, -1))
-        total = probabilities[:, :, :readers].sum(dim=(-2, -1)) + targets.sum(dim=(-2, -1))
+        overlap = (probabilities[:, :, :count] * targets).sum(dim=(-2, -1))
+        total = probabilities[:, :, :count].sum(dim=(-2, -1)) + targets.sum(dim=(-2, -1))
         dice = 1 - (2 * overlap + 1) / (total + 1)
-        reconstruction = ((config.bce_weight * bce + config.dice_weight * dice) * drew).mean()
+        reconstruction = readers.mean((config.bce_weight * bce + config.dice_weight * dice) * outlined)
 
-        loss = reconstruction + config.kl_weight * kl_outline.sum(dim=-1).mean()  # 0 where nothing was drawn
-        loss = loss + config.drawing_weight * kl_drawing.mean()
-        energy = None
+        loss = reconstruction + config.kl_weight * readers.mean(kl_outline.sum(dim=-1))  # 0 without an outline
+        loss = loss + config.drawing_weight * readers.mean(kl_presence[..., 0])
+        values = {}
         if extra:
-            from_prior = torch.cat([~drew, torch.ones_like(drew[..., :1]).expand(-1, -1, extra)], dim=2)
-            energy = energy_distance(probabilities.flatten(3), from_prior, targets.flatten(3), drew).mean()
-            loss = loss + config.energy_weight * energy
-
-        return ProbabilisticSamOutput(
-            loss=loss,
-            reconstruction_loss=reconstruction,
-            energy_distance=energy,
-            kl_divergence=kl,
-            pred_masks=torch.where(drew[..., None, None], logits, EMPTY_LOGIT),
-            iou_scores=iou_scores[:, :, :readers],
-            latents=torch.cat([drawing_mean, outline[:, :, :readers, 1:]], dim=-1),
-            prior_mean=prior_mean,
-            prior_log_std=prior_log_std,
-            posterior_mean=mean,
-            posterior_log_std=log_std,
-        )
+            from_prior = ~outlined if present is None else present & ~outlined
+            from_prior = torch.cat([from_prior, torch.ones_like(outlined[..., :1]).expand(-1, -1, extra)], dim=2)
+            distances = energy_distance(probabilities.flatten(3), from_prior, targets.flatten(3), outlined)  # (B, P)
+            values["energy_distance"] = masked_mean(distances, None if present is None else present.any(dim=-1))
+            loss = loss + config.energy_weight * values["energy_distance"]
+        return values | {
+            "loss": loss,
+            "reconstruction_loss": reconstruction,
+            "kl_divergence": kl,
+            "reconstructed_masks": torch.where(annotated[..., None, None], logits, EMPTY_LOGIT),
+            "posterior_mean": mean,
+            "posterior_log_std": log_std,
+        }
 
     @torch.no_grad()
     def sample(
@@ -840,14 +991,13 @@ class ProbabilisticSamModel(SamModel):
         input_labels: torch.Tensor | None = None,
         input_masks: torch.Tensor | None = None,
         image_embeddings: torch.Tensor | None = None,
-        windows: torch.Tensor | None = None,
-        original_sizes: torch.Tensor | None = None,
+        **kwargs,
     ) -> ProbabilisticSamOutput:
-        """Draw `num_samples` masks a prompt: `forward` without labels and without gradients.
+        """Sample `num_samples` masks per prompt: `forward` without labels and without gradients.
 
-        Arguments and shapes are those of `forward`; one encoder pass serves all samples. `windows` and
-        `original_sizes` are not used: with them `sample(**inputs)` takes all that the processor gives.
+        Arguments, shapes and errors are those of `forward`; one encoder pass serves all samples.
         """
+        check_other_arguments(kwargs)
         return self(
             pixel_values=pixel_values,
             input_boxes=input_boxes,

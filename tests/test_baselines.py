@@ -299,8 +299,8 @@ def test_probabilistic_unet_reports_its_latent_space():
     model = MAKERS["probabilistic_unet"]()
     large = readers().repeat_interleave(2, dim=-1).repeat_interleave(2, dim=-2)
     output = model(pixel_values=images(), input_boxes=BOXES, labels=large, generator=torch.Generator().manual_seed(0))
-    assert output.pred_masks.shape == (2, 1, 3, LOW, LOW)
-    assert output.kl_divergence.shape == output.posterior_mean.shape == output.latents.shape == (2, 1, 3, 3)
+    assert output.reconstructed_masks.shape == (2, 1, 3, LOW, LOW)
+    assert output.kl_divergence.shape == output.posterior_mean.shape == (2, 1, 3, 3)
     assert output.prior_mean.shape == output.prior_log_std.shape == (2, 1, 3)
     expected = torch.distributions.kl_divergence(
         torch.distributions.Normal(output.posterior_mean, output.posterior_log_std.exp()),
@@ -308,7 +308,7 @@ def test_probabilistic_unet_reports_its_latent_space():
     )
     assert torch.allclose(output.kl_divergence, expected, atol=1e-5)
     bce = torch.nn.functional.binary_cross_entropy_with_logits(
-        output.pred_masks, readers().float(), reduction="none"
+        output.reconstructed_masks, readers().float(), reduction="none"
     ).sum(dim=(-2, -1))
     assert output.loss.item() == pytest.approx((bce + expected.sum(dim=-1)).mean().item(), rel=1e-5)
     assert not torch.allclose(output.posterior_mean[:, :, 0], output.posterior_mean[:, :, 1])  # it reads the masks

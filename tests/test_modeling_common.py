@@ -4,15 +4,19 @@ import copy
 import inspect
 import json
 import pickle
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from tiny import SIZE, sam_parts, tiny_inputs, tiny_labels, tiny_model, tiny_vit_parts
-from transformers import PreTrainedModel, SamConfig, SamModel
+from transformers import PreTrainedModel, SamConfig, SamModel, SamProcessor
+from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 
 from probabilistic_sam import ProbabilisticSamConfig, ProbabilisticSamModel
 
+SHIPPED = Path(__file__).resolve().parent.parent / "model_cards" / "psam-lidc"
 PARTS = {"vit": sam_parts, "tiny_vit": tiny_vit_parts}
 
 
@@ -146,9 +150,27 @@ def test_a_model_answers_what_libraries_ask(model):
     assert model.get_input_embeddings() is model.vision_encoder.patch_embed
     assert model.get_output_embeddings() is None and not model.can_generate()
     assert model.num_parameters() == sum(parameter.numel() for parameter in model.parameters())
+    trained = model.num_parameters(only_trainable=True)
     model.vision_encoder.requires_grad_(False)
-    frozen = model.vision_encoder.num_parameters()
-    assert model.num_parameters(only_trainable=True) == model.num_parameters() - frozen
+    assert model.num_parameters(only_trainable=True) == trained - model.vision_encoder.num_parameters()
+
+
+@pytest.mark.parametrize("origin", ["new", "saved", "sam", "with_info"])
+def test_every_trainable_weight_gets_a_gradient_however_the_model_was_made(tmp_path, parts, origin):
+    model = tiny_model(parts, energy_weight=1.0)
+    if origin != "new":
+        if origin == "sam" and parts is sam_parts:
+            SamModel(SamConfig(**parts())).save_pretrained(tmp_path)
+        else:
+            model.save_pretrained(tmp_path)
+        loaded = ProbabilisticSamModel.from_pretrained(tmp_path, output_loading_info=origin == "with_info")
+        model = loaded[0] if origin == "with_info" else loaded
+    loss_of(model.train()).backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert all(name.startswith(("shared_image", "prompt_encoder", "mask_decoder.")) for name in frozen)
+    assert not any(name.startswith(("mask_decoder.transformer", "mask_decoder.upscale")) for name in frozen)
 
 
 # --------------------------------------------------------------------------------------------------------- outputs
@@ -181,12 +203,73 @@ def test_tuple_and_dictionary_hold_the_same(model, inputs, latents):
     assert model.sample(**inputs, num_samples=3).pred_masks.shape == (2, 3, 3, 8, 8)
 
 
-@pytest.mark.parametrize(
-    "name", ["output_attentions", "output_hidden_states", "multimask_output", "num_items_in_batch"]
+SAMS_OWN = (
+    "multimask_output",
+    "attention_similarity",
+    "target_embedding",
+    "output_attentions",
+    "output_hidden_states",
 )
-def test_arguments_that_would_change_nothing_are_refused(inputs, name):
-    with pytest.raises(TypeError, match=name):
-        tiny_model()(**inputs, **{name: True})
+
+
+@pytest.mark.parametrize("name", SAMS_OWN)
+def test_arguments_of_sam_that_would_change_nothing_are_refused(inputs, name):
+    model = tiny_model()
+    value = torch.ones(1) if name in ("attention_similarity", "target_embedding") else True
+    for call in (model, model.sample):
+        with pytest.raises(ValueError, match=rf"^{name} is not supported: .*\.$"):
+            call(**inputs, **{name: value})
+    with pytest.raises(ValueError, match="multimask_output .* num_samples"):
+        model(**inputs, multimask_output=True)
+
+
+def test_every_argument_of_sam_is_known(inputs):
+    names = set(inspect.signature(SamModel.forward).parameters) - {"self", "kwargs"}
+    own = set(inspect.signature(ProbabilisticSamModel.forward).parameters)
+    assert names - own == {"multimask_output", "attention_similarity", "target_embedding"}
+
+
+def test_code_written_for_sam_and_its_processor_gets_the_same_samples(model, inputs):
+    expected = model.sample(**inputs, num_samples=2, generator=torch.Generator().manual_seed(0)).pred_masks
+    off = dict.fromkeys(SAMS_OWN, None) | dict.fromkeys(("multimask_output", "output_attentions"), False)
+    sizes = dict.fromkeys(("original_sizes", "reshaped_input_sizes", "windows"), torch.tensor([[SIZE, SIZE]] * 2))
+    with torch.no_grad():
+        for call in (model, model.sample):
+            output = call(**inputs, **off, **sizes, num_samples=2, generator=torch.Generator().manual_seed(0))
+            assert torch.equal(output.pred_masks, expected)
+
+
+def test_the_shipped_model_takes_what_sam_and_its_processor_take():
+    model = ProbabilisticSamModel.from_pretrained(SHIPPED)
+    assert not model.prompt_encoder.mask_embed.conv1.weight.requires_grad
+    sizes = {"size": {"longest_edge": 256}, "mask_size": {"longest_edge": 64}}
+    pads = {"pad_size": {"height": 256, "width": 256}, "mask_pad_size": {"height": 64, "width": 64}}
+    processor = SamProcessor(SamImageProcessorPil(**sizes, **pads))
+    image = np.random.default_rng(0).integers(0, 255, size=(128, 96, 3)).astype(np.uint8)
+    given = {"input_points": [[[40, 50], [0, 0]]], "input_labels": [[1, -1]], "input_boxes": [[[20.0, 30, 60, 80]]]}
+    inputs = processor(image, **given, return_tensors="pt")
+    with torch.no_grad():
+        masks = model(
+            **inputs, multimask_output=False, num_samples=3, generator=torch.Generator().manual_seed(0)
+        ).pred_masks
+    results = processor.post_process_masks(masks, inputs["original_sizes"], inputs["reshaped_input_sizes"])
+    assert masks.shape == (1, 1, 3, 64, 64) and results[0].shape == (1, 3, 128, 96)
+    own = {  # the image is shown at twice its size
+        "pixel_values": inputs["pixel_values"], "input_boxes": torch.tensor([[[40.0, 60, 120, 160]]]),
+        "input_points": torch.tensor([[[[80.0, 100], [7, 9]]]]), "input_labels": torch.tensor([[[1, -1]]]),
+    }  # fmt: skip
+    expected = model.sample(**own, num_samples=3, generator=torch.Generator().manual_seed(0)).pred_masks
+    assert torch.allclose(masks, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["num_items_in_batch", "nonsense"])
+def test_unknown_arguments_are_refused_by_name(inputs, name):
+    model = tiny_model()
+    for call in (model, model.sample):
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+            call(**inputs, **{name: None})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'labels'"):
+        model.sample(**inputs, labels=tiny_labels())
 
 
 def test_the_vision_encoder_shows_hidden_states_and_attentions(parts, inputs):

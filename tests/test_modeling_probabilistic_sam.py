@@ -168,6 +168,18 @@ def test_points_and_masks_are_prompts_too(model, inputs):
     assert not torch.allclose(drawn.prior_mean, model.sample(pixels, input_masks=-masks).prior_mean)
 
 
+@pytest.mark.parametrize("padding", [-1, -10])
+def test_where_a_padding_point_lies_does_not_matter(model, inputs, padding):
+    def samples(x):
+        points = torch.tensor([[[[10.0, 10], [x, x]]]] * 2)
+        labels = torch.tensor([[[1, padding]]] * 2)
+        generator = torch.Generator().manual_seed(0)
+        return model.sample(inputs["pixel_values"], input_points=points, input_labels=labels, generator=generator)
+
+    first, second = samples(0.0), samples(25.0)
+    assert torch.equal(first.prior_mean, second.prior_mean) and torch.equal(first.pred_masks, second.pred_masks)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -180,6 +192,11 @@ def test_points_and_masks_are_prompts_too(model, inputs):
         ({"num_samples": 0}, "num_samples must be at least 1, got 0"),
         ({"latents": torch.zeros(2, 3, 1, 5)}, r"latents must have the shape \(2, 3, 'S', 4\), got \(2, 3, 1, 5\)"),
         ({"labels": torch.zeros(2, 2, 4, 8, 8)}, r"labels must have the shape"),
+        ({"labels": torch.zeros(2, 3, 4, 8, 8), "latents": torch.zeros(2, 3, 1, 4)}, "Only one of labels and latents"),
+        (
+            {"input_points": torch.zeros(2, 3, 1, 2), "input_labels": torch.full((2, 3, 1), 2)},
+            "got 2 in 6 of 6 places",
+        ),
     ],
 )
 def test_wrong_arguments_are_named(inputs, change, message):
@@ -200,7 +217,8 @@ def test_training_reaches_every_latent_weight_and_the_encoder(injection, inputs)
     labels[:, :, 0, 2:5, 2:5] = labels[:, :, 2, 1:6, 2:6] = True
     output = model(**inputs, labels=labels)
     output.loss.backward()
-    assert output.pred_masks.shape == (2, 3, 4, 8, 8)
+    assert output.reconstructed_masks.shape == (2, 3, 4, 8, 8)
+    assert output.pred_masks is output.latents is output.iou_scores is None
     assert output.posterior_mean.shape == output.posterior_log_std.shape == output.kl_divergence.shape == (2, 3, 4, 4)
     for name, parameter in model.named_parameters():
         if name.startswith((*model.new_modules, "vision_encoder.layers", "mask_decoder.transformer")):
@@ -217,11 +235,11 @@ def test_readers_who_drew_nothing_have_the_prior_over_outlines(inputs):
     labels[:, :, 0, 2:5, 2:5] = 1
     output = tiny_model()(**inputs, labels=labels)
     assert torch.equal(output.kl_divergence[:, :, 1, 1:], torch.zeros(2, 3, 3))
-    assert (output.pred_masks[:, :, 1] == EMPTY_LOGIT).all()
+    assert (output.reconstructed_masks[:, :, 1] == EMPTY_LOGIT).all()
     log_draws, log_empty = log_probability_of_drawing(output.prior_mean[..., 0])
     assert torch.allclose(output.kl_divergence[:, :, 0, 0], -log_draws)
     assert torch.allclose(output.kl_divergence[:, :, 1, 0], -log_empty)
-    assert (output.latents[:, :, 0, 0] > 0).all() and (output.latents[:, :, 1, 0] < 0).all()
+    assert (output.posterior_mean[:, :, 0, 0] > 0).all() and (output.posterior_mean[:, :, 1, 0] < 0).all()
 
 
 def test_loss_is_the_sum_of_its_documented_parts(inputs):
@@ -230,7 +248,7 @@ def test_loss_is_the_sum_of_its_documented_parts(inputs):
     weights = {"bce_weight": 2.0, "dice_weight": 4.0, "kl_weight": 0.5, "drawing_weight": 7.0, "energy_weight": 3.0}
     model = tiny_model(**weights, num_energy_samples=2)
     output = model(**inputs, labels=labels, generator=torch.Generator().manual_seed(0))
-    probability, pixels = output.pred_masks.double().sigmoid(), (-2, -1)
+    probability, pixels = output.reconstructed_masks.double().sigmoid(), (-2, -1)
     bce = -(labels * probability.log() + (1 - labels) * (1 - probability).log()).sum(dim=pixels)
     dice = 1 - (2 * (probability * labels).sum(pixels) + 1) / (probability.sum(pixels) + labels.sum(pixels) + 1)
     assert output.reconstruction_loss.item() == pytest.approx((2 * bce + 4 * dice).mean().item(), rel=1e-5)
@@ -257,9 +275,10 @@ def test_box_map_covers_cells_by_their_share():
     assert torch.allclose(cover, torch.tensor([[[[0.5, 0.0], [0.25, 0.0]]]]))
 
 
-def test_point_maps_tell_inside_from_outside_and_leave_padding_out():
+@pytest.mark.parametrize("padding", [-1, -10])
+def test_point_maps_tell_inside_from_outside_and_leave_padding_out(padding):
     points = torch.tensor([[[[4.0, 4.0], [12.0, 12.0], [4.0, 12.0]]]])
-    maps = point_maps(points, torch.tensor([[[1, 0, -10]]]), image_size=16, grid=2)
+    maps = point_maps(points, torch.tensor([[[1, 0, padding]]]), image_size=16, grid=2)
     step = math.exp(-0.5)
     assert torch.allclose(maps[0, 0, 0], torch.tensor([[1.0, step], [step, step**2]]))
     assert torch.allclose(maps[0, 0, 1], torch.tensor([[step**2, step], [step, 1.0]]))

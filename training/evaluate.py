@@ -287,7 +287,7 @@ def look_inside(
     return slice_collapse(
         output.kl_divergence[0, 0].cpu().numpy(),
         output.posterior_mean[0, 0].cpu().numpy(),
-        (output.pred_masks[0, 0] > 0).cpu().numpy(),
+        (output.reconstructed_masks[0, 0] > 0).cpu().numpy(),
         targets.numpy(),
         annotated.numpy(),
     )

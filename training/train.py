@@ -56,12 +56,6 @@ from probabilistic_sam.metrics import slice_collapse, slice_metrics, summarize, 
 from probabilistic_sam.staging import push_model
 
 MODELS = {item.config_class.model_type: item for item in (ProbabilisticSamModel, *BASELINES)}
-# Parts of SAM that stay as they are. The last two are heads of its decoder that the single-mask output does not use;
-# otherwise DDP would wait for their gradients
-FROZEN = (
-    "shared_image_embedding.", "vision_encoder.", "prompt_encoder.", "mask_decoder.iou_prediction_head.",
-    *(f"mask_decoder.output_hypernetworks_mlps.{i}." for i in (1, 2, 3)),
-)  # fmt: skip
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 RANDOM = "random"  # base_model that is MobileSAM without its weights
 TRAINING_PROMPTS = ("union_box", "center_box", "center_point")
@@ -242,9 +236,9 @@ def load_base_model(config: TrainingConfig, values: dict) -> ProbabilisticSamMod
 
 
 def freeze(model: PreTrainedModel) -> None:
-    """Train what is new, and the part of SAM's mask decoder that is used."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad = not name.startswith(FROZEN)
+    """Train what is new, and the part of SAM's mask decoder that is used: the model itself freezes the rest of SAM."""
+    if isinstance(model, ProbabilisticSamModel):
+        model.vision_encoder.requires_grad_(False)
 
 
 def fit_ellipse(model: EllipseModel, rows) -> None:
@@ -378,7 +372,7 @@ def validate(model, processor, cache, rows, indices, config, accelerator) -> dic
             result["collapse"] = slice_collapse(
                 output.kl_divergence[0, 0].cpu().numpy(),
                 output.posterior_mean[0, 0].cpu().numpy(),
-                output.pred_masks[0, 0].cpu().numpy() > 0,
+                output.reconstructed_masks[0, 0].cpu().numpy() > 0,
                 target.numpy(),
                 annotated.numpy(),
             )

@@ -16,9 +16,11 @@ from transformers import initialization as init
 from ..modeling_probabilistic_sam import (
     PROMPT_CHANNELS,
     ProbabilisticSamModel,
+    Readers,
     pack_pixels,
     pixels_and_contrast,
     prompt_maps,
+    to_device,
 )
 
 MAP_CHANNELS = 2 + PROMPT_CHANNELS  # pixels as they are and relative to their window, and the prompt
@@ -56,6 +58,18 @@ def reconstruction_loss(
     return bce_weight * bce + dice_weight * (1 - (2 * overlap + 1) / (total + 1))
 
 
+def known_readers(readers: Readers) -> torch.Tensor | None:
+    """Readers (B, P, R) whose masks a model without presence can learn from; None for all of them.
+
+    Those who are absent do not count, nor those who annotated but whose pixels vanished when the labels were resized:
+    their mask is not empty, and its outline is unknown.
+    """
+    if readers.mask is None and readers.annotated is readers.outlined:
+        return None
+    known = readers.outlined | ~readers.annotated
+    return known if readers.mask is None else known & readers.mask
+
+
 def drop_channels(features: torch.Tensor, share: float, generator: torch.Generator | None) -> torch.Tensor:
     """Dropout of whole channels, (N, C, ...) with a choice for each of N x C, that takes a generator.
 
@@ -64,8 +78,8 @@ def drop_channels(features: torch.Tensor, share: float, generator: torch.Generat
     """
     if share == 0:
         return features
-    device = features.device if generator is None else generator.device
-    kept = torch.rand(features.shape[:2], generator=generator, device=device).to(features.device) >= share
+    source = "cpu" if generator is None else generator.device
+    kept = to_device(torch.rand(features.shape[:2], generator=generator, device=source), features.device) >= share
     kept = kept.view(*kept.shape, *[1] * (features.ndim - 2))
     return features * kept.to(features.dtype) / (1 - share)
 
@@ -114,6 +128,7 @@ class PixelModel(PreTrainedModel):
     config_class = PixelConfig
     main_input_name = "pixel_values"
 
+    accepts_loss_kwargs = False  # as in `ProbabilisticSamModel`
     sample = ProbabilisticSamModel.sample
 
     @torch.no_grad()

@@ -1,16 +1,17 @@
 """The floor without an image: an ellipse of random size in the box, empty as often as the readers are."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import initialization as init
+from transformers.utils import can_return_tuple
 
 from ..errors import UserError
-from ..modeling_probabilistic_sam import EMPTY_LOGIT, ProbabilisticSamOutput, draw_spread_noise
+from ..modeling_probabilistic_sam import EMPTY_LOGIT, ProbabilisticSamOutput, check_other_arguments, draw_spread_noise
 from .common import PixelConfig, PixelModel
 
 SHARPNESS = 4.0  # logit at a distance of one pixel of the mask from the outline
@@ -62,16 +63,27 @@ class EllipseModel(PixelModel):
         self.log_scale_mean.fill_(float(np.mean(log_scales)))
         self.log_scale_std.fill_(float(np.std(log_scales)))
 
+    @can_return_tuple
     def forward(
-        self, input_boxes: torch.Tensor | None = None, num_samples: int = 1, generator=None, **kwargs
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_boxes: torch.Tensor | None = None,
+        num_samples: int = 1,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        image_embeddings: torch.Tensor | None = None,
+        **kwargs,
     ) -> ProbabilisticSamOutput:
-        """Draw masks in boxes (B, P, 4), in pixels of the model's input: `pred_masks` (B, P, S, h, w).
+        """Sample masks in boxes (B, P, 4), in pixels of the model's input: `pred_masks` (B, P, S, h, w).
 
-        Other arguments, those of `ProbabilisticSamModel.forward`, are not used.
+        The arguments are those of `ProbabilisticSamModel.forward`; the image is not used.
 
         Raises:
-            UserError: no box.
+            UserError: no box, another prompt, or labels.
         """
+        for name in ("input_points", "input_labels", "input_masks", "labels", "reader_mask", "annotated"):
+            if kwargs.pop(name, None) is not None and input_boxes is not None:
+                raise UserError(f"an ellipse has no use for {name}; accepted: a prompt with input_boxes alone")
+        check_other_arguments(kwargs)
         if input_boxes is None:
             raise UserError("an ellipse is drawn in a box; accepted: a prompt with input_boxes")
         size = self.config.image_size // 4

@@ -2,15 +2,25 @@
 
 import torch
 from huggingface_hub.dataclasses import strict
+from transformers.utils import can_return_tuple
 
 from ..configuration_probabilistic_sam import ProbabilisticSamConfig
 from ..modeling_probabilistic_sam import (
     MAX_DECODED,
     ProbabilisticSamOutput,
+    Readers,
+    check_other_arguments,
     draw_spread_noise,
-    reader_targets,
+    masked_mean,
 )
-from .common import SamVariant, check_dropout, drop_channels, reconstruction_loss, to_embeddings
+from .common import (
+    SamVariant,
+    check_dropout,
+    drop_channels,
+    known_readers,
+    reconstruction_loss,
+    to_embeddings,
+)
 
 RELATIVE_JITTER = 0.1  # of a box's side, as in the protocol's union_box
 
@@ -108,7 +118,8 @@ class LatentFreeSamModel(SamVariant):
         )
         return masks[:, 0].float(), iou_scores[:, 0]
 
-    def forward(  # neither latents nor tuples
+    @can_return_tuple
+    def forward(  # no latents
         self,
         pixel_values: torch.Tensor | None = None,
         input_points: torch.Tensor | None = None,
@@ -119,16 +130,19 @@ class LatentFreeSamModel(SamVariant):
         labels: torch.Tensor | None = None,
         num_samples: int = 1,
         generator: torch.Generator | None = None,
+        reader_mask: torch.Tensor | None = None,
+        annotated: torch.Tensor | None = None,
         **kwargs,
     ) -> ProbabilisticSamOutput:
-        """Draw masks; with `labels` (B, P, R, H, W) the loss of one mask against every reader, empty ones too.
+        """Sample masks; with `labels` (B, P, R, H, W) the loss of one mask against every reader, empty ones too.
 
-        The other arguments are those of `ProbabilisticSamModel.forward`. `pred_masks` are (B, P, S, h, w), S = 1 with
-        labels.
+        The other arguments are those of `ProbabilisticSamModel.forward`, and so are the outputs. With `labels` there
+        are samples in evaluation mode only. The loss is the mean over `known_readers`.
 
         Raises:
             ValueError: neither or both of image and embeddings, or no prompt.
         """
+        check_other_arguments(kwargs)
         image_embeddings = to_embeddings(self.encode, pixel_values, image_embeddings)
         if input_points is not None and input_labels is None:
             input_labels = torch.ones_like(input_points[..., 0], dtype=torch.int)
@@ -139,25 +153,41 @@ class LatentFreeSamModel(SamVariant):
         prompts = {name: value for name, value in given.items() if value is not None}
         if not prompts:
             raise ValueError("A prompt must be provided: input_boxes, input_points or input_masks.")
-        passes = num_samples if labels is None else 1
-        moves = labels is None and self.config.jitter > 0 and prompts.keys() != {"input_masks"}
-        if moves:
-            prompts = self.move_prompts(passes, generator, prompts)
-        # Of B * P * S prompts when they move, B * P otherwise
-        *_, (image, sparse, dense, details) = self.embed(image_embeddings, *(prompts.get(kind) for kind in given))
+        values = {}
+        if labels is not None:
+            masks, _ = self.passes(image_embeddings, prompts, 1, self.config.dropout, generator)
+            readers = Readers.read(labels, reader_mask, annotated, masks.shape[:2], masks.shape[-1])
+            losses = reconstruction_loss(masks, readers.targets, self.config.bce_weight, self.config.dice_weight)
+            loss = masked_mean(losses, known_readers(readers))
+            values = {"loss": loss, "reconstruction_loss": loss}
+        if labels is None or not self.training:
+            moves = self.config.jitter > 0 and prompts.keys() != {"input_masks"}
+            if moves:
+                prompts = self.move_prompts(num_samples, generator, prompts)
+            passes = 1 if moves else num_samples
+            masks, iou_scores = self.passes(image_embeddings, prompts, passes, self.config.sampling_dropout, generator)
+            # With moved prompts (B, P * S, 1, ...)
+            values["pred_masks"] = masks.flatten(1, 2).unflatten(1, (-1, num_samples))
+            values["iou_scores"] = iou_scores.flatten(1, 2).unflatten(1, (-1, num_samples))
+        return ProbabilisticSamOutput(**values)
+
+    def passes(
+        self,
+        image_embeddings: torch.Tensor,
+        prompts: dict[str, torch.Tensor],
+        count: int,
+        dropout: float,
+        generator: torch.Generator | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (B, P, count, h, w) and iou scores (B, P, count) of `count` passes per prompt."""
+        kinds = ("input_points", "input_labels", "input_boxes", "input_masks")
+        *_, (image, sparse, dense, details) = self.embed(image_embeddings, *(prompts.get(kind) for kind in kinds))
         tokens = dense.new_zeros(len(dense), 0, dense.shape[1]) if sparse is None else sparse
-        embeddings = (image, tokens, dense, *details)
-        if not moves:
-            embeddings = tuple(item.repeat_interleave(passes, dim=0) for item in embeddings)
-        parts = zip(*(item.split(MAX_DECODED) for item in embeddings), strict=True)
-        dropout = self.config.sampling_dropout if labels is None else self.config.dropout
+        slots = (item.repeat_interleave(count, dim=0) for item in (image, tokens, dense, *details))
+        parts = zip(*(item.split(MAX_DECODED) for item in slots), strict=True)
         decoded = zip(*(self.decode_once(part, dropout, generator) for part in parts), strict=True)
-        masks, iou_scores = (torch.cat(items).unflatten(0, (len(image_embeddings), -1, passes)) for items in decoded)
-        if labels is None:
-            return ProbabilisticSamOutput(pred_masks=masks, iou_scores=iou_scores)
-        targets = reader_targets(labels, masks.shape[:2], masks.shape[-1])
-        loss = reconstruction_loss(masks, targets, self.config.bce_weight, self.config.dice_weight).mean()
-        return ProbabilisticSamOutput(loss=loss, reconstruction_loss=loss, pred_masks=masks, iou_scores=iou_scores)
+        masks, iou_scores = (torch.cat(items).unflatten(0, (len(image_embeddings), -1, count)) for items in decoded)
+        return masks, iou_scores
 
 
 class DropoutSamModel(LatentFreeSamModel):

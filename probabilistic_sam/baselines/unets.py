@@ -7,15 +7,18 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import nn
+from transformers.utils import can_return_tuple
 
 from ..modeling_probabilistic_sam import (
     MAX_DECODED,
     DetailBlock,
     ProbabilisticSamOutput,
+    Readers,
+    check_other_arguments,
     draw_noise,
     draw_spread_noise,
     gaussian_kl,
-    reader_targets,
+    masked_mean,
 )
 from .common import (
     MAP_CHANNELS,
@@ -23,6 +26,7 @@ from .common import (
     PixelModel,
     check_dropout,
     drop_channels,
+    known_readers,
     reconstruction_loss,
 )
 
@@ -100,6 +104,7 @@ class DropoutUNetModel(PixelModel):
         self.head = nn.Conv2d(config.hidden_size, 1, 1)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
@@ -111,27 +116,38 @@ class DropoutUNetModel(PixelModel):
         labels: torch.Tensor | None = None,
         num_samples: int = 1,
         generator: torch.Generator | None = None,
+        reader_mask: torch.Tensor | None = None,
+        annotated: torch.Tensor | None = None,
         **kwargs,
     ) -> ProbabilisticSamOutput:
-        """Draw masks by as many passes; with `labels` (B, P, R, H, W) the loss of one pass against every reader.
+        """Sample masks by as many passes; with `labels` (B, P, R, H, W) the loss of one pass against every reader.
 
-        The other arguments are those of `ProbabilisticSamModel.forward`. `pred_masks` are (B, P, S, h, w), S = 1 with
-        labels.
+        The other arguments are those of `ProbabilisticSamModel.forward`, and so are the outputs. With `labels` there
+        are samples in evaluation mode only. The loss is the mean over `known_readers`.
         """
+        check_other_arguments(kwargs)
         maps = self.get_maps(
             pixel_values, image_embeddings, input_points=input_points, input_labels=input_labels,
             input_boxes=input_boxes, input_masks=input_masks,
         )  # fmt: skip
-        lead, passes = maps.shape[:2], num_samples if labels is None else 1
-        slots = maps.flatten(0, 1).repeat_interleave(passes, dim=0).split(MAX_DECODED)
-        dropout = self.config.sampling_dropout if labels is None else self.config.dropout
+        values = {}
+        if labels is not None:
+            readers = Readers.read(labels, reader_mask, annotated, maps.shape[:2], maps.shape[-1])
+            masks = self.passes(maps, 1, self.config.dropout, generator)
+            losses = reconstruction_loss(masks, readers.targets, self.config.bce_weight, self.config.dice_weight)
+            loss = masked_mean(losses, known_readers(readers))
+            values = {"loss": loss, "reconstruction_loss": loss}
+        if labels is None or not self.training:
+            values["pred_masks"] = self.passes(maps, num_samples, self.config.sampling_dropout, generator)
+        return ProbabilisticSamOutput(**values)
+
+    def passes(
+        self, maps: torch.Tensor, count: int, dropout: float, generator: torch.Generator | None
+    ) -> torch.Tensor:
+        """Logits (B, P, count, h, w) of that many passes over maps (B, P, 6, h, w)."""
+        slots = maps.flatten(0, 1).repeat_interleave(count, dim=0).split(MAX_DECODED)
         logits = torch.cat([self.head(self.unet(part, dropout, generator)) for part in slots])
-        masks = logits[:, 0].float().unflatten(0, (*lead, passes))
-        if labels is None:
-            return ProbabilisticSamOutput(pred_masks=masks)
-        targets = reader_targets(labels, lead, masks.shape[-1])
-        loss = reconstruction_loss(masks, targets, self.config.bce_weight, self.config.dice_weight).mean()
-        return ProbabilisticSamOutput(loss=loss, reconstruction_loss=loss, pred_masks=masks)
+        return logits[:, 0].float().unflatten(0, (*maps.shape[:2], count))
 
 
 # --------------------------------------------------------------------------------------------------- latent space
@@ -214,6 +230,7 @@ class ProbabilisticUNetModel(PixelModel):
         slots = torch.cat([shared, planes], dim=2)
         return self.fcomb(slots.flatten(0, 1))[:, 0].float().unflatten(0, latents.shape[:2])
 
+    @can_return_tuple
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
@@ -225,14 +242,18 @@ class ProbabilisticUNetModel(PixelModel):
         labels: torch.Tensor | None = None,
         num_samples: int = 1,
         generator: torch.Generator | None = None,
+        reader_mask: torch.Tensor | None = None,
+        annotated: torch.Tensor | None = None,
         **kwargs,
     ) -> ProbabilisticSamOutput:
-        """Draw masks from the prior; with `labels` (B, P, R, H, W) the loss of all readers in one step.
+        """Sample masks from the prior; with `labels` (B, P, R, H, W) the loss of all readers in one step.
 
         The other arguments are those of `ProbabilisticSamModel.forward`, and so are the outputs, but no coordinate of
-        the latent has a meaning of its own. The loss is the negative evidence lower bound: the mean over readers of
-        `bce_weight` BCE (summed over pixels) + `kl_weight` KL.
+        the latent has a meaning of its own. With `labels` there are samples in evaluation mode only. The loss is the
+        negative evidence lower bound: the mean over `known_readers` of `bce_weight` BCE (summed over pixels) +
+        `kl_weight` KL.
         """
+        check_other_arguments(kwargs)
         maps = self.get_maps(
             pixel_values, image_embeddings, input_points=input_points, input_labels=input_labels,
             input_boxes=input_boxes, input_masks=input_masks,
@@ -241,16 +262,29 @@ class ProbabilisticUNetModel(PixelModel):
         flat = maps.flatten(0, 1)  # (B * P, 6, h, w)
         features = self.unet(flat)
         prior_mean, prior_log_std = (item.unflatten(0, lead) for item in self.prior(flat))
-        if labels is None:
+        values = {"prior_mean": prior_mean, "prior_log_std": prior_log_std}
+        if labels is not None:
+            readers = Readers.read(labels, reader_mask, annotated, lead, flat.shape[-1])
+            values |= self.train_on_readers(maps, features, prior_mean, prior_log_std, readers, generator)
+        if labels is None or not self.training:
             noise = draw_spread_noise((*lead, num_samples, self.config.latent_dim), generator, self.device)
             latents = prior_mean[:, :, None] + torch.exp(prior_log_std)[:, :, None] * noise
             chunks = latents.flatten(0, 1).split(max(1, MAX_DECODED // len(flat)), dim=1)
             masks = torch.cat([self.decode(features, part) for part in chunks], dim=1).unflatten(0, lead)
-            return ProbabilisticSamOutput(
-                pred_masks=masks, latents=latents, prior_mean=prior_mean, prior_log_std=prior_log_std
-            )
+            values |= {"pred_masks": masks, "latents": latents}
+        return ProbabilisticSamOutput(**values)
 
-        targets = reader_targets(labels, lead, flat.shape[-1])
+    def train_on_readers(
+        self,
+        maps: torch.Tensor,
+        features: torch.Tensor,
+        prior_mean: torch.Tensor,
+        prior_log_std: torch.Tensor,
+        readers: Readers,
+        generator: torch.Generator | None,
+    ) -> dict[str, torch.Tensor]:
+        """Fields of `ProbabilisticSamOutput` that need the readers."""
+        targets, lead, known = readers.targets, maps.shape[:2], known_readers(readers)
         seen = torch.cat(
             [maps[:, :, None].expand(-1, -1, targets.shape[2], -1, -1, -1), targets[:, :, :, None].to(maps.dtype)],
             dim=3,
@@ -260,15 +294,14 @@ class ProbabilisticUNetModel(PixelModel):
         masks = self.decode(features, latents.flatten(0, 1)).unflatten(0, lead)  # (B, P, R, h, w)
         bce = F.binary_cross_entropy_with_logits(masks, targets, reduction="none").sum(dim=(-2, -1))
         kl = gaussian_kl(mean, log_std, prior_mean[:, :, None], prior_log_std[:, :, None])
-        reconstruction = (self.config.bce_weight * bce).mean()
-        return ProbabilisticSamOutput(
-            loss=reconstruction + self.config.kl_weight * kl.sum(dim=-1).mean(),
-            reconstruction_loss=reconstruction,
-            kl_divergence=kl,
-            pred_masks=masks,
-            latents=latents,
-            prior_mean=prior_mean,
-            prior_log_std=prior_log_std,
-            posterior_mean=mean,
-            posterior_log_std=log_std,
-        )
+        if known is not None:
+            kl = kl * known[..., None]
+        reconstruction = masked_mean(self.config.bce_weight * bce, known)
+        return {
+            "loss": reconstruction + self.config.kl_weight * masked_mean(kl.sum(dim=-1), known),
+            "reconstruction_loss": reconstruction,
+            "kl_divergence": kl,
+            "reconstructed_masks": masks,
+            "posterior_mean": mean,
+            "posterior_log_std": log_std,
+        }

@@ -1,6 +1,5 @@
 """From rows of a dataset to batches for transformers' `Trainer`, see training/TRAINER.md."""
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,7 +7,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .processing_probabilistic_sam import PADDING_LABEL, ProbabilisticSamProcessor, cut
+from .processing_probabilistic_sam import PADDING_LABEL, ProbabilisticSamProcessor, open_image
 
 PROMPTS = ("input_boxes", "input_points", "input_labels")
 
@@ -20,9 +19,9 @@ class ProbabilisticSamCollator:
 
     - `image`: PIL, array or tensor, as `ProbabilisticSamProcessor` takes it, or `{"bytes": ...}` of an image file, as
       undecoded columns of a dataset have it.
-    - `masks`: the masks of its readers, a list of PIL images, arrays, tensors or `{"bytes": ...}` of `(H, W)`, boolean
-      or 0 and 1. The mask of a reader who did not annotate is empty; that of a reader who did not look is not in the
-      list.
+    - `masks`: the masks of its readers, a list of PIL images, arrays, tensors or `{"bytes": ...}` of `(H, W)`,
+      boolean, 0 and 1, or 0 and 255. The mask of a reader who did not annotate is empty; the list has no mask of a
+      reader who did not look.
     - the prompt, in image pixels: `input_boxes` with one box `[x1, y1, x2, y2]`, or `input_points` `[[x, y], ...]` and
       their `input_labels` (1 inside, 0 outside; all inside when left out), or both. Without a prompt it is the tight
       box of the union of the masks.
@@ -72,85 +71,43 @@ class ProbabilisticSamCollator:
         for name in ("image", "masks"):
             if row.get(name) is None:
                 raise ValueError(f"no {name!r} among its columns {', '.join(map(str, row))}")
-        masks = to_masks(row["masks"])
+        masks = [np.asarray(open_image(encoded_or_image(mask))) for mask in row["masks"]]
         if len(masks) > self.num_readers:
             raise ValueError(f"{len(masks)} masks, but num_readers is {self.num_readers}")
         prompt: dict[str, Any] = {name: [row[name]] for name in PROMPTS if row.get(name) is not None}
         if not prompt:
-            prompt = {"input_boxes": [union_box(masks)]}
-        inputs = self.processor(images=[decoded(row["image"])], **prompt)
-        if masks.shape[-2:] != tuple(inputs["original_sizes"][0].tolist()):
-            height, width = inputs["original_sizes"][0].tolist()
-            raise ValueError(f"masks of {masks.shape[2]} x {masks.shape[1]} px, but the image has {width} x {height}")
-        if len(inputs["windows"]) != 1 or any(inputs[name].shape[1] != 1 for name in prompt if name in inputs):
+            prompt = {"input_boxes": [[union_box(masks)]]}
+        image = encoded_or_image(row["image"])
+        inputs = self.processor(images=[image], segmentation_maps=[masks], **prompt)
+        if inputs["labels"].shape[:2] != (1, 1):
             raise ValueError("it has several prompts; accepted: one prompt per row")
-        labels, annotated = window_labels(masks, inputs["windows"][0].tolist(), self.processor.image_size // 4)
+        labels, annotated = inputs["labels"][0], inputs["annotated"][0]  # (1, R, h, w), (1, R)
         missing = self.num_readers - len(masks)
         return {name: inputs[name][0] for name in ("pixel_values", *PROMPTS) if name in inputs} | {
-            "labels": F.pad(labels, (0, 0, 0, 0, 0, missing))[None],
-            "reader_mask": (torch.arange(self.num_readers) < len(masks))[None],
-            "annotated": F.pad(annotated, (0, missing))[None],
+            "labels": F.pad(labels, (0, 0, 0, 0, 0, missing)),
+            "reader_mask": torch.arange(self.num_readers)[None] < len(masks),
+            "annotated": F.pad(annotated, (0, missing)),
         }
 
 
-def decoded(value: Any) -> Any:
-    """An image that a dataset has not decoded as PIL image; others as they are."""
-    if not (isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes)):
-        return value
-    import PIL.Image
-
-    try:
-        image = PIL.Image.open(io.BytesIO(value["bytes"]))
-        image.load()
-    except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:
-        raise ValueError(f"an image does not decode: {error}") from error
-    return image
+def encoded_or_image(value: Any) -> Any:
+    """The file's bytes of an image that a dataset has not decoded; other images as they are."""
+    return value["bytes"] if isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes) else value
 
 
-def to_masks(values: Any) -> np.ndarray:
-    """The readers' masks of a row as one boolean array (R, H, W).
+def union_box(masks: Sequence[np.ndarray]) -> list[float]:
+    """Tight box x1, y1, x2, y2 of the union of masks (H, W), measured at the pixels' edges.
 
     Raises:
-        ValueError: no mask, other values than 0 and 1, or other shapes.
+        ValueError: no mask, masks of different sizes, or every mask is empty.
     """
-    masks = []
-    for reader, value in enumerate(values):
-        mask = np.asarray(decoded(value))
-        if mask.ndim != 2:
-            raise ValueError(f"the mask of reader {reader} must have the shape (H, W), got {mask.shape}")
-        wrong = mask[(mask != 0) & (mask != 1)]
-        if mask.dtype != bool and wrong.size:
-            raise ValueError(
-                f"the mask of reader {reader} must be boolean or hold only 0 (outside) and 1 (inside); got "
-                f"{wrong[0]:g} in {wrong.size} of {mask.size} pixels"
-            )
-        masks.append(mask != 0)
-    if not masks or len({mask.shape for mask in masks}) > 1:
+    if not masks or len({mask.shape for mask in masks}) > 1 or masks[0].ndim != 2:
         sizes = ", ".join(str(mask.shape) for mask in masks) or "none"
-        raise ValueError(f"it needs masks of one size, at least one, got {sizes}")
-    return np.stack(masks)
-
-
-def union_box(masks: np.ndarray) -> list[float]:
-    """Tight box x1, y1, x2, y2 of the union of masks (R, H, W), measured at the pixels' edges.
-
-    Raises:
-        ValueError: every mask is empty.
-    """
-    rows, columns = np.nonzero(masks.any(axis=0))
+        raise ValueError(f"it needs masks (H, W) of one size, at least one, got {sizes}")
+    rows, columns = np.nonzero(np.any([mask != 0 for mask in masks], axis=0))
     if not len(rows):
         raise ValueError("every mask is empty, so there is no box around them; give input_boxes or input_points")
     return [float(columns.min()), float(rows.min()), float(columns.max() + 1), float(rows.max() + 1)]
-
-
-def window_labels(masks: np.ndarray, window: Sequence[int], size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Masks (R, H, W) in a window (x, y, side): labels (R, size, size), 0 or 1, and who annotated in it, (R,) bool."""
-    x, y, side = window
-    inside = cut(torch.from_numpy(masks).float(), (x, y, side), fill=0.0)
-    annotated = inside.flatten(1).any(dim=1)
-    if side != size:
-        inside = F.interpolate(inside[None], size=(size, size), mode="bilinear", antialias=True)[0]
-    return (inside >= 0.5).float(), annotated
 
 
 __all__ = ["ProbabilisticSamCollator"]

@@ -83,6 +83,7 @@ def test_every_kind_of_image_and_mask_gives_one_batch():
         {"image": Image.fromarray(plain["image"]), "masks": [Image.fromarray(mask) for mask in plain["masks"]]},
         {"image": torch.from_numpy(plain["image"]), "masks": torch.from_numpy(np.stack(plain["masks"]))},
         {"image": plain["image"], "masks": [mask.astype(np.float64) for mask in plain["masks"]]},
+        {"image": plain["image"], "masks": [mask * np.uint8(255) for mask in plain["masks"]]},
     ]
     for row in others:
         batch = collator([row])
@@ -106,16 +107,16 @@ def test_points_are_padded_to_the_most_of_a_batch():
     ("rows", "message"),
     [
         ([make_row(), make_row([square()] * 3)], "row 1 of the batch: 3 masks, but num_readers is 2"),
-        ([make_row([square() * 255])], r"reader 0 must be boolean or hold only .* got 255 in 36 of 1024 pixels"),
-        ([make_row([square(), np.where(square(), np.nan, 0)])], "reader 1 must be boolean .* got nan in 36 of 1024"),
-        ([make_row([square(size=20)])], "masks of 20 x 20 px, but the image has 32 x 32"),
-        ([make_row([square(), square(size=20)])], "masks of one size"),
-        ([make_row([])], "masks of one size, at least one, got none"),
+        ([make_row([square() * 7])], "segmentation_maps of image 0 must be boolean, 0 and 1, or 0 and 255"),
+        ([make_row([square(), np.where(square(), np.nan, 0)])], "segmentation_maps of image 0 must be boolean"),
+        ([make_row([square(size=20)])], r"segmentation_maps .* must have the image's size \(32, 32\), got \(20, 20\)"),
+        ([make_row([square(), square(size=20)])], r"masks \(H, W\) of one size"),
+        ([make_row([])], r"masks \(H, W\) of one size, at least one, got none"),
         ([make_row([np.zeros((SIZE, SIZE))])], "every mask is empty, .* give input_boxes or input_points"),
         ([make_row(input_boxes=[[1, 1, 9, 9], [2, 2, 8, 8]])], "several prompts; accepted: one prompt per row"),
         ([make_row(), make_row(input_points=[[12, 13]])], "prompts of one kind, got input_boxes, input_points"),
         ([{"image": np.zeros((4, 4))}], "no 'masks' among its columns image"),
-        ([make_row(image={"bytes": b"no image"})], "an image does not decode"),
+        ([make_row(image={"bytes": b"no image"})], "the image is not an image"),
     ],
 )
 def test_rows_that_do_not_fit_are_named(rows, message):

@@ -309,7 +309,7 @@ def test_no_transfer_syntax_and_no_preamble(tmp_path):
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "BMP", "PPM", "WEBP"])
 def test_images_are_not_taken_for_dicom(tmp_path, kind):
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "image", format=kind)
-    assert cli.load_slice(tmp_path / "image")[0].shape == (8, 8)
+    assert cli.load_slice(tmp_path / "image")[0].shape[:2] == (8, 8)  # WebP has no grey
 
 
 def test_padding_behind_the_pixels(tmp_path):

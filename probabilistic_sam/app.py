@@ -233,7 +233,7 @@ def write_examples(folder: Path) -> list[list[Any]]:
     """Phantom slices of validation patients: path and pixel spacing each; none without the extra `data`."""
     examples: list[list[Any]] = []
     try:
-        from .data.phantom import demo_nodules, phantom_row
+        from .data.lidc.phantom import demo_nodules, phantom_row
 
         for number, nodule in enumerate(demo_nodules(EXAMPLES), start=1):
             row = phantom_row(nodule, nodule.middle)

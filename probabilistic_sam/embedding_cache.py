@@ -22,7 +22,7 @@ from filelock import FileLock
 from tqdm.auto import tqdm
 
 from .data import make_prompt
-from .data.rows import decode_image, decode_masks
+from .data.format import decode_image, decode_masks
 from .errors import UserError
 from .processing_probabilistic_sam import ProbabilisticSamProcessor, cut, cut_masks, to_grey_or_rgb
 

@@ -25,10 +25,10 @@ import pyarrow.parquet as pq
 from dicom_files import write_slice
 from tqdm import tqdm
 
-from probabilistic_sam.data.nodules import SLICE_SIDE, read_nodule
-from probabilistic_sam.data.pylidc_adapter import load_pylidc
-from probabilistic_sam.data.rows import decode_masks
-from probabilistic_sam.data.slices import read_slices
+from probabilistic_sam.data.format import decode_masks
+from probabilistic_sam.data.lidc.nodules import SLICE_SIDE, read_nodule
+from probabilistic_sam.data.lidc.pylidc_adapter import load_pylidc
+from probabilistic_sam.data.lidc.slices import read_slices
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_SLICES = 2500  # of the archive, from the start
@@ -120,7 +120,7 @@ def write_series(folder: Path, scan_id: int, uid: str, z_mm) -> int:
 
 def build(source: Path, output: Path, processes: int) -> tuple[float, float, int]:
     """Seconds, peak memory in MiB of its largest process, and rows of a DICOM build run as a command."""
-    command = [sys.executable, str(ROOT / "training/build_lidc.py"), "dicom", "--input", str(source)]
+    command = [sys.executable, str(ROOT / "training/build_dataset.py"), "dicom", "--input", str(source)]
     command += ["--output", str(output), "--num-proc", str(processes)]
     measured = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True); "
     measured += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"

@@ -175,7 +175,7 @@ def test_dicom_that_is_refused_is_one_line_that_names_file_and_tag(tmp_path):
 
 
 def test_examples_are_optional(monkeypatch, tmp_path):
-    from probabilistic_sam.data import phantom
+    from probabilistic_sam.data.lidc import phantom
 
     assert [(Path(path).name, 0.3 < side < 2) for path, side in app.write_examples(tmp_path)] == [
         (f"phantom-{number}.png", True) for number in (1, 2, 3)

@@ -319,7 +319,7 @@ def test_probabilistic_unet_reports_its_latent_space():
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
     pytest.importorskip("accelerate")
-    rows = pytest.importorskip("probabilistic_sam.data.rows")
+    rows = pytest.importorskip("probabilistic_sam.data.format")
     path = tmp_path_factory.mktemp("baselines")
     tiny_model(tiny_vit_parts, detail_hidden_size=8).save_pretrained(path / "base")
     rows.write_dataset(tiny_rows({"train": 2, "validation": 2}), path / "lidc", "Made for a test.")
@@ -456,7 +456,7 @@ def test_oracle_of_shape_knows_the_readers_who_drew():
 
 def test_oracles_are_scored(workspace, tmp_path):
     from probabilistic_sam.data import row_seed
-    from probabilistic_sam.data.rows import decode_masks, load_split
+    from probabilistic_sam.data.format import decode_masks, load_split
 
     readers_, majority = (
         evaluate(workspace, f"oracle:{kind}", tmp_path / f"{kind}.json")["results"]["all"]

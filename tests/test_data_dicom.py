@@ -16,13 +16,13 @@ from pydicom.pixels import get_decoder
 from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEGLosslessSV1
 from tiny import card_sizes, load_script
 
-from probabilistic_sam.data.dicom import HU_OFFSET, dicom_jobs, find_scans, read_hu, scan_rows
-from probabilistic_sam.data.nodules import nodule_annotations, patient_nodule_ids, read_nodule
+from probabilistic_sam.data.card import Note
+from probabilistic_sam.data.format import decode_image, decode_masks
+from probabilistic_sam.data.lidc.dicom import HU_OFFSET, dicom_jobs, find_scans, read_hu, scan_rows
+from probabilistic_sam.data.lidc.nodules import nodule_annotations, patient_nodule_ids, read_nodule
+from probabilistic_sam.data.lidc.pylidc_adapter import load_pylidc
+from probabilistic_sam.data.lidc.slices import read_slices
 from probabilistic_sam.data.parts import part_rows
-from probabilistic_sam.data.pylidc_adapter import load_pylidc
-from probabilistic_sam.data.report import Note
-from probabilistic_sam.data.rows import decode_image, decode_masks
-from probabilistic_sam.data.slices import read_slices
 from probabilistic_sam.dicom_slice import read_dicom
 from probabilistic_sam.errors import UserError
 
@@ -241,7 +241,7 @@ def test_folder_without_lidc_is_refused(tmp_path):
 def test_finished_scans_are_not_read_again_unless_their_files_change(folder, tmp_path, monkeypatch):
     scan, _ = only_scan(folder)
     first = list(part_rows(dicom_jobs([scan]), tmp_path / "parts", []))
-    monkeypatch.setattr("probabilistic_sam.data.dicom.scan_rows", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr("probabilistic_sam.data.lidc.dicom.scan_rows", lambda *_: pytest.fail("read again"))
     assert list(part_rows(dicom_jobs([scan]), tmp_path / "parts", [])) == first
     monkeypatch.undo()
     (folder / "0/x/0").unlink()
@@ -327,10 +327,10 @@ def test_real_slices_through_dicom_equal_the_slices_source(shared_dir, tmp_path)
 
 
 def test_command_builds_shards_that_together_are_the_whole(folder, tmp_path, monkeypatch, capsys):
-    script = load_script("build_lidc")
+    script = load_script("build_dataset")
 
     def build(output: str, *arguments: str) -> str:
-        command = ["build_lidc.py", "dicom", "--input", str(folder), "--output", str(tmp_path / output), *arguments]
+        command = ["build_dataset.py", "dicom", "--input", str(folder), "--output", str(tmp_path / output), *arguments]
         monkeypatch.setattr("sys.argv", command)
         script.main()
         return capsys.readouterr().out

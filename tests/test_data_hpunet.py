@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from tiny import card_sizes, load_script
 
-from probabilistic_sam.data.hpunet import read_hpunet
-from probabilistic_sam.data.pylidc_adapter import load_pylidc
-from probabilistic_sam.data.rows import decode_image, decode_masks, encode_png, load_split
+from probabilistic_sam.data.format import decode_image, decode_masks, encode_png, load_split
+from probabilistic_sam.data.lidc.hpunet import read_hpunet
+from probabilistic_sam.data.lidc.pylidc_adapter import load_pylidc
 from probabilistic_sam.data.splits import split_of
 from probabilistic_sam.errors import UserError
 
@@ -81,10 +81,10 @@ def test_unknown_scans_are_null(tmp_path):
 
 @pytest.fixture
 def build(monkeypatch, capsys):
-    script = load_script("build_lidc")
+    script = load_script("build_dataset")
 
     def call(output: Path, *inputs: Path) -> str:
-        command = ["build_lidc.py", "hpunet", "--input", *map(str, inputs), "--output", str(output)]
+        command = ["build_dataset.py", "hpunet", "--input", *map(str, inputs), "--output", str(output)]
         monkeypatch.setattr("sys.argv", command)
         script.main()
         return capsys.readouterr().out

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from probabilistic_sam.data.card import Note
+from probabilistic_sam.data.format import encode_png, image_row
 from probabilistic_sam.data.parts import Job, finished_parts, part_rows
-from probabilistic_sam.data.report import Note
-from probabilistic_sam.data.rows import encode_png, image_row
 from probabilistic_sam.errors import UserError
 
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from tiny import card_sizes, load_script
 
-from probabilistic_sam.data.pickle_crops import read_pickle
-from probabilistic_sam.data.pylidc_adapter import load_pylidc
-from probabilistic_sam.data.rows import decode_image, decode_masks
+from probabilistic_sam.data.format import decode_image, decode_masks
+from probabilistic_sam.data.lidc.pickle_crops import read_pickle
+from probabilistic_sam.data.lidc.pylidc_adapter import load_pylidc
 from probabilistic_sam.errors import UserError
 
 
@@ -104,9 +104,9 @@ def test_card_does_not_count_nodules_that_the_pickle_does_not_tell(tmp_path, mon
     crops = {f"crop{number}": crop() for number in range(30)}
     crops["five"] = crop(masks=[np.ones((4, 4))] * 5)
     path = write(tmp_path / "data_lidc.pickle", crops)
-    command = ["build_lidc.py", "pickle", "--input", str(path), "--output", str(tmp_path / "build")]
+    command = ["build_dataset.py", "pickle", "--input", str(path), "--output", str(tmp_path / "build")]
     monkeypatch.setattr("sys.argv", command)
-    load_script("build_lidc").main()
+    load_script("build_dataset").main()
     card = (tmp_path / "build" / "README.md").read_text()
     (cells,) = card_sizes(card).values()
     assert cells == ["1", "1", "unknown", "31"]  # patients, scans, nodules, slices

@@ -14,7 +14,7 @@ from tiny import SIZE, tiny_model, tiny_rows, tiny_vit_parts
 pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
 
-from probabilistic_sam.data.rows import write_dataset
+from probabilistic_sam.data.format import write_dataset
 
 TESTS = Path(__file__).resolve().parent
 
@@ -25,12 +25,12 @@ import os
 import sys
 from pathlib import Path
 from tiny import load_script
-from probabilistic_sam.data.rows import load_split, split_content
+from probabilistic_sam.data.format import load_split, split_content
 from probabilistic_sam.errors import UserError
 from probabilistic_sam.hub import push_folder
 
 folder = Path(sys.argv[1])
-push_folder(folder / "build", "org/lidc", "dataset", private=True, replace="data/*")  # as training/build_lidc.py
+push_folder(folder / "build", "org/lidc", "dataset", private=True, replace="data/*")  # as training/build_dataset.py
 push_folder(folder / "script", "org/script", "dataset")
 
 def run(script, *arguments):

@@ -13,7 +13,7 @@ pytest.importorskip("datasets")
 
 from probabilistic_sam import ProbabilisticSamProcessor, embedding_cache
 from probabilistic_sam.baselines import DropoutUNetConfig, DropoutUNetModel
-from probabilistic_sam.data.rows import decode_image, decode_masks, load_split, write_dataset
+from probabilistic_sam.data.format import decode_image, decode_masks, load_split, write_dataset
 from probabilistic_sam.embedding_cache import (
     EmbeddingCache,
     View,

@@ -13,7 +13,7 @@ from loopback_hub import LOST, RESET, LoopbackHub, Repo
 from probabilistic_sam.errors import UserError
 from probabilistic_sam.hub import check_repo_name
 
-SCRIPT = Path(__file__).resolve().parent.parent / "training" / "build_lidc.py"
+SCRIPT = Path(__file__).resolve().parent.parent / "training" / "build_dataset.py"
 
 
 def python(hub: LoopbackHub, home: Path, *arguments) -> subprocess.CompletedProcess:
@@ -26,7 +26,7 @@ def python(hub: LoopbackHub, home: Path, *arguments) -> subprocess.CompletedProc
 PULL = """
 import json
 import datasets
-from probabilistic_sam.data.rows import split_content
+from probabilistic_sam.data.format import split_content
 splits = datasets.load_dataset("org/phantom")
 print(json.dumps({name: split_content(rows) for name, rows in splits.items()}))
 """

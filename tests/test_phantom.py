@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from probabilistic_sam.data.nodules import SLICE_SIDE, Nodule
-from probabilistic_sam.data.phantom import _tree, phantom_hu, phantom_slice
-from probabilistic_sam.data.rows import RATINGS
+from probabilistic_sam.data.format import RATINGS
+from probabilistic_sam.data.lidc.nodules import SLICE_SIDE, Nodule
+from probabilistic_sam.data.lidc.phantom import _tree, phantom_hu, phantom_slice
 from probabilistic_sam.errors import UserError
 from probabilistic_sam.plotting import grid_figure
 

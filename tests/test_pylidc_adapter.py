@@ -31,7 +31,7 @@ vars(configparser).pop("SafeConfigParser", None)
 
 import numpy as np
 assert not any(hasattr(np, name) for name in ("int", "float"))
-import probabilistic_sam.data.pylidc_adapter as adapter
+import probabilistic_sam.data.lidc.pylidc_adapter as adapter
 from probabilistic_sam.errors import UserError
 
 def content(module):  # an imported submodule becomes a name of its package, which is no patch
@@ -132,7 +132,7 @@ assert (content(np), content(configparser)) == before
 
 
 def test_view_of_numpy_has_the_old_names_and_the_rest_is_numpys():
-    from probabilistic_sam.data.pylidc_adapter import _old_numpy
+    from probabilistic_sam.data.lidc.pylidc_adapter import _old_numpy
 
     view = _old_numpy()
     assert (view.int, view.float, view.bool) == (int, float, bool)

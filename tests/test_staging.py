@@ -165,9 +165,9 @@ def test_examples_are_phantom_slices_with_the_box_of_the_protocol():
     import numpy as np
 
     from probabilistic_sam.data import make_prompt, row_seed
-    from probabilistic_sam.data.nodules import read_nodule
-    from probabilistic_sam.data.phantom import CROP_SIDE, phantom_row
-    from probabilistic_sam.data.rows import decode_image, decode_masks
+    from probabilistic_sam.data.format import decode_image, decode_masks
+    from probabilistic_sam.data.lidc.nodules import read_nodule
+    from probabilistic_sam.data.lidc.phantom import CROP_SIDE, phantom_row
 
     for example in json.loads((SHIPPED / "examples" / "examples.json").read_text())["images"]:
         nodule = read_nodule(example["patient_id"], example["nodule_id"], CROP_SIDE)

@@ -75,7 +75,7 @@ def tiny_labels():
 def tiny_rows(patients_by_split, slices=3, size=SIZE):
     """Rows of a dataset build: discs that four readers draw with different radii, or not at all."""
     from probabilistic_sam.data import split_of
-    from probabilistic_sam.data.rows import encode_png, image_row
+    from probabilistic_sam.data.format import encode_png, image_row
 
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:size, :size]

@@ -37,7 +37,7 @@ from transformers.models.sam.modeling_sam import SamMaskDecoder
 
 from probabilistic_sam import ProbabilisticSamConfig, ProbabilisticSamModel, ProbabilisticSamProcessor
 from probabilistic_sam.conversion import mobile_sam_config
-from probabilistic_sam.data.rows import FEATURES, decode_image, decode_masks, encode_png
+from probabilistic_sam.data.format import FEATURES, decode_image, decode_masks, encode_png
 from probabilistic_sam.embedding_cache import EmbeddingCache, plain_view, view_pixel_values
 from probabilistic_sam.errors import UserError, run
 from probabilistic_sam.metrics.functional import ged, iou_matrix
@@ -460,7 +460,7 @@ def measure_processes(num_nodules: int, num_steps: int) -> list[dict]:
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        start(1, threads, "build_lidc.py", "phantom", "--output", folder / "data", "--num-nodules", num_nodules)
+        start(1, threads, "build_dataset.py", "phantom", "--output", folder / "data", "--num-nodules", num_nodules)
         config = yaml.safe_load((ROOT / "training" / "configs" / "psam_lidc.yaml").read_text(encoding="utf-8"))
         config |= {
             "base_model": str(SHIPPED), "num_views": 1, "max_steps": num_steps, "energy_start_step": 0,

@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from probabilistic_sam import cli
 from probabilistic_sam.data import make_prompt, row_seed
-from probabilistic_sam.data.phantom import demo_nodules, phantom_row
-from probabilistic_sam.data.rows import decode_image, decode_masks
+from probabilistic_sam.data.format import decode_image, decode_masks
+from probabilistic_sam.data.lidc.phantom import demo_nodules, phantom_row
 from probabilistic_sam.errors import UserError, run
 from probabilistic_sam.metrics.functional import ged
 from probabilistic_sam.plotting import sample_figure, save_figure

@@ -34,7 +34,7 @@ from transformers import AutoModel, AutoProcessor
 import probabilistic_sam.baselines  # noqa: F401  (registers all our models for AutoModel and AutoProcessor)
 from probabilistic_sam import ProbabilisticSamModel
 from probabilistic_sam.data import PROMPTS, make_prompt, row_seed
-from probabilistic_sam.data.rows import decode_image, decode_masks, load_split
+from probabilistic_sam.data.format import decode_image, decode_masks, load_split
 from probabilistic_sam.embedding_cache import View, view_annotated, view_masks
 from probabilistic_sam.errors import UserError, run
 from probabilistic_sam.metrics import (
@@ -87,7 +87,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--model", required=True, help=f"directory or Hub name of a model with its processor, or {', '.join(ORACLES)}"
     )
-    parser.add_argument("--dataset", required=True, help="build of training/build_lidc.py: folder or Hub name")
+    parser.add_argument("--dataset", required=True, help="build of training/build_dataset.py: folder or Hub name")
     parser.add_argument("--split", default="validation")
     parser.add_argument("--prompt", default="union_box", choices=PROMPTS)
     parser.add_argument("--num_samples", type=int, default=16, help="masks drawn for each slice")

@@ -21,7 +21,7 @@ from train import find_checkpoint, read_checkpoint
 
 from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamProcessor
 from probabilistic_sam.data import make_prompt, row_seed
-from probabilistic_sam.data.rows import load_split
+from probabilistic_sam.data.format import load_split
 from probabilistic_sam.embedding_cache import EmbeddingCache
 from probabilistic_sam.errors import UserError, run
 
@@ -30,7 +30,7 @@ def parse_args() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="run folder of training/train.py")
-    parser.add_argument("--dataset", required=True, help="build of training/build_lidc.py: folder or Hub name")
+    parser.add_argument("--dataset", required=True, help="build of training/build_dataset.py: folder or Hub name")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--cache_dir", default="~/.cache/probabilistic_sam", help="folder of the embedding caches")
     return parser.parse_args()

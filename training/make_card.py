@@ -40,7 +40,7 @@ COST_RESULTS = ROOT / "training" / "results" / "bench.json"
 NUM_SCANS = 1018  # of LIDC-IDRI
 NUM_EXAMPLES = 3
 FIGURE_COMMANDS = (
-    "python training/build_lidc.py phantom --output phantom --num-nodules 128\n"
+    "python training/build_dataset.py phantom --output phantom --num-nodules 128\n"
     "python training/make_figures.py --model model_cards/psam-lidc --dataset phantom "
     "--results model_cards/psam-lidc/results --output model_cards/psam-lidc/figures"
 )
@@ -103,8 +103,8 @@ def export_weights(source: str, output: Path) -> None:
 def write_examples(folder: Path) -> None:
     """Images to try a model on, with their boxes: phantom slices of validation patients (needs the extra `data`)."""
     from probabilistic_sam.data import make_prompt, row_seed
-    from probabilistic_sam.data.phantom import demo_nodules, phantom_row
-    from probabilistic_sam.data.rows import decode_masks
+    from probabilistic_sam.data.format import decode_masks
+    from probabilistic_sam.data.lidc.phantom import demo_nodules, phantom_row
 
     images = []
     folder.mkdir()

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamProcessor
 from probabilistic_sam.data import make_prompt, row_seed
-from probabilistic_sam.data.rows import decode_image, decode_masks, load_split
+from probabilistic_sam.data.format import decode_image, decode_masks, load_split
 from probabilistic_sam.errors import UserError, run
 from probabilistic_sam.metrics.functional import ged
 from probabilistic_sam.plotting import (
@@ -38,7 +38,7 @@ def parse_args() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="directory or Hub name of a Probabilistic SAM")
-    parser.add_argument("--dataset", required=True, help="build of training/build_lidc.py: folder or Hub name")
+    parser.add_argument("--dataset", required=True, help="build of training/build_dataset.py: folder or Hub name")
     parser.add_argument("--split", default="validation")
     parser.add_argument("--max_slices", type=int, default=200, help="of the split, from which the gallery chooses")
     parser.add_argument(

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
-from probabilistic_sam.data.nodules import Nodule, read_nodule
-from probabilistic_sam.data.phantom import CROP_SIDE, phantom_slice
-from probabilistic_sam.data.rows import decode_image, decode_masks
-from probabilistic_sam.data.slices import SliceKey, read_index, read_slices
+from probabilistic_sam.data.format import decode_image, decode_masks
+from probabilistic_sam.data.lidc.nodules import Nodule, read_nodule
+from probabilistic_sam.data.lidc.phantom import CROP_SIDE, phantom_slice
+from probabilistic_sam.data.lidc.slices import SliceKey, read_index, read_slices
 from probabilistic_sam.errors import UserError, run
 from probabilistic_sam.plotting import grid_figure, save_figure
 

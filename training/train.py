@@ -48,7 +48,7 @@ from probabilistic_sam.conversion import (
     save_model,
 )
 from probabilistic_sam.data import make_prompt, row_seed
-from probabilistic_sam.data.rows import decode_masks, load_split, split_content
+from probabilistic_sam.data.format import decode_masks, load_split, split_content
 from probabilistic_sam.embedding_cache import EmbeddingCache, view_annotated, view_masks, view_prompt
 from probabilistic_sam.errors import UserError, run
 from probabilistic_sam.hub import check_repo_name
@@ -107,7 +107,7 @@ def parse_args() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="YAML file with the fields of TrainingConfig")
-    parser.add_argument("--dataset", required=True, help="build of training/build_lidc.py: folder or Hub name")
+    parser.add_argument("--dataset", required=True, help="build of training/build_dataset.py: folder or Hub name")
     parser.add_argument("--output_dir", required=True, help="run folder: log, checkpoints, the best model at its top")
     parser.add_argument("--base_model", help="in place of the configuration's base_model")
     parser.add_argument("--cache_dir", default="~/.cache/probabilistic_sam", help="folder of the embedding caches")

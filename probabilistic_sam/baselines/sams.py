@@ -13,14 +13,7 @@ from ..modeling_probabilistic_sam import (
     draw_spread_noise,
     masked_mean,
 )
-from .common import (
-    SamVariant,
-    check_dropout,
-    drop_channels,
-    known_readers,
-    reconstruction_loss,
-    to_embeddings,
-)
+from .common import SamVariant, check_dropout, drop_channels, known_readers, reconstruction_loss, to_embeddings
 
 RELATIVE_JITTER = 0.1  # of a box's side, as in the protocol's union_box
 

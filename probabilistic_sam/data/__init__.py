@@ -1,7 +1,7 @@
 """LIDC-IDRI slices with every reader's mask: sources, rows, splits and prompts.
 
 Only the light names are re-exported here (numpy and the standard library). Reading and writing of datasets is in
-`probabilistic_sam.data.rows`, the sources in `slices` and `phantom`.
+`probabilistic_sam.data.format`, the sources in `slices` and `phantom`.
 """
 
 from .prompts import PROMPTS, make_prompt, row_seed

@@ -21,10 +21,9 @@ from pathlib import Path
 import pyarrow as pa
 from tqdm import tqdm
 
-from probabilistic_sam.errors import UserError
-
-from .report import Note
-from .rows import ROW_SCHEMA
+from ..errors import UserError
+from .card import Note
+from .format import ROW_SCHEMA
 
 _PART_FILE = re.compile(r"[\w-]+\.(arrow|tmp-\d+)")
 
@@ -151,6 +150,6 @@ def _fingerprint(job: Job) -> str:
 def _code_sha256() -> str:
     """Of this folder: other code may make other rows."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()

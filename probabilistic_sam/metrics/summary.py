@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from probabilistic_sam.metrics import functional
+from . import functional
 
 COLUMNS = ("all", "four_readers", "shape")
 # Means over slices; every one of these is a number in each slice's dictionary.

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from probabilistic_sam.errors import UserError
+from ...errors import UserError
 
 _MODULES_USING_NUMPY = ("Annotation", "Contour", "Scan", "utils", "annotation_distance_metrics")
 

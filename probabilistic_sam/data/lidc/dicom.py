@@ -18,14 +18,13 @@ import numpy as np
 from scipy import ndimage
 from tqdm import tqdm
 
-from probabilistic_sam.dicom_slice import read_dicom, read_header
-from probabilistic_sam.errors import UserError
-
+from ...dicom_slice import read_dicom, read_header
+from ...errors import UserError
+from ..card import Note
+from ..format import encode_png, image_row
+from ..parts import Job, worker_pool
 from .nodules import SLICE_SIDE, Nodule, left_out_notes, nodule_annotations, patient_nodule_ids, read_nodule
-from .parts import Job, worker_pool
 from .pylidc_adapter import load_pylidc
-from .report import Note
-from .rows import encode_png, image_row
 
 CROP_SIDE = 128  # px
 MAX_HU = 2**20  # far beyond what any scanner writes

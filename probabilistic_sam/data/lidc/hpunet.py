@@ -18,11 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from probabilistic_sam.errors import UserError
-
-from .files import Layout, read_files
+from ...errors import UserError
+from ..archives import Layout, read_files
+from ..format import NUM_READERS, decode_image, image_row
 from .pylidc_adapter import load_pylidc
-from .rows import NUM_READERS, decode_image, image_row
 
 SIDE = 180  # px
 SPACING_MM = 0.5

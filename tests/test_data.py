@@ -10,6 +10,7 @@ import PIL.Image
 import pytest
 
 from probabilistic_sam.data import PROMPTS, make_prompt, patient_bucket, row_seed, split_of
+from probabilistic_sam.data.build import write_dataset
 from probabilistic_sam.data.card import CARD_NOTES, BuildReport, Note, Origin, dataset_card
 from probabilistic_sam.data.format import (
     FEATURES,
@@ -19,7 +20,6 @@ from probabilistic_sam.data.format import (
     image_row,
     load_split,
     split_content,
-    write_dataset,
 )
 from probabilistic_sam.errors import UserError
 

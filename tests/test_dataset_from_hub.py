@@ -14,7 +14,7 @@ from tiny import SIZE, tiny_model, tiny_rows, tiny_vit_parts
 pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
 
-from probabilistic_sam.data.format import write_dataset
+from probabilistic_sam.data.build import write_dataset
 
 TESTS = Path(__file__).resolve().parent
 

@@ -13,7 +13,8 @@ pytest.importorskip("datasets")
 
 from probabilistic_sam import ProbabilisticSamProcessor, embedding_cache
 from probabilistic_sam.baselines import DropoutUNetConfig, DropoutUNetModel
-from probabilistic_sam.data.format import decode_image, decode_masks, load_split, write_dataset
+from probabilistic_sam.data.build import write_dataset
+from probabilistic_sam.data.format import decode_image, decode_masks, load_split
 from probabilistic_sam.embedding_cache import (
     EmbeddingCache,
     View,

@@ -17,7 +17,8 @@ pytest.importorskip("datasets")
 from tiny import load_script
 
 from probabilistic_sam.data import split_of
-from probabilistic_sam.data.format import decode_masks, encode_png, image_row, load_split, write_dataset
+from probabilistic_sam.data.build import write_dataset
+from probabilistic_sam.data.format import decode_masks, encode_png, image_row, load_split
 from probabilistic_sam.errors import UserError
 from probabilistic_sam.metrics import COLUMNS, METRICS
 

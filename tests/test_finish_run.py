@@ -14,7 +14,7 @@ pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
 
 from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamProcessor
-from probabilistic_sam.data.format import write_dataset
+from probabilistic_sam.data.build import write_dataset
 from probabilistic_sam.errors import UserError
 
 SCRIPT = Path(__file__).resolve().parent.parent / "training" / "finish_run.py"

@@ -9,7 +9,7 @@ import pytest
 from tiny import SIZE, tiny_model, tiny_rows
 
 from probabilistic_sam import ProbabilisticSamProcessor
-from probabilistic_sam.data.format import write_dataset
+from probabilistic_sam.data.build import write_dataset
 from probabilistic_sam.errors import UserError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "training"))

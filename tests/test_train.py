@@ -24,7 +24,7 @@ pytest.importorskip("datasets")
 
 from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamProcessor
 from probabilistic_sam.data import split_of
-from probabilistic_sam.data.format import write_dataset
+from probabilistic_sam.data.build import write_dataset
 from probabilistic_sam.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from probabilistic_sam.data.build import NoRows, check_output, write_dataset
 from probabilistic_sam.data.card import UNKNOWN, BuildReport, Note, Origin
-from probabilistic_sam.data.format import NoRows, check_output, write_dataset
 from probabilistic_sam.data.lidc.dicom import dicom_jobs, find_scans
 from probabilistic_sam.data.lidc.hpunet import read_hpunet
 from probabilistic_sam.data.lidc.phantom import phantom_jobs

@@ -27,7 +27,7 @@ from pathlib import Path
 from tiny import load_script
 from probabilistic_sam.data.format import load_split, split_content
 from probabilistic_sam.errors import UserError
-from probabilistic_sam.hub import push_folder
+from probabilistic_sam.hub.push import push_folder
 
 folder = Path(sys.argv[1])
 push_folder(folder / "build", "org/lidc", "dataset", private=True, replace="data/*")  # as training/build_dataset.py

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 from loopback_hub import LOST, RESET, LoopbackHub, Repo
+from probabilistic_sam.hub.push.push import check_repo_name
 
 from probabilistic_sam.errors import UserError
-from probabilistic_sam.hub import check_repo_name
 
 SCRIPT = Path(__file__).resolve().parent.parent / "training" / "build_dataset.py"
 
@@ -66,7 +66,7 @@ import sys
 from pathlib import Path
 import huggingface_hub
 from probabilistic_sam.errors import UserError
-from probabilistic_sam.hub import push_folder
+from probabilistic_sam.hub.push import push_folder
 folder = Path(sys.argv[1])
 
 def attempt(*arguments, **options):
@@ -108,7 +108,7 @@ import sys
 from pathlib import Path
 import huggingface_hub
 from probabilistic_sam.errors import UserError
-from probabilistic_sam.hub import push_folder
+from probabilistic_sam.hub.push import push_folder
 
 def interrupt(*_, **__):
     raise KeyboardInterrupt

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamProcessor, model_card
+from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamProcessor
 from probabilistic_sam.configuration_probabilistic_sam import ProbabilisticSamConfig
+from probabilistic_sam.hub import model_card
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "training"))

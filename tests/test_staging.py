@@ -14,7 +14,7 @@ from tiny import SIZE, load_script, sam_parts, tiny_model, tiny_vit_parts
 from probabilistic_sam import ProbabilisticSamConfig, ProbabilisticSamModel, ProbabilisticSamProcessor
 from probabilistic_sam.baselines import PromptFreePriorModel
 from probabilistic_sam.errors import UserError
-from probabilistic_sam.staging import stage_model
+from probabilistic_sam.hub.staging import stage_model
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "model_cards" / "psam-lidc"
@@ -323,7 +323,7 @@ def test_arguments_of_the_push_and_what_an_error_advises(push_to_hub, run, monke
         seen.update(options, files=files(Path(folder)), arguments=(name, *arguments))
         return "address"
 
-    monkeypatch.setattr("probabilistic_sam.staging.push_folder", push_folder)
+    monkeypatch.setattr("probabilistic_sam.hub.staging.push_folder", push_folder)
     push_to_hub("--model", run, "--repo-id", "alice/eyes", "--private", "--revision", "v1")
     assert capsys.readouterr().out.splitlines()[-1] == "pushed to address"
     assert seen["arguments"] == ("alice/eyes", "model", True, "v1") and "model.safetensors" in seen["files"]

@@ -20,8 +20,7 @@ from safetensors.torch import save_file
 
 from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamProcessor
 from probabilistic_sam.errors import UserError, run
-from probabilistic_sam.metrics import active_outline_units, paired_difference
-from probabilistic_sam.model_card import (
+from probabilistic_sam.hub.model_card import (
     CITATION,
     COLUMNS,
     PROTOCOL,
@@ -32,6 +31,7 @@ from probabilistic_sam.model_card import (
     results_section,
     usage,
 )
+from probabilistic_sam.metrics import active_outline_units, paired_difference
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from probabilistic_sam.cli import quiet_transformers
 from probabilistic_sam.errors import UserError, run
-from probabilistic_sam.staging import push_model, stage_model
+from probabilistic_sam.hub.staging import push_model, stage_model
 
 
 def parse_args() -> argparse.Namespace:

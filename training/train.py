@@ -32,6 +32,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 from huggingface_hub.errors import StrictDataclassError
+from probabilistic_sam.hub.push.push import check_repo_name
 from safetensors import SafetensorError
 from scipy.special import expit
 from tqdm.auto import tqdm
@@ -51,9 +52,8 @@ from probabilistic_sam.data import make_prompt, row_seed
 from probabilistic_sam.data.format import decode_masks, load_split, split_content
 from probabilistic_sam.embedding_cache import EmbeddingCache, view_annotated, view_masks, view_prompt
 from probabilistic_sam.errors import UserError, run
-from probabilistic_sam.hub import check_repo_name
+from probabilistic_sam.hub.staging import push_model
 from probabilistic_sam.metrics import slice_collapse, slice_metrics, summarize, summarize_collapse
-from probabilistic_sam.staging import push_model
 
 MODELS = {item.config_class.model_type: item for item in (ProbabilisticSamModel, *BASELINES)}
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)

@@ -25,7 +25,7 @@ import PIL.Image
 import pyarrow as pa
 
 from ..errors import UserError
-from ..hub import check_repo_name, reason
+from ..hub.push import check_repo_name, reason
 from .splits import SPLITS
 
 NUM_READERS = 4  # of LIDC-IDRI

@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .errors import UserError
+from ..errors import UserError
 
 HUB_NAME = "org/psam-lidc"  # stands in a card for the name that a push puts in its place
 TAGS = ["uncertainty", "segment-anything", "probabilistic-segmentation"]

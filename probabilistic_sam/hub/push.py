@@ -8,7 +8,7 @@ import huggingface_hub
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from .errors import UserError
+from ..errors import UserError
 
 
 def check_repo_name(name: str) -> None:

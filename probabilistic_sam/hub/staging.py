@@ -11,10 +11,10 @@ from pathlib import Path
 import yaml
 from huggingface_hub import ModelCard
 
-from .cli import DEFAULT_MODEL, load_model, replaced_directory
-from .errors import UserError
-from .hub import check_repo_name, push_folder
+from ..cli import DEFAULT_MODEL, load_model, replaced_directory
+from ..errors import UserError
 from .model_card import HUB_NAME, read_json, run_card
+from .push import check_repo_name, push_folder
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 SERVING = ("handler.py", "requirements.txt", "examples/*")  # the same for every model

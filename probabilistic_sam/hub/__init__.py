@@ -1,0 +1,1 @@
+"""The Hub: staging a model's folder, its card, and pushing in one commit."""

@@ -5,18 +5,9 @@ of a latent space in `collapse`. `ged.py` and `hm_iou.py` are modules for the `e
 `evaluate.load(path)`.
 """
 
+from .bootstrap import breakdown, calibration_sums, paired_difference, patient_sums, summarize, summarize_seeds
 from .collapse import active_outline_units, slice_collapse, summarize_collapse
-from .summary import (
-    COLUMNS,
-    METRICS,
-    breakdown,
-    calibration_sums,
-    paired_difference,
-    patient_sums,
-    slice_metrics,
-    summarize,
-    summarize_seeds,
-)
+from .slice_metrics import COLUMNS, METRICS, slice_metrics
 
 __all__ = [
     "COLUMNS",

@@ -21,7 +21,6 @@ from torch import nn
 from transformers import SamModel
 from transformers import initialization as init
 from transformers.models.sam.modeling_sam import (
-    SamMaskDecoder,
     SamPositionalEmbedding,
     SamPromptEncoder,
     SamVisionEncoder,
@@ -29,6 +28,13 @@ from transformers.models.sam.modeling_sam import (
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_probabilistic_sam import ProbabilisticSamConfig, TinyViTVisionConfig
+from .loss_probabilistic_sam import (
+    energy_distance,
+    gaussian_kl,
+    log_probability_of_drawing,
+    truncated_normal,
+)
+from .modeling_mask_decoder import ProbabilisticSamMaskDecoder
 from .modeling_tiny_vit import TinyViTVisionEncoder
 
 EMPTY_LOGIT = -30.0  # every pixel of a mask that its reader does not draw
@@ -393,20 +399,6 @@ class LatentNetwork(nn.Module):
 # --------------------------------------------------------------------------------------------------- distributions
 
 
-def log_probability_of_drawing(mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log of P(z > 0) and of P(z <= 0) for z ~ N(mean, 1)."""
-    return torch.special.log_ndtr(mean), torch.special.log_ndtr(-mean)
-
-
-def truncated_normal(mean: torch.Tensor, positive: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and log standard deviation of N(mean, 1) given its sign (Johnson, Kotz and Balakrishnan 1994, 13.10.1)."""
-    sign = positive.to(mean.dtype) * 2 - 1
-    log_density = -0.5 * mean**2 - 0.5 * math.log(2 * math.pi)
-    ratio = torch.exp(log_density - torch.special.log_ndtr(sign * mean))  # inverse Mills ratio
-    variance = 1 - ratio * (ratio + sign * mean)
-    return mean + sign * ratio, 0.5 * torch.log(variance.clamp(min=1e-6))
-
-
 def to_device(noise: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     """Move noise without waiting for a GPU; other devices read the memory of the CPU later, so they wait."""
     return noise.to(device, non_blocking=torch.device(device).type == "cuda")
@@ -443,202 +435,7 @@ def draw_spread_noise(
     return to_device(torch.special.ndtri(level).float(), device)
 
 
-def gaussian_kl(
-    mean: torch.Tensor, log_std: torch.Tensor, prior_mean: torch.Tensor, prior_log_std: torch.Tensor
-) -> torch.Tensor:
-    """KL(N(mean, std) || N(prior_mean, prior_std)) in nats, element by element."""
-    ratio = torch.exp(2 * (log_std - prior_log_std))
-    return 0.5 * (ratio - 1 + ((mean - prior_mean) * torch.exp(-prior_log_std)) ** 2) + prior_log_std - log_std
-
-
-def soft_jaccard_distance(a: torch.Tensor, b: torch.Tensor, smooth: float = 1.0) -> torch.Tensor:
-    """1 - sum min(a, b) / sum max(a, b) over the last axis, both sums `smooth` pixels larger.
-
-    On binary masks it is 1 - IoU; on soft ones it stays a metric, d(a, a) = 0, which the usual soft IoU is not (Wang
-    et al. 2023, arXiv 2302.05666), so that its energy distance cannot be lowered by blurring.
-    """
-    gap = (a - b).abs().sum(dim=-1)
-    total = a.sum(dim=-1) + b.sum(dim=-1)
-    return 1 - (total - gap + 2 * smooth) / (total + gap + 2 * smooth)
-
-
-def energy_distance(
-    samples: torch.Tensor, is_sample: torch.Tensor, readers: torch.Tensor, is_reader: torch.Tensor
-) -> torch.Tensor:
-    """2 E d(s, y) - E d(s, s'), pairs of different samples, by the soft Jaccard distance (Szekely and Rizzo 2013).
-
-    The readers' own term is constant and left out. Samples (..., S, pixels) and readers (..., R, pixels) in 0..1; the
-    boolean masks (..., S) and (..., R) say which of them count. Returns (...): 0 where no reader counts.
-    """
-    cross = soft_jaccard_distance(samples[..., :, None, :], readers[..., None, :, :])  # (..., S, R)
-    within = soft_jaccard_distance(samples[..., :, None, :], samples[..., None, :, :])  # (..., S, S)
-    cross_pairs = (is_sample[..., :, None] & is_reader[..., None, :]).to(cross.dtype)
-    distinct = ~torch.eye(samples.shape[-2], dtype=torch.bool, device=samples.device)
-    within_pairs = (is_sample[..., :, None] & is_sample[..., None, :] & distinct).to(within.dtype)
-    cross = (cross * cross_pairs).sum(dim=(-2, -1)) / cross_pairs.sum(dim=(-2, -1)).clamp(min=1)
-    within = (within * within_pairs).sum(dim=(-2, -1)) / within_pairs.sum(dim=(-2, -1)).clamp(min=1)
-    return (2 * cross - within) * is_reader.any(dim=-1)
-
-
 # -------------------------------------------------------------------------------------------------------- decoder
-
-
-def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Multi-head attention of (B, N, length, C) tensors that are projected already.
-
-    One side is a handful of tokens, so the scores are small and plain matrix products do; the fused kernel's backward
-    pass is slow in bfloat16 on a CPU.
-    """
-    query, key, value = (item.unflatten(-1, (num_heads, -1)).transpose(2, 3) for item in (query, key, value))
-    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
-    context = scores.softmax(dim=-1).to(value.dtype) @ value
-    return context.transpose(2, 3).flatten(-2)
-
-
-def weight_and_bias(layer: Any, given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight (out, in) and bias (out,) of a linear layer that takes tensors like `given`.
-
-    Of one that is more, such as with a LoRA adapter, or quantised, what it does to the unit vectors.
-    """
-    if type(layer) is nn.Linear:
-        return layer.weight, layer.bias
-    units = torch.eye(layer.in_features, dtype=given.dtype, device=given.device)
-    bias = layer(torch.zeros_like(units[:1]))
-    return (layer(units) - bias).T, bias[0]
-
-
-class ProbabilisticSamMaskDecoder(SamMaskDecoder):
-    """SAM's mask decoder, same weights and same masks, for many prompts of one image at half the cost.
-
-    - What all prompts of an image share is computed once: until the end of the first layer the image is the same for
-      each of them.
-    - Afterwards each prompt has an image of its own, and projecting its G cells costs more than all the rest of an
-      attention. The products are taken in another order, (q W) x^T for q (x W^T)^T: a head's weights go to the few
-      tokens, and the cells meet heads x T vectors (8 x 7 with a box) where the projection has C / 2 = 128.
-    - The transposed convolutions of stride 2 are matrix products, and only the mask token that is used is upscaled.
-
-    Its attention is the same for every `attn_implementation`, which is the vision encoder's.
-    """
-
-    def forward(
-        self,
-        image_embeddings: torch.Tensor,
-        image_positional_embeddings: torch.Tensor,
-        sparse_prompt_embeddings: torch.Tensor,
-        dense_prompt_embeddings: torch.Tensor,
-        middle_details: torch.Tensor,
-        fine_details: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Decode N prompts of each image.
-
-        Args:
-            image_embeddings: `(B, C, g, g)`.
-            image_positional_embeddings: `(1, C, g, g)`.
-            sparse_prompt_embeddings: `(B, N, T, C)`.
-            dense_prompt_embeddings: `(B, C, g, g)`.
-            middle_details: `(B, C / 4, 2g, 2g)`, added after the first upscaling.
-            fine_details: `(B, C / 8, 4g, 4g)`, added after the second one.
-
-        Returns:
-            Logits `(B, N, 4g, 4g)` of SAM's single-mask token, and its iou scores `(B, N)`.
-        """
-        batch, prompts = sparse_prompt_embeddings.shape[:2]
-        grid = image_embeddings.shape[-1]
-        tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight]).expand(batch, prompts, -1, -1)
-        prompt_tokens = torch.cat([tokens, sparse_prompt_embeddings], dim=2)  # (B, N, T, C)
-        positions = image_positional_embeddings.flatten(2).transpose(1, 2)[:, None]  # (1, 1, G, C), G = g * g
-        # (B, K, G, C): K is 1 while the prompts of an image share it, N afterwards
-        image = (image_embeddings + dense_prompt_embeddings).flatten(2).transpose(1, 2)[:, None].contiguous()
-
-        tokens = prompt_tokens
-        for layer in self.transformer.layers:
-            tokens, image = self.two_way_layer(layer, tokens, image, prompt_tokens, positions)
-        attention = self.transformer.final_attn_token_to_image
-        context = self.token_to_image(attention, tokens + prompt_tokens, image, positions)
-        tokens = self.transformer.layer_norm_final_attn(tokens + context)
-
-        hyper = self.output_hypernetworks_mlps[0](tokens[:, :, 1])  # (B, N, C / 8)
-        hidden = self.upscale(image, self.upscale_conv1)  # (B, N, G, 4, C / 4)
-        details = F.pixel_unshuffle(middle_details, 2).flatten(2).unflatten(1, (-1, 4))  # (B, C / 4, 4, G)
-        hidden += (details.permute(0, 3, 2, 1) + self.upscale_conv1.bias)[:, None]
-        norm = self.upscale_layer_norm
-        hidden = self.activation(F.layer_norm(hidden, norm.normalized_shape, norm.weight, norm.bias, norm.eps))
-        hidden = self.upscale(hidden, self.upscale_conv2)  # (B, N, G, 4, 4, C / 8)
-        details = fine_details.unflatten(3, (grid, 2, 2)).unflatten(2, (grid, 2, 2))  # (B, C / 8, g, 2, 2, g, 2, 2)
-        details = details.permute(0, 2, 5, 3, 6, 4, 7, 1).flatten(1, 2).flatten(2, 3).flatten(3, 4)
-        hidden += (details + self.upscale_conv2.bias)[:, None]
-        hidden = self.activation(hidden)
-        masks = (hidden.flatten(2, 4) @ hyper[..., None].to(hidden.dtype))[..., 0]  # (B, N, G * 16)
-        # y, x, then the rows and columns of both upscalings
-        masks = masks.view(batch, prompts, grid, grid, 2, 2, 2, 2)
-        masks = masks.permute(0, 1, 2, 4, 6, 3, 5, 7).reshape(batch, prompts, 4 * grid, 4 * grid)
-        return masks, self.iou_prediction_head(tokens[:, :, 0])[..., 0]
-
-    @staticmethod
-    def two_way_layer(layer, tokens, image, prompt_tokens, positions) -> tuple[torch.Tensor, torch.Tensor]:
-        """`SamTwoWayAttentionBlock` on tokens (B, N, T, C) and image (B, K, G, C); the image returns with K = N."""
-        attention = layer.self_attn
-        query = tokens if layer.skip_first_layer_pe else tokens + prompt_tokens
-        context = attend(
-            attention.q_proj(query), attention.k_proj(query), attention.v_proj(tokens), attention.num_attention_heads
-        )
-        context = attention.out_proj(context)
-        tokens = layer.layer_norm1(context if layer.skip_first_layer_pe else tokens + context)
-
-        context = ProbabilisticSamMaskDecoder.token_to_image(
-            layer.cross_attn_token_to_image, tokens + prompt_tokens, image, positions
-        )
-        tokens = layer.layer_norm2(tokens + context)
-        tokens = layer.layer_norm3(tokens + layer.mlp(tokens))
-        context = ProbabilisticSamMaskDecoder.image_to_token(
-            layer.cross_attn_image_to_token, image, positions, tokens + prompt_tokens, tokens
-        )
-        return tokens, layer.layer_norm4(image + context)
-
-    @staticmethod
-    def scores(tokens, projection, image, positions) -> torch.Tensor:
-        """Tokens (B, N, T, heads, D) times the projected cells of image + positions: (B, N, heads, T, G)."""
-        heads = tokens.shape[3]
-        shared = image + positions if image.shape[1] == 1 else positions
-        scores = torch.einsum("bnthd,bghd->bnhtg", tokens, projection(shared)[:, 0].unflatten(-1, (heads, -1)))
-        if image.shape[1] == 1:
-            return scores
-        weight, _ = weight_and_bias(projection, image)
-        tokens = torch.einsum("bnthd,hdc->bnhtc", tokens, weight.unflatten(0, (heads, -1))).flatten(2, 3)
-        return (tokens @ image.transpose(-2, -1)).view(scores.shape) + scores
-
-    @staticmethod
-    def token_to_image(attention, tokens, image, positions) -> torch.Tensor:
-        """`SamAttention` of tokens (B, N, T, C) to the image (B, K, G, C)."""
-        heads = attention.num_attention_heads
-        query = (attention.q_proj(tokens) * attention.scaling).unflatten(-1, (heads, -1))
-        weights = ProbabilisticSamMaskDecoder.scores(query, attention.k_proj, image, positions).softmax(dim=-1)
-        if image.shape[1] == 1:
-            value = attention.v_proj(image)[:, 0].unflatten(-1, (heads, -1))
-            context = torch.einsum("bnhtg,bghd->bnthd", weights, value)
-        else:
-            weight, bias = (item.unflatten(0, (heads, -1)) for item in weight_and_bias(attention.v_proj, image))
-            context = (weights.flatten(2, 3) @ image).unflatten(2, (heads, -1))
-            context = torch.einsum("bnhtc,hdc->bnthd", context, weight) + bias
-        return attention.out_proj(context.flatten(-2))
-
-    @staticmethod
-    def image_to_token(attention, image, positions, tokens, values) -> torch.Tensor:
-        """`SamAttention` of the image (B, K, G, C) to tokens (B, N, T, C) with their `values`: (B, N, G, C)."""
-        heads = attention.num_attention_heads
-        key = (attention.k_proj(tokens) * attention.scaling).unflatten(-1, (heads, -1))
-        weights = ProbabilisticSamMaskDecoder.scores(key, attention.q_proj, image, positions).softmax(dim=3)
-        weight, bias = weight_and_bias(attention.out_proj, tokens)
-        value = attention.v_proj(values).unflatten(-1, (heads, -1))
-        # A head's weights sum to 1, so the bias can be part of the values
-        value = torch.einsum("bnthd,chd->bnhtc", value, weight.unflatten(-1, (heads, -1))) + bias / heads
-        return weights.flatten(2, 3).transpose(-2, -1) @ value.flatten(2, 3)
-
-    @staticmethod
-    def upscale(hidden: torch.Tensor, conv: nn.ConvTranspose2d) -> torch.Tensor:
-        """A transposed convolution of kernel and stride 2 without its bias: (..., C) to (..., rows x columns, C')."""
-        weight = conv.weight.permute(2, 3, 1, 0).reshape(-1, conv.in_channels)
-        return F.linear(hidden, weight).unflatten(-1, (4, conv.out_channels))
 
 
 # ----------------------------------------------------------------------------------------------------------- model

@@ -10,18 +10,20 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskGeneration, Auto
 from transformers.models.sam.modeling_sam import SamMaskDecoder
 
 from probabilistic_sam import ProbabilisticSamConfig, ProbabilisticSamModel, ProbabilisticSamProcessor
+from probabilistic_sam.loss_probabilistic_sam import (
+    energy_distance,
+    gaussian_kl,
+    log_probability_of_drawing,
+    soft_jaccard_distance,
+    truncated_normal,
+)
 from probabilistic_sam.modeling_probabilistic_sam import (
     EMPTY_LOGIT,
     box_map,
     draw_spread_noise,
-    energy_distance,
-    gaussian_kl,
-    log_probability_of_drawing,
     pack_pixels,
     point_maps,
     prompt_maps,
-    soft_jaccard_distance,
-    truncated_normal,
 )
 
 

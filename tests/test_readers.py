@@ -7,7 +7,8 @@ from tiny import tiny_inputs, tiny_labels, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from probabilistic_sam.modeling_probabilistic_sam import EMPTY_LOGIT, log_probability_of_drawing
+from probabilistic_sam.loss_probabilistic_sam import log_probability_of_drawing
+from probabilistic_sam.modeling_probabilistic_sam import EMPTY_LOGIT
 
 
 @pytest.fixture

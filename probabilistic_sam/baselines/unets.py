@@ -9,6 +9,7 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers.utils import can_return_tuple
 
+from ..loss_probabilistic_sam import gaussian_kl
 from ..modeling_probabilistic_sam import (
     MAX_DECODED,
     DetailBlock,
@@ -17,7 +18,6 @@ from ..modeling_probabilistic_sam import (
     check_other_arguments,
     draw_noise,
     draw_spread_noise,
-    gaussian_kl,
     masked_mean,
 )
 from .common import (

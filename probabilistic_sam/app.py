@@ -18,8 +18,10 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
-from .cli import check_num_samples, check_prompt, draw, load_slice, luminance, result_words, write_result
+from .cli import luminance
 from .errors import UserError
+from .images import load_slice
+from .inference import check_num_samples, check_prompt, draw, result_words, write_result
 from .modeling_probabilistic_sam import ProbabilisticSamModel
 from .plotting import area_figure, contour_figure, figure_pixels, map_figure, zoom_window
 from .processing_probabilistic_sam import IMAGE_FORMATS, ProbabilisticSamProcessor

@@ -28,12 +28,7 @@ from transformers.models.sam.modeling_sam import (
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_probabilistic_sam import ProbabilisticSamConfig, TinyViTVisionConfig
-from .loss_probabilistic_sam import (
-    energy_distance,
-    gaussian_kl,
-    log_probability_of_drawing,
-    truncated_normal,
-)
+from .loss_probabilistic_sam import energy_distance, gaussian_kl, log_probability_of_drawing, truncated_normal
 from .modeling_mask_decoder import ProbabilisticSamMaskDecoder
 from .modeling_tiny_vit import TinyViTVisionEncoder
 

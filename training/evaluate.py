@@ -37,6 +37,7 @@ from probabilistic_sam.data import PROMPTS, make_prompt, row_seed
 from probabilistic_sam.data.format import decode_image, decode_masks, load_split
 from probabilistic_sam.embedding_cache import View, view_annotated, view_masks
 from probabilistic_sam.errors import UserError, run
+from probabilistic_sam.files import write_json
 from probabilistic_sam.metrics import (
     COLUMNS,
     METRICS,
@@ -50,7 +51,7 @@ from probabilistic_sam.metrics import (
     summarize_seeds,
 )
 from probabilistic_sam.metrics.functional import majority_mask
-from probabilistic_sam.provenance import provenance, write_json
+from probabilistic_sam.provenance import provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "numpy", "scipy")

@@ -11,9 +11,9 @@ folder is written to be looked at, and nothing leaves this machine.
 import argparse
 from pathlib import Path
 
-from probabilistic_sam.cli import quiet_transformers
 from probabilistic_sam.errors import UserError, run
 from probabilistic_sam.hub.staging import push_model, stage_model
+from probabilistic_sam.inference import quiet_transformers
 
 
 def parse_args() -> argparse.Namespace:

@@ -11,8 +11,9 @@ from pathlib import Path
 import yaml
 from huggingface_hub import ModelCard
 
-from ..cli import DEFAULT_MODEL, load_model, replaced_directory
 from ..errors import UserError
+from ..files import replaced_directory
+from ..inference import DEFAULT_MODEL, load_model
 from .model_card import HUB_NAME, read_json, run_card
 from .push import check_repo_name, push_folder
 

@@ -1,0 +1,71 @@
+"""One image from PNG, JPEG, TIFF or DICOM: pixels, spacing, and what was wrong."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from .errors import UserError
+from .processing_probabilistic_sam import IMAGE_FORMATS, MAX_PIXELS, open_image
+
+
+def load_image(path: str | os.PathLike) -> np.ndarray:
+    """Read one image, with the pixels that the processor takes from the same file.
+
+    Returns:
+        Grey (H, W): uint8, uint16, int32 or float32; colour (H, W, 3): uint8.
+
+    Raises:
+        UserError: no such file, not an image, truncated, several frames, or more than 64 million pixels.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"no image file at {path}; accepted: {', '.join(IMAGE_FORMATS)}")
+    try:
+        image = open_image(Path(path), f"image {path}")
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    array = np.asarray(image)
+    if not np.isfinite(array).all():
+        raise UserError(f"image {path} holds NaN or infinite values; accepted: finite grey values")
+    return array
+
+
+def load_slice(path: str | os.PathLike) -> tuple[np.ndarray, float | None]:
+    """Read a DICOM file or what `load_image` reads.
+
+    Returns:
+        (H, W) grey values, Hounsfield units as float32 of a CT in DICOM; and the side of a pixel in mm, which only
+        DICOM says.
+
+    Raises:
+        UserError: as `load_image`; DICOM that `read_dicom` refuses, or without pydicom to read it.
+    """
+    if not _is_dicom(path):
+        return load_image(path), None
+    try:
+        from .dicom_slice import read_dicom
+    except ModuleNotFoundError as error:
+        raise UserError(f"{path} is a DICOM file; to read it, pip install pydicom") from error
+    try:
+        values, side = read_dicom(path, MAX_PIXELS)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"DICOM file {path} cannot be read: {error}") from error
+    return values.astype(np.float32), side
+
+
+def _is_dicom(path: str | os.PathLike) -> bool:
+    """Whether a file begins as DICOM does: with a preamble, or without one at its first tag."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(132)
+    except OSError:
+        return False
+    if start[128:] == b"DICM":
+        return True
+    group, element = start[:2], int.from_bytes(start[2:4], "little")
+    if start[4:6].isalpha() and start[4:6].isupper():  # the type of the value is explicit
+        return group in (b"\2\0", b"\10\0", b"\0\10")
+    # Otherwise its length follows, and only the first tags of a group can come first
+    return group in (b"\2\0", b"\10\0") and element <= 0x18 and int.from_bytes(start[4:8], "little") <= 256

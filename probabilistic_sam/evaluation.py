@@ -16,13 +16,10 @@ import probabilistic_sam.baselines  # noqa: F401  (registers all our models for 
 
 from .data import make_prompt, row_seed
 from .data.format import decode_image, decode_masks
-from .embedding_cache import View, view_annotated, view_masks
 from .errors import UserError
-from .metrics import (
-    slice_collapse,
-    slice_metrics,
-)
+from .metrics import slice_collapse, slice_metrics
 from .metrics.functional import majority_mask
+from .training.windows import View, view_annotated, view_masks
 
 ORACLES = ("oracle:majority", "oracle:readers")
 

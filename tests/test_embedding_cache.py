@@ -11,12 +11,15 @@ from tiny import SIZE, tiny_model, tiny_rows, tiny_vit_parts
 
 pytest.importorskip("datasets")
 
-from probabilistic_sam import ProbabilisticSamProcessor, embedding_cache
+from probabilistic_sam import ProbabilisticSamProcessor
 from probabilistic_sam.baselines import DropoutUNetConfig, DropoutUNetModel
 from probabilistic_sam.data.build import write_dataset
 from probabilistic_sam.data.format import decode_image, decode_masks, load_split
-from probabilistic_sam.embedding_cache import (
-    EmbeddingCache,
+from probabilistic_sam.errors import UserError
+from probabilistic_sam.modeling_probabilistic_sam import pack_pixels
+from probabilistic_sam.training import embedding_cache
+from probabilistic_sam.training.embedding_cache import EmbeddingCache
+from probabilistic_sam.training.windows import (
     View,
     plain_view,
     prompt_window,
@@ -26,8 +29,6 @@ from probabilistic_sam.embedding_cache import (
     view_pixel_values,
     view_prompt,
 )
-from probabilistic_sam.errors import UserError
-from probabilistic_sam.modeling_probabilistic_sam import pack_pixels
 
 AUGMENTATION = {"max_shift": 4.0, "max_zoom": 0.3, "max_gamma": 0.25}
 SYMMETRIES = list(itertools.product(range(4), (False, True)))

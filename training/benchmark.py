@@ -38,11 +38,12 @@ from transformers.models.sam.modeling_sam import SamMaskDecoder
 from probabilistic_sam import ProbabilisticSamConfig, ProbabilisticSamModel, ProbabilisticSamProcessor
 from probabilistic_sam.conversion import mobile_sam_config
 from probabilistic_sam.data.format import FEATURES, decode_image, decode_masks, encode_png
-from probabilistic_sam.embedding_cache import EmbeddingCache, plain_view, view_pixel_values
 from probabilistic_sam.errors import UserError, run
 from probabilistic_sam.files import write_json
 from probabilistic_sam.metrics.functional import ged, iou_matrix
 from probabilistic_sam.provenance import provenance
+from probabilistic_sam.training.embedding_cache import EmbeddingCache
+from probabilistic_sam.training.windows import plain_view, view_pixel_values
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "model_cards" / "psam-lidc"

@@ -22,7 +22,7 @@ from train import find_checkpoint, read_checkpoint
 from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamProcessor
 from probabilistic_sam.data import make_prompt, row_seed
 from probabilistic_sam.data.format import load_split
-from probabilistic_sam.embedding_cache import EmbeddingCache
+from probabilistic_sam.training.embedding_cache import EmbeddingCache
 from probabilistic_sam.errors import UserError, run
 
 

@@ -1,0 +1,1 @@
+"""Training: configuration, windows of rows, the embedding cache and the loop."""

@@ -18,9 +18,8 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
-from .cli import luminance
 from .errors import UserError
-from .images import load_slice
+from .images import load_slice, luminance
 from .inference import check_num_samples, check_prompt, draw, result_words, write_result
 from .modeling_probabilistic_sam import ProbabilisticSamModel
 from .plotting import area_figure, contour_figure, figure_pixels, map_figure, zoom_window

@@ -11,9 +11,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 
 from . import __version__
 from .errors import UserError, run
@@ -34,11 +32,6 @@ from .inference import (
 from .processing_probabilistic_sam import IMAGE_FORMATS
 
 MODEL_HELP = "directory or owner/name; default model_cards/psam-lidc"
-
-
-def luminance(image: np.ndarray) -> np.ndarray:
-    """Grey values (H, W) of an image, grey (H, W) or colour (H, W, 3), for figures."""
-    return image if image.ndim == 2 else np.asarray(Image.fromarray(image).convert("L"))
 
 
 def segment(arguments: argparse.Namespace) -> None:

@@ -22,14 +22,8 @@ from .metrics.functional import majority_mask
 from .training.windows import View, view_annotated, view_masks
 
 ORACLES = ("oracle:majority", "oracle:readers")
-
-
 IDENTITY = ["patient_id", "scan_id", "nodule_id", "slice_index", "source"]
-
-
 SELECTION = "the first max_slices of the split in the order of a hash of each slice's identity"
-
-
 READER_BOX_NOTE = (
     "num_samples samples were drawn with each reader's own box, the answer to the question: dice_max_per_reader, "
     "dice_mean and iou_mean score a reader with the samples of his own box; all other metrics score the union of the "

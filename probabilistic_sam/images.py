@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from .errors import UserError
 from .processing_probabilistic_sam import IMAGE_FORMATS, MAX_PIXELS, open_image
@@ -69,3 +70,8 @@ def _is_dicom(path: str | os.PathLike) -> bool:
         return group in (b"\2\0", b"\10\0", b"\0\10")
     # Otherwise its length follows, and only the first tags of a group can come first
     return group in (b"\2\0", b"\10\0") and element <= 0x18 and int.from_bytes(start[4:8], "little") <= 256
+
+
+def luminance(image: np.ndarray) -> np.ndarray:
+    """Grey values (H, W) of an image, grey (H, W) or colour (H, W, 3), for figures."""
+    return image if image.ndim == 2 else np.asarray(Image.fromarray(image).convert("L"))

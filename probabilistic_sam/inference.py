@@ -14,20 +14,14 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from . import ProbabilisticSamModel, ProbabilisticSamProcessor, __version__
-from .cli import luminance
 from .errors import UserError
+from .images import luminance
 from .plotting import sample_figure, save_figure
 from .processing_probabilistic_sam import QUANTILES
 
 DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "model_cards" / "psam-lidc"
-
-
 MAX_SAMPLES = 1_000
-
-
 MAX_SAMPLED_PIXELS = 2**30  # samples times pixels: one byte each is kept
-
-
 RESULT_FILES = ("masks", "mean.png", "uncertainty.png", "figure.png", "result.json")
 
 

@@ -20,7 +20,7 @@ from dicom_files import write_slice
 from PIL import Image
 from tiny import SIZE, tiny_model
 
-from probabilistic_sam import ProbabilisticSamProcessor, cli
+from probabilistic_sam import ProbabilisticSamProcessor, inference
 from probabilistic_sam.errors import UserError
 
 gradio = pytest.importorskip("gradio", reason="the page needs gradio, extra [app]")
@@ -76,7 +76,7 @@ def test_colour_is_shown_and_sampled_as_colour(draw, tmp_path):
     assert shown.mode == "RGB" and shown.getpixel((60, 56))[0] > 200 and shown.getpixel((60, 56))[2] == 0
     archive = draw(path, {"box": [45, 40, 75, 70]}, num_samples=2)[-1]
     model, processor = tiny_model(), ProbabilisticSamProcessor(image_size=SIZE, crop_size=32)
-    expected = cli.draw(model, processor, colour, {"box": [45, 40, 75, 70]}, 2, 0)
+    expected = inference.draw(model, processor, colour, {"box": [45, 40, 75, 70]}, 2, 0)
     with zipfile.ZipFile(archive) as file:
         masks = [np.asarray(Image.open(file.open(f"masks/sample-{index:02d}.png"))) for index in range(2)]
     assert np.array_equal(np.stack(masks), expected.masks)
@@ -123,7 +123,7 @@ def test_zip_holds_what_segment_writes_and_the_page_shows_the_same(draw, image_p
         names = file.namelist()
         result = json.loads(file.read("result.json"))
         masks = np.stack([np.asarray(Image.open(file.open(name))) for name in sorted(names) if "masks/sample" in name])
-    assert {name.split("/")[0] for name in names} == set(cli.RESULT_FILES)
+    assert {name.split("/")[0] for name in names} == set(inference.RESULT_FILES)
     assert (masks.shape, masks.dtype) == ((5, 128, 128), bool)
     assert result["area_px"]["samples"] == masks.sum((1, 2)).tolist()
     assert result["image"] == "slice.png" and str(Path(image_path).parent) not in json.dumps(result)
@@ -238,7 +238,7 @@ def until(question, seconds=120):
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    if not cli.DEFAULT_MODEL.is_dir():
+    if not inference.DEFAULT_MODEL.is_dir():
         pytest.skip("no model in model_cards/psam-lidc")
     log = tmp_path_factory.mktemp("server") / "log"
     kept = tmp_path_factory.mktemp("kept")

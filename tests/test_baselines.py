@@ -12,7 +12,7 @@ import yaml
 from tiny import GRID, SIZE, load_script, tiny_model, tiny_rows, tiny_vit_parts
 from transformers import AutoModel, AutoProcessor
 
-from probabilistic_sam import ProbabilisticSamProcessor
+from probabilistic_sam import ProbabilisticSamProcessor, evaluation
 from probabilistic_sam.baselines import (
     DeterministicSamModel,
     DropoutSamModel,
@@ -319,10 +319,10 @@ def test_probabilistic_unet_reports_its_latent_space():
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
     pytest.importorskip("accelerate")
-    rows = pytest.importorskip("probabilistic_sam.data.format")
+    build = pytest.importorskip("probabilistic_sam.data.build")
     path = tmp_path_factory.mktemp("baselines")
     tiny_model(tiny_vit_parts, detail_hidden_size=8).save_pretrained(path / "base")
-    rows.write_dataset(tiny_rows({"train": 2, "validation": 2}), path / "lidc", "Made for a test.")
+    build.write_dataset(tiny_rows({"train": 2, "validation": 2}), path / "lidc", "Made for a test.")
     return path
 
 
@@ -433,10 +433,9 @@ def test_wrong_training_configuration(train, name, changes, message):
 def test_oracles_by_hand():
     masks = np.zeros((4, 1, 4), bool)  # readers drew 0, 1, 2 and 4 pixels
     masks[1, 0, :1] = masks[2, 0, :2] = masks[3] = True
-    script = load_script("evaluate")
-    majority = script.Oracle("oracle:majority").draw(masks, 3, None)
+    majority = evaluation.Oracle("oracle:majority").draw(masks, 3, None)
     assert majority.tolist() == [[[True, False, False, False]]] * 3  # 3 of 4; 2 of 4 are a tie, which is not drawn
-    drawn = script.Oracle("oracle:readers").draw(masks, 1000, torch.Generator().manual_seed(0)).sum(axis=(1, 2))
+    drawn = evaluation.Oracle("oracle:readers").draw(masks, 1000, torch.Generator().manual_seed(0)).sum(axis=(1, 2))
     shares = [(drawn == area).mean() for area in (0, 1, 2, 4)]
     assert shares == pytest.approx([0.25] * 4, abs=0.05)
 
@@ -444,14 +443,13 @@ def test_oracles_by_hand():
 def test_oracle_of_shape_knows_the_readers_who_drew():
     masks = np.zeros((4, 1, 4), bool)  # two of four drew, the same two pixels: a tie of all, but the two agree
     masks[2:, 0, :2] = True
-    script = load_script("evaluate")
-    scores = script.score_oracle(script.Oracle("oracle:majority"), masks, 3, seed=0)
+    scores = evaluation.score_oracle(evaluation.Oracle("oracle:majority"), masks, 3, seed=0)
     # All samples are empty: 2 * 1/2 - 0 - 1/2; in `shape` they are the two readers' mask
     assert scores["all"]["ged"] == pytest.approx(0.5)
     assert scores["shape"]["ged"] == 0
     assert (scores["shape"]["empty_rate_samples"], scores["shape"]["empty_rate_readers"]) == (1, 0.5)
     masks[3] = False  # one reader: not in the column
-    assert script.score_oracle(script.Oracle("oracle:majority"), masks, 3, seed=0)["shape"] is None
+    assert evaluation.score_oracle(evaluation.Oracle("oracle:majority"), masks, 3, seed=0)["shape"] is None
 
 
 def test_oracles_are_scored(workspace, tmp_path):
@@ -467,11 +465,10 @@ def test_oracles_are_scored(workspace, tmp_path):
 
     # One slice by hand: two readers, one of whom drew; three samples, k of them his. Distances are 0 or 1, so
     # GED = 2 * 1/2 - 2 (k / 3) (1 - k / 3) - 1/2
-    script = load_script("evaluate")
     row = next(row for row in load_split(workspace / "lidc", "validation") if row["num_nonempty"] < 4)
     drew = decode_masks(row).any(axis=(1, 2))
     row["masks"] = [row["masks"][index] for index in (drew.argmax(), drew.argmin())]
-    ((scores,),) = script.evaluate_rows(script.Oracle("oracle:readers"), None, [row], "union_box", 3, (0,))
+    ((scores,),) = evaluation.evaluate_rows(evaluation.Oracle("oracle:readers"), None, [row], "union_box", 3, (0,))
     generator = torch.Generator().manual_seed(row_seed(row, "samples 0 None"))
     share = (torch.randint(2, (3,), generator=generator) == 0).double().mean().item()
     assert scores["all"]["ged"] == pytest.approx(0.5 - 2 * share * (1 - share))

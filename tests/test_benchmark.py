@@ -1,4 +1,4 @@
-"""training/benchmark.py: that what it times is right and equal, on tiny models; no test looks at a time."""
+"""training/report/benchmark.py: that what it times is right and equal, on tiny models; no test looks at a time."""
 
 import json
 import os
@@ -28,7 +28,7 @@ CONFIGS = ROOT / "training" / "configs" / "accelerate"
 
 @pytest.fixture(scope="module")
 def script():
-    return load_script("benchmark")
+    return load_script("report/benchmark")
 
 
 def test_ways_take_turns_after_a_turn_to_warm_up(script):

@@ -18,7 +18,7 @@ import pytest
 from dicom_files import write_slice
 from tiny import card_sizes, load_script
 
-from probabilistic_sam.data import files as files_module
+from probabilistic_sam.data import archives
 from probabilistic_sam.data.format import decode_image, decode_masks, encode_png, load_split, split_content
 from probabilistic_sam.data.lidc.nodules import read_nodule
 from probabilistic_sam.data.lidc.slices import read_index, read_slices
@@ -250,7 +250,7 @@ def test_repeated_members_and_too_many_are_refused(tmp_path, build, monkeypatch)
     assert_refused(
         build("slices", "--input", tmp_path / "a.tar", "--output", tmp_path / "out"), "slice-0.png: comes twice"
     )
-    monkeypatch.setattr(files_module, "MAX_MEMBERS", 7)
+    monkeypatch.setattr(archives, "MAX_MEMBERS", 7)
     (tmp_path / "a.tar").write_bytes(tar_bytes(files))
     assert_refused(build("slices", "--input", tmp_path / "a.tar", "--output", tmp_path / "out"), "accepted: at most 7")
 

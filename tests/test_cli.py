@@ -23,6 +23,8 @@ from probabilistic_sam import (
     ProbabilisticSamModel,
     ProbabilisticSamProcessor,
     cli,
+    images,
+    inference,
     processing_probabilistic_sam,
 )
 from probabilistic_sam.errors import UserError
@@ -87,7 +89,7 @@ def contents(folder):
 
 def test_writes_masks_maps_and_areas_that_agree(run_segment, capsys):
     out = run_segment("--num-samples", 12, "--pixel-spacing", 0.5, "--seed", 3)
-    assert {path.name for path in out.iterdir()} == set(cli.RESULT_FILES)
+    assert {path.name for path in out.iterdir()} == set(inference.RESULT_FILES)
     files = sorted((out / "masks").iterdir())
     assert [path.name for path in files] == [f"sample-{index:02d}.png" for index in range(12)]
     images = [Image.open(path) for path in files]
@@ -133,12 +135,12 @@ def test_colour_is_what_the_processor_takes(run_segment, model_dir, tmp_path):
     colour = np.random.default_rng(0).integers(0, 255, (48, 60, 3), dtype=np.uint8)
     Image.fromarray(colour).save(tmp_path / "colour.png")
     out = run_segment("--num-samples", 3, image=tmp_path / "colour.png")
-    model, processor = cli.load_model(model_dir)
-    drawn = cli.draw(model, processor, colour, {"box": [10, 12, 30, 28]}, 3, 0)
+    model, processor = inference.load_model(model_dir)
+    drawn = inference.draw(model, processor, colour, {"box": [10, 12, 30, 28]}, 3, 0)
     masks = np.stack([np.asarray(Image.open(path)) for path in sorted((out / "masks").iterdir())])
     assert np.array_equal(masks, drawn.masks)
     assert json.loads((out / "result.json").read_text())["image_size"] == {"width": 60, "height": 48}
-    grey = cli.draw(model, processor, cli.luminance(colour), {"box": [10, 12, 30, 28]}, 3, 0)
+    grey = inference.draw(model, processor, images.luminance(colour), {"box": [10, 12, 30, 28]}, 3, 0)
     assert not np.array_equal(grey.mean, drawn.mean)
 
 
@@ -172,7 +174,7 @@ def test_failure_keeps_the_previous_result(run_segment, tmp_path, monkeypatch):
     def disk_full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cli, "save_figure", disk_full)
+    monkeypatch.setattr(inference, "save_figure", disk_full)
     with pytest.raises(UserError, match="No space left on device"):
         run_segment("--num-samples", 3)
     assert contents(out) == before
@@ -195,10 +197,10 @@ def test_reads_grey_of_every_kind(tmp_path, name):
     elif "grey" not in name:
         image = image.convert({"rgb": "RGB", "rgba": "RGBA", "palette": "P"}[name.split(".")[0]])
     image.save(tmp_path / name)
-    array = cli.load_image(tmp_path / name)
+    array = images.load_image(tmp_path / name)
     if name.split(".")[0] in ("rgb", "rgba", "palette"):  # colour stays colour, as in the processor
         assert array.shape == (48, 60, 3)
-        array = cli.luminance(array)
+        array = images.luminance(array)
     assert array.shape == (48, 60)
     if name == "grey16.png":
         assert (array.dtype, array.max()) == (np.uint16, 59 * 4 * 200)
@@ -237,28 +239,28 @@ def test_bad_images_are_refused(tmp_path, data, message):
     if data is not None:
         path.write_bytes(data)
     with pytest.raises(UserError, match=message):
-        cli.load_slice(path)
+        images.load_slice(path)
 
 
 def test_truncated_stacked_and_infinite_images_are_refused(tmp_path, image_path):
     (tmp_path / "cut.png").write_bytes(image_path.read_bytes()[:-200])
     with pytest.raises(UserError, match="cannot be read"):
-        cli.load_image(tmp_path / "cut.png")
+        images.load_image(tmp_path / "cut.png")
     frames = [Image.new("L", (8, 8), value) for value in (0, 1)]
     frames[0].save(tmp_path / "stack.tiff", save_all=True, append_images=frames[1:])
     with pytest.raises(UserError, match="2 frames"):
-        cli.load_image(tmp_path / "stack.tiff")
+        images.load_image(tmp_path / "stack.tiff")
     Image.fromarray(np.full((8, 8), np.nan, dtype=np.float32)).save(tmp_path / "nan.tiff")
     with pytest.raises(UserError, match="NaN"):
-        cli.load_image(tmp_path / "nan.tiff")
+        images.load_image(tmp_path / "nan.tiff")
     with pytest.raises(UserError, match="no image file"):
-        cli.load_image(tmp_path)
+        images.load_image(tmp_path)
 
 
 def test_segment_reads_dicom_and_its_pixel_spacing(run_segment, tmp_path):
     hu = np.random.default_rng(0).integers(-1000, 400, size=(48, 60))
     path = write_slice(tmp_path / "IM1", hu, "1.2", 0.0, "1.3", PixelSpacing=[0.5, 0.8])
-    image, side = cli.load_slice(path)
+    image, side = images.load_slice(path)
     np.testing.assert_array_equal(image, hu)
     assert side**2 == pytest.approx(0.4)
     result = json.loads((run_segment("--num-samples", 3, image=path) / "result.json").read_text())
@@ -270,7 +272,7 @@ def test_segment_reads_dicom_and_its_pixel_spacing(run_segment, tmp_path):
 def test_dicom_without_spacing_and_dark_where_others_are_bright(tmp_path):
     hu = np.array([[-1000, 0], [100, 400]])
     path = write_slice(tmp_path / "IM1", hu, "1.2", 0.0, "1.3", PhotometricInterpretation="MONOCHROME1")
-    image, side = cli.load_slice(path)
+    image, side = images.load_slice(path)
     assert side is None
     np.testing.assert_array_equal(image, [[400, -600], [-700, -1000]])  # -1000 + 400 - hu
 
@@ -288,7 +290,7 @@ def test_dicom_without_spacing_and_dark_where_others_are_bright(tmp_path):
 def test_other_dicom_is_refused(tmp_path, tags, message):
     path = write_slice(tmp_path / "IM1", np.zeros((48, 60), dtype=int), "1.2", 0.0, "1.3", **tags)
     with pytest.raises(UserError, match=message):
-        cli.load_slice(path)
+        images.load_slice(path)
 
 
 def test_deflated_dicom_is_refused_before_it_unpacks(tmp_path):
@@ -297,13 +299,13 @@ def test_deflated_dicom_is_refused_before_it_unpacks(tmp_path):
     data.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
     data.save_as(path)
     with pytest.raises(UserError, match="deflated"):
-        cli.load_slice(path)
+        images.load_slice(path)
 
 
 def test_missing_packages_are_named(tmp_path, monkeypatch):
     path = write_slice(tmp_path / "IM1", np.zeros((8, 8), dtype=int), "1.2", 0.0, "1.3")
     for missing, module, message, call in (
-        ("pydicom", "dicom_slice", "pip install pydicom", lambda: cli.load_slice(path)),
+        ("pydicom", "dicom_slice", "pip install pydicom", lambda: images.load_slice(path)),
         ("gradio", "app", "needs gradio, .* pip install", lambda: cli.main(["demo"])),
     ):
         monkeypatch.setitem(sys.modules, missing, None)
@@ -358,7 +360,7 @@ def test_other_bad_options_are_refused(run_segment, extra):
 
 
 def test_more_samples_than_memory_are_refused(run_segment, monkeypatch):
-    monkeypatch.setattr(cli, "MAX_SAMPLED_PIXELS", 10 * 48 * 60)
+    monkeypatch.setattr(inference, "MAX_SAMPLED_PIXELS", 10 * 48 * 60)
     with pytest.raises(UserError, match="at most 10 samples"):
         run_segment("--num-samples", 11)
 

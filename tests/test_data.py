@@ -222,7 +222,7 @@ def test_build_does_not_depend_on_the_order_of_rows(tmp_path):
 
 
 def test_large_splits_are_written_in_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr("probabilistic_sam.data.format.SHARD_BYTES", 20_000)
+    monkeypatch.setattr("probabilistic_sam.data.build.SHARD_BYTES", 20_000)
     write_dataset([make_row(slice_index=index) for index in range(120)], tmp_path / "build", "Made up.")
     names = sorted(path.name for path in (tmp_path / "build" / "data").iterdir())
     assert len(names) > 1 and names[0] == f"train-00000-of-{len(names):05d}.parquet"
@@ -270,7 +270,7 @@ def test_full_disk_leaves_the_earlier_build(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("probabilistic_sam.data.format.pq.ParquetWriter.write_table", full)
+    monkeypatch.setattr("probabilistic_sam.data.build.pq.ParquetWriter.write_table", full)
     for path in (output, tmp_path / "other"):
         with pytest.raises(OSError, match="No space left"):
             write_dataset([make_row(VALIDATION)], path, "Made up.")
@@ -330,7 +330,7 @@ def test_manifest_depends_on_content_only(tmp_path, monkeypatch):
             columns = {name: row[name] for name in IDENTITY} | changes
             yield image_row(again(row["image"]["bytes"]), masks, "image", ["mask"] * len(masks), **columns)
 
-    monkeypatch.setattr("probabilistic_sam.data.format.SHARD_BYTES", 5_000)
+    monkeypatch.setattr("probabilistic_sam.data.build.SHARD_BYTES", 5_000)
     write_dataset(copies(), tmp_path / "other", "Made up elsewhere.")
     assert len(list((tmp_path / "other/data").iterdir())) > 2
     assert manifest_splits(tmp_path / "other") == splits
@@ -442,7 +442,7 @@ def test_load_split_names_what_is_there(tmp_path):
 
 
 def test_incomplete_split_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("probabilistic_sam.data.format.SHARD_BYTES", 20_000)
+    monkeypatch.setattr("probabilistic_sam.data.build.SHARD_BYTES", 20_000)
     write_dataset([make_row(slice_index=index) for index in range(120)], tmp_path / "build", "Made up.")
     shards = sorted((tmp_path / "build" / "data").iterdir())
     shards[-1].unlink()

@@ -43,7 +43,8 @@ run("finish_run", "--run", folder / "run", "--output", folder / "finished", *cac
 run("evaluate", "--model", folder / "finished", "--num_samples", "2", "--output", folder / "validation.json")
 (folder / "results").mkdir()
 os.rename(folder / "validation.json", folder / "results" / "validation.json")
-run("make_figures", "--model", folder / "finished", "--results", folder / "results", "--output", folder / "figures")
+figures = ("--model", folder / "finished", "--results", folder / "results", "--output", folder / "figures")
+run("report/make_figures", *figures)
 
 found = {"content": {name: split_content(load_split("org/lidc", name)) for name in ("train", "validation")}}
 for key, name, split in (

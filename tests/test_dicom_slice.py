@@ -15,7 +15,7 @@ from pydicom.filebase import DicomBytesIO
 from pydicom.filewriter import write_dataset
 from pydicom.uid import ExplicitVRLittleEndian, JPEGBaseline8Bit, RLELossless
 
-from probabilistic_sam import cli, dicom_slice
+from probabilistic_sam import cli, dicom_slice, images
 from probabilistic_sam.dicom_slice import read_dicom, read_header
 from probabilistic_sam.errors import UserError
 
@@ -302,14 +302,14 @@ def test_no_transfer_syntax_and_no_preamble(tmp_path):
     for name, content in files.items():
         path = tmp_path / name
         path.write_bytes(content)
-        np.testing.assert_array_equal(cli.load_slice(path)[0], STORED - 10, err_msg=name)
+        np.testing.assert_array_equal(images.load_slice(path)[0], STORED - 10, err_msg=name)
         assert read_header(path, ["SOPInstanceUID", "PatientID"]) == {"SOPInstanceUID": "1.3", "PatientID": None}
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "BMP", "PPM", "WEBP"])
 def test_images_are_not_taken_for_dicom(tmp_path, kind):
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "image", format=kind)
-    assert cli.load_slice(tmp_path / "image")[0].shape[:2] == (8, 8)  # WebP has no grey
+    assert images.load_slice(tmp_path / "image")[0].shape[:2] == (8, 8)  # WebP has no grey
 
 
 def test_padding_behind_the_pixels(tmp_path):
@@ -371,7 +371,7 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path, tags, message):
         read_dicom(path, MAX_PIXELS)
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match=f"^DICOM file {path} cannot be read: "):
-        cli.load_slice(path)
+        images.load_slice(path)
 
 
 def test_objects_without_pixels_and_broken_values(tmp_path):
@@ -394,7 +394,7 @@ def test_truncated_files(tmp_path, cut):
     path = write(tmp_path)
     path.write_bytes(path.read_bytes()[:-cut])
     with pytest.raises(UserError, match="PixelData"):
-        cli.load_slice(path)
+        images.load_slice(path)
 
 
 def test_limits_are_checked_before_pixels_are_decoded(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ pytest.importorskip("datasets")
 
 from tiny import load_script
 
+from probabilistic_sam import evaluation
 from probabilistic_sam.data import split_of
 from probabilistic_sam.data.build import write_dataset
 from probabilistic_sam.data.format import decode_masks, encode_png, image_row, load_split
@@ -128,7 +129,7 @@ class EmbeddingModel(StubModel):
 
 def run(script, model, dataset, prompt="union_box", num_samples=4, seeds=(0,), batch_size=4, process=(0, 1), **more):
     state = SimpleNamespace(process_index=process[0], num_processes=process[1], is_main_process=False)
-    return script.evaluate_dataset(
+    return evaluation.evaluate_dataset(
         model, StubProcessor(), dataset, prompt, num_samples, seeds, batch_size, state, **more
     )
 
@@ -226,17 +227,17 @@ def test_looking_into_the_latent_space_leaves_the_samples_alone(script, model_di
 
     model, processor = ProbabilisticSamModel.from_pretrained(model_dir), ProbabilisticSamProcessor(32, 24)
     rows = [dataset[index] for index in range(2)]
-    (first, second), _ = script.evaluate_rows(model.eval(), processor, rows, "union_box", 3, (0, 1))
+    (first, second), _ = evaluation.evaluate_rows(model.eval(), processor, rows, "union_box", 3, (0, 1))
     assert "collapse" not in second  # once is enough: only the noise of the reconstructions would differ
     state = first.pop("collapse")
     assert state["kl"].shape == state["posterior_mean"].shape == (4, 3)
     assert state["drew"].tolist() == decode_masks(rows[0]).any(axis=(1, 2)).tolist()
     assert len(state["iou"]) == state["drew"].sum()
 
-    (leaking,), _ = script.evaluate_rows(model, processor, rows, "reader_box", 3, (0,))
+    (leaking,), _ = evaluation.evaluate_rows(model, processor, rows, "reader_box", 3, (0,))
     assert "collapse" not in leaking
     del model.posterior
-    (alone, _), _ = script.evaluate_rows(model, processor, rows, "union_box", 3, (0, 1))
+    (alone, _), _ = evaluation.evaluate_rows(model, processor, rows, "union_box", 3, (0, 1))
     assert "collapse" not in alone
     assert alone["all"].pop("calibration").tolist() == first["all"].pop("calibration").tolist()
     assert alone["all"] == first["all"]
@@ -257,7 +258,7 @@ def test_latent_space_counts_masks_that_vanish_in_the_window(script, model_dir, 
     )  # fmt: skip
     model = ProbabilisticSamModel.from_pretrained(folder).eval()
     processor = ProbabilisticSamProcessor.from_pretrained(folder) if shipped else ProbabilisticSamProcessor(32, 24)
-    ((scores,),) = script.evaluate_rows(model, processor, [row], "union_box", 2, (0,))
+    ((scores,),) = evaluation.evaluate_rows(model, processor, [row], "union_box", 2, (0,))
     assert scores["collapse"]["drew"].tolist() == [True, True, False] and len(scores["collapse"]["iou"]) == 2
     assert np.isfinite(scores["collapse"]["iou"]).all()
 
@@ -266,14 +267,14 @@ def test_max_slices_takes_a_fixed_subset(script, dataset):
     def identity(chosen):
         return [(row["patient_id"], row["slice_index"]) for row in chosen]
 
-    few, more = (identity(script.choose_slices(dataset, count)) for count in (4, 8))
+    few, more = (identity(evaluation.choose_slices(dataset, count)) for count in (4, 8))
     assert (len(few), len(more)) == (4, 8)
     assert set(few) < set(more)  # more slices, the same ones and others
     assert more == [item for item in identity(dataset) if item in more]  # in the order of the file
     assert more != identity(dataset)[:8]
-    assert len(script.choose_slices(dataset, 100)) == len(dataset)
+    assert len(evaluation.choose_slices(dataset, 100)) == len(dataset)
     shuffled = dataset.select(range(len(dataset) - 1, -1, -1))
-    assert set(identity(script.choose_slices(shuffled, 4))) == set(few)
+    assert set(identity(evaluation.choose_slices(shuffled, 4))) == set(few)
 
 
 # ---------------------------------------------------------------------------------------------- from the command line

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 from loopback_hub import LOST, RESET, LoopbackHub, Repo
-from probabilistic_sam.hub.push.push import check_repo_name
 
 from probabilistic_sam.errors import UserError
+from probabilistic_sam.hub.push import check_repo_name
 
 SCRIPT = Path(__file__).resolve().parent.parent / "training" / "build_dataset.py"
 

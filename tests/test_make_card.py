@@ -14,7 +14,7 @@ from probabilistic_sam.configuration_probabilistic_sam import ProbabilisticSamCo
 from probabilistic_sam.hub import model_card
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "training"))
+sys.path.insert(0, str(ROOT / "training" / "report"))
 import make_card  # noqa: E402
 
 sys.path.pop(0)
@@ -143,7 +143,7 @@ def test_cost_has_a_line_a_comparison_and_says_what_was_missed():
             "flops": {"tiny": parts},
             "commit": "abc",
             "growth_seconds": {"image_size": {"128": 0.5}},
-            "command": "python training/benchmark.py",
+            "command": "python training/report/benchmark.py",
         }  # fmt: skip
     )
     lines = text.splitlines()
@@ -173,7 +173,7 @@ def test_exported_weights_are_half_precision_and_load_as_float32(tmp_path):
 
 
 def test_card_and_readme_of_the_project_are_up_to_date():
-    command = [sys.executable, "training/make_card.py", "--check"]
+    command = [sys.executable, "training/report/make_card.py", "--check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -12,7 +12,7 @@ from probabilistic_sam import ProbabilisticSamProcessor
 from probabilistic_sam.data.build import write_dataset
 from probabilistic_sam.errors import UserError
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "training"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "training" / "report"))
 import make_figures  # noqa: E402
 
 sys.path.pop(0)

@@ -17,7 +17,7 @@ from tiny import SIZE, tiny_model
 from transformers import pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
-from probabilistic_sam import ProbabilisticSamProcessor, cli
+from probabilistic_sam import ProbabilisticSamProcessor, images, inference
 
 TASK = "probabilistic-mask-generation"
 BOX, OTHER_BOX = [10, 12, 30, 28], [40, 5, 52, 20]
@@ -135,9 +135,9 @@ def test_an_image_means_the_same_through_every_entrance(shipped, tmp_path, kind)
         masks = [np.asarray(Image.open(io.BytesIO(base64.b64decode(item["mask"])))) for item in answer[2:]]
         assert np.array_equal(np.stack(masks) > 0, expected)
     path = tmp_path / "image.file"
-    for image in (cli.load_slice(path)[0], app.open_file(str(path))[0]):
+    for image in (images.load_slice(path)[0], app.open_file(str(path))[0]):
         assert np.array_equal(image, array)
-    drawn = cli.draw(pipe.model, pipe.processor, image, {"box": box}, 2, 4)
+    drawn = inference.draw(pipe.model, pipe.processor, image, {"box": box}, 2, 4)
     assert np.array_equal(drawn.masks, expected)
 
 
@@ -280,7 +280,8 @@ def test_pipeline_is_saved_with_the_code_of_all_its_parts(tmp_path):
     names = {path.name for path in folder.iterdir()}
     assert names == {
         "config.json", "model.safetensors", "processor_config.json", "configuration_probabilistic_sam.py",
-        "modeling_probabilistic_sam.py", "modeling_tiny_vit.py", "pipeline_probabilistic_sam.py",
+        "loss_probabilistic_sam.py", "modeling_mask_decoder.py", "modeling_probabilistic_sam.py",
+        "modeling_tiny_vit.py", "pipeline_probabilistic_sam.py",
         "processing_probabilistic_sam.py",
     }  # fmt: skip
     config = json.loads((folder / "config.json").read_text())

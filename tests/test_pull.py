@@ -237,7 +237,8 @@ TASK = "probabilistic-mask-generation"
 EXAMPLE = CARD / "examples" / "phantom-1.png"
 EXAMPLE_BOX = json.loads((CARD / "examples" / "examples.json").read_text())["images"][0]["box"]
 CODE = {
-    "configuration_probabilistic_sam.py", "modeling_probabilistic_sam.py", "modeling_tiny_vit.py",
+    "configuration_probabilistic_sam.py", "loss_probabilistic_sam.py", "modeling_mask_decoder.py",
+    "modeling_probabilistic_sam.py", "modeling_tiny_vit.py",
     "pipeline_probabilistic_sam.py", "processing_probabilistic_sam.py",
 }  # fmt: skip
 WAYS = """

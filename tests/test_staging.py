@@ -18,7 +18,7 @@ from probabilistic_sam.hub.staging import stage_model
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "model_cards" / "psam-lidc"
-KINDS = ("configuration", "modeling", "pipeline", "processing")  # of modules that travel
+KINDS = ("configuration", "loss", "modeling", "pipeline", "processing")  # of modules that travel
 MODULES = sorted(path for kind in KINDS for path in (ROOT / "probabilistic_sam").glob(f"{kind}_*.py"))
 # What a machine with transformers has; Pillow only where files are opened
 ALLOWED = {"torch", "numpy", "transformers", "huggingface_hub.dataclasses", *sys.stdlib_module_names}

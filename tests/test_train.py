@@ -26,6 +26,8 @@ from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamProcessor
 from probabilistic_sam.data import split_of
 from probabilistic_sam.data.build import write_dataset
 from probabilistic_sam.errors import UserError
+from probabilistic_sam.training import checkpoint, loop, models
+from probabilistic_sam.training import config as config_module
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "training" / "train.py"
@@ -338,8 +340,8 @@ class StubCache:
 
 
 def make_batches(script, rank=0, world_size=1, **changes):
-    config = script.TrainingConfig(base_model="", image_size=SIZE, batch_size=4, **changes)
-    return script.Batches(StubCache(), config, SIZE // 16, rank, world_size)
+    config = config_module.TrainingConfig(base_model="", image_size=SIZE, batch_size=4, **changes)
+    return loop.Batches(StubCache(), config, SIZE // 16, rank, world_size)
 
 
 def rows_of(batch):
@@ -393,38 +395,38 @@ def test_batch_tells_who_annotated_before_masks_are_resized(script, monkeypatch)
 def test_log_averages_the_outline_over_annotated_masks(script):
     kl = torch.tensor([[9.0, 1, 2], [9, 3, 4], [0, 50, 50]])[None, None]  # (B, P, R, L)
     annotated = torch.tensor([[[True, True, False]]])
-    values = script.latent_values(kl, annotated, True)
+    values = loop.latent_values(kl, annotated, True)
     assert values["outline_kl"].item() == 5  # (1 + 2 + 3 + 4) / 2
     assert values["drawing_nll"].item() == 6
-    assert script.latent_values(kl, annotated, False)["kl"].item() == pytest.approx(128 / 3)
+    assert loop.latent_values(kl, annotated, False)["kl"].item() == pytest.approx(128 / 3)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "training" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configurations_are_read(script, path):
     arguments = dict.fromkeys(("base_model", "max_steps", "seed", "push_to_hub"))
-    config = script.read_config(SimpleNamespace(config=path, **arguments))
+    config = config_module.read_config(SimpleNamespace(config=path, **arguments))
     assert path.stem == "ellipse" or config.max_steps > config.warmup_steps
     assert config.crop_size == 64 and config.image_size % 16 == 0
 
 
 def test_base_model_without_weights(script):
-    config = script.TrainingConfig(base_model="random", image_size=SIZE)
-    models = []
+    config = config_module.TrainingConfig(base_model="random", image_size=SIZE)
+    found = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        models.append(script.load_base_model(config, {"latent_dim": 3}))
-    assert models[0].config.latent_dim == 3 and models[0].config.vision_config.image_size == SIZE
-    weights = [model.mask_decoder.mask_tokens.weight for model in models]
+        found.append(models.load_base_model(config, {"latent_dim": 3}))
+    assert found[0].config.latent_dim == 3 and found[0].config.vision_config.image_size == SIZE
+    weights = [model.mask_decoder.mask_tokens.weight for model in found]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
     images = torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
-    embeddings = models[0].eval().get_image_embeddings(images)[:, :-16]
+    embeddings = found[0].eval().get_image_embeddings(images)[:, :-16]
     assert embeddings.std() > 0.1 and not torch.allclose(embeddings[0], embeddings[1], atol=0.01)  # it sees the image
 
 
 def test_average_of_weights(script):
     model = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.constant_(model.weight, 1.0)
-    ema = script.Ema(model, decay=0.995)
+    ema = loop.Ema(model, decay=0.995)
     torch.nn.init.constant_(model.weight, 12.0)
     ema.update(model, step=1)  # decay 1 / 11: 1 / 11 + 12 * 10 / 11
     ema.swap(model)
@@ -472,7 +474,7 @@ def test_wrong_configuration(train, workspace, tmp_path, changes, message):
 
 def test_numbers_that_yaml_takes_for_text_or_integers_are_read(script, tmp_path):
     (tmp_path / "config.yaml").write_text("base_model: x\nlearning_rate: 2e-4\nmodel: {kl_weight: 1}\n")
-    config = script.read_config(
+    config = config_module.read_config(
         SimpleNamespace(config=tmp_path / "config.yaml", base_model=None, max_steps=9, seed=None, push_to_hub=None)
     )
     assert (config.learning_rate, config.max_steps, config.seed) == (2e-4, 9, 0)
@@ -562,10 +564,12 @@ def test_nothing_to_resume_from(train, finished, tmp_path, monkeypatch):
 
 
 def test_checkpoint_of_an_earlier_version_says_why(script, tmp_path):
-    torch.save({name: kind() for name, kind in script.CHECKPOINT.items() if name != "fingerprint"}, tmp_path / "a.pt")
+    torch.save(
+        {name: kind() for name, kind in checkpoint.CHECKPOINT.items() if name != "fingerprint"}, tmp_path / "a.pt"
+    )
     (tmp_path / "a.pt").rename(tmp_path / "training_state.pt")
     with pytest.raises(UserError, match="lacks 'fingerprint', as those of earlier versions do; accepted"):
-        script.read_checkpoint(tmp_path)
+        checkpoint.read_checkpoint(tmp_path)
 
 
 def test_earlier_run_is_not_overwritten(train, finished):
@@ -575,7 +579,7 @@ def test_earlier_run_is_not_overwritten(train, finished):
 
 def test_sharded_weights_are_refused(script, train, tmp_path, monkeypatch):
     # accelerate shards on GPUs only: take what it says here for a way to shard
-    monkeypatch.setattr(script, "SHARDED", (script.DistributedType.NO,))
+    monkeypatch.setattr(loop, "SHARDED", (loop.DistributedType.NO,))
     with pytest.raises(UserError, match="accelerate is configured for .*accepted: one process"):
         train(tmp_path / "run")
     assert not (tmp_path / "run").exists()

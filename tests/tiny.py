@@ -1,7 +1,6 @@
 """Models and data with which a test takes milliseconds, and the scripts of `training` as modules."""
 
 import importlib.util
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,17 +13,13 @@ TRAINING = Path(__file__).resolve().parent.parent / "training"
 
 
 def load_script(name):
-    """A script of `training` as a module, which finds its neighbours as it does when it is started.
+    """A script of `training`, such as `evaluate` or `report/benchmark`, as a module.
 
     The module has another name than the script: `evaluate` would hide the library.
     """
-    spec = importlib.util.spec_from_file_location(f"training_{name}", TRAINING / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"training_{Path(name).name}", TRAINING / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(TRAINING))
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(TRAINING))
+    spec.loader.exec_module(module)
     return module
 
 

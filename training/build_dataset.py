@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from probabilistic_sam.hub.push.push import check_repo_name, push_folder
 from tqdm import tqdm
 
 from probabilistic_sam.data.build import NoRows, check_output, write_dataset
@@ -28,6 +27,7 @@ from probabilistic_sam.data.lidc.pickle_crops import read_pickle
 from probabilistic_sam.data.lidc.slices import read_slices
 from probabilistic_sam.data.parts import Job, finished_parts, part_rows
 from probabilistic_sam.errors import UserError, run
+from probabilistic_sam.hub.push import check_repo_name, push_folder
 
 DICOM_ORIGIN = """\
 Real CT in Hounsfield units (16-bit PNG, HU + 1024): a window of 128x128 pixels around each nodule, {spacing}, from the

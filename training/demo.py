@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from probabilistic_sam import cli
+from probabilistic_sam import cli, files, inference
 from probabilistic_sam.data import make_prompt, row_seed
 from probabilistic_sam.data.format import decode_image, decode_masks
 from probabilistic_sam.data.lidc.phantom import demo_nodules, phantom_row
@@ -26,9 +26,11 @@ def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = cli.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--output", default="demo", metavar="DIR", help="folder: new, empty or a previous demo")
-    parser.add_argument("--model", default=str(cli.DEFAULT_MODEL), metavar="M", help="default model_cards/psam-lidc")
+    parser.add_argument(
+        "--model", default=str(inference.DEFAULT_MODEL), metavar="M", help="default model_cards/psam-lidc"
+    )
     parser.add_argument("--num-nodules", type=cli.whole_number(1, 50), default=6, metavar="K", help="default 6")
-    samples = cli.whole_number(1, cli.MAX_SAMPLES)
+    samples = cli.whole_number(1, inference.MAX_SAMPLES)
     parser.add_argument("--num-samples", type=samples, default=16, metavar="N", help="default 16")
     parser.add_argument("--seed", type=cli.whole_number(0, 2**63 - 1), default=0, metavar="S", help="default 0")
     return parser.parse_args()
@@ -37,23 +39,23 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Write one figure and one folder of masks a nodule, and `results.json`."""
     arguments = parse_args()
-    if arguments.model == str(cli.DEFAULT_MODEL) and not cli.DEFAULT_MODEL.is_dir():
+    if arguments.model == str(inference.DEFAULT_MODEL) and not inference.DEFAULT_MODEL.is_dir():
         raise UserError("no model in model_cards/psam-lidc; accepted: --model with a directory of training/train.py")
-    cli.quiet_transformers()
-    model, processor = cli.load_model(arguments.model)
+    inference.quiet_transformers()
+    model, processor = inference.load_model(arguments.model)
     results = []
-    with cli.replaced_directory(arguments.output, ("nodule-*", "results.json")) as folder:
+    with files.replaced_directory(arguments.output, ("nodule-*", "results.json")) as folder:
         nodules = tqdm(demo_nodules(arguments.num_nodules), total=arguments.num_nodules, desc="nodules", unit="nodule")
         for index, nodule in enumerate(nodules, start=1):
             row = phantom_row(nodule, nodule.middle)
             image, readers = decode_image(row), decode_masks(row)
             box = make_prompt(readers, PROMPT, np.random.default_rng(row_seed(row, PROMPT)))["input_boxes"]
-            drawn = cli.draw(model, processor, image, {"box": box}, arguments.num_samples, arguments.seed)
+            drawn = inference.draw(model, processor, image, {"box": box}, arguments.num_samples, arguments.seed)
             distance = ged(drawn.masks, readers)
 
             name = f"nodule-{index:02d}"
             place = f"{row['patient_id']}, nodule {row['nodule_id']}, slice {row['slice_index']}"
-            cli.write_samples(folder / name, drawn)
+            inference.write_samples(folder / name, drawn)
             figure = sample_figure(
                 image, drawn.masks, drawn.mean, drawn.entropy, readers, box,
                 title=f"{place} (phantom): GED {distance.ged:.3f}, {drawn.empty_share:.0%} of {len(drawn.masks)} "
@@ -68,8 +70,8 @@ def main() -> None:
                     "readers_area_px": readers.sum(axis=(1, 2)).tolist(),
                     **distance._asdict(),
                     "empty_share": drawn.empty_share,
-                    "area_px": cli.area_summary(drawn.areas),
-                    "area_mm2": cli.area_summary(drawn.areas, row["pixel_spacing_mm"] ** 2),
+                    "area_px": inference.area_summary(drawn.areas),
+                    "area_mm2": inference.area_summary(drawn.areas, row["pixel_spacing_mm"] ** 2),
                 }
             )
         means = {

@@ -17,13 +17,13 @@ import torch
 from safetensors import SafetensorError
 from scipy.optimize import brentq
 from scipy.special import ndtr
-from train import find_checkpoint, read_checkpoint
 
 from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamProcessor
 from probabilistic_sam.data import make_prompt, row_seed
 from probabilistic_sam.data.format import load_split
-from probabilistic_sam.training.embedding_cache import EmbeddingCache
 from probabilistic_sam.errors import UserError, run
+from probabilistic_sam.training.checkpoint import find_checkpoint, read_checkpoint
+from probabilistic_sam.training.embedding_cache import EmbeddingCache
 
 
 def parse_args() -> argparse.Namespace:

@@ -23,11 +23,7 @@ from .format import _PLAIN_COLUMNS, FEATURES, FORMAT_VERSION, RowKey, _content, 
 from .splits import SPLITS, split_of
 
 SHARD_BYTES = 500_000_000
-
-
 ROW_GROUP_ROWS = 100  # as `datasets` writes images: small groups keep random access and streaming cheap
-
-
 LIBRARIES = ("datasets", "numpy", "pillow", "pyarrow", "pydicom", "pylidc", "scipy")  # that may change a build
 
 

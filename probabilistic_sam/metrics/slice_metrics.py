@@ -7,8 +7,6 @@ import numpy as np
 from . import functional
 
 COLUMNS = ("all", "four_readers", "shape")
-
-
 # Means over slices; every one of these is a number in each slice's dictionary.
 SLICE_METRICS = (
     "ged",
@@ -30,8 +28,6 @@ SLICE_METRICS = (
 
 # Numbers that exist only over many slices.
 POOLED_METRICS = ("ece", "empty_ece", "empty_correlation")
-
-
 METRICS = SLICE_METRICS + POOLED_METRICS
 
 

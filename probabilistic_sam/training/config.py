@@ -12,20 +12,12 @@ import yaml
 from .. import ProbabilisticSamConfig, ProbabilisticSamModel
 from ..baselines import BASELINES, EllipseConfig
 from ..errors import UserError
-from ..hub.push.push import check_repo_name
+from ..hub.push import check_repo_name
 
 MODELS = {item.config_class.model_type: item for item in (ProbabilisticSamModel, *BASELINES)}
-
-
 RANDOM = "random"  # base_model that is MobileSAM without its weights
-
-
 TRAINING_PROMPTS = ("union_box", "center_box", "center_point")
-
-
 AUGMENTATIONS = ("max_shift", "max_zoom", "max_gamma")
-
-
 MINIMA = dict.fromkeys(("crop_size", "batch_size", "log_every", "eval_every", "eval_slices"), 1) | {
     "eval_samples": 1, "checkpoint_every": 1, "max_steps": 0, "seed": 0, "num_views": 0, "warmup_steps": 0,
 }  # fmt: skip

@@ -23,12 +23,7 @@ from tqdm.auto import tqdm
 from ..data.format import decode_image, decode_masks
 from ..errors import UserError
 from ..processing_probabilistic_sam import ProbabilisticSamProcessor
-from .windows import (
-    View,
-    plain_view,
-    random_view,
-    view_pixel_values,
-)
+from .windows import View, plain_view, random_view, view_pixel_values
 
 CACHE_VERSION = 2
 

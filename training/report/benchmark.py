@@ -1,6 +1,6 @@
 """Measure what sixteen opinions cost beside one: a table of ratios, and a file of all numbers.
 
-    python training/benchmark.py --output bench.json
+    python training/report/benchmark.py --output bench.json
 
 Each row sets our way beside another one. Both run in one process and in turns (A, B, A, B, ...) after a run of each
 to warm up, and the ratio is that of the medians. Peak memory and imports need processes of their own. Nothing else may
@@ -31,7 +31,6 @@ import torch
 import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from train import freeze
 from transformers import SamConfig, SamModel
 from transformers.models.sam.modeling_sam import SamMaskDecoder
 
@@ -43,9 +42,10 @@ from probabilistic_sam.files import write_json
 from probabilistic_sam.metrics.functional import ged, iou_matrix
 from probabilistic_sam.provenance import provenance
 from probabilistic_sam.training.embedding_cache import EmbeddingCache
+from probabilistic_sam.training.models import freeze
 from probabilistic_sam.training.windows import plain_view, view_pixel_values
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ROOT / "model_cards" / "psam-lidc"
 PACKAGES = ("torch", "transformers", "numpy", "datasets")
 NUM_SAMPLES, MANY_SAMPLES, NUM_READERS = 16, 100, 4

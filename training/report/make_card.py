@@ -1,6 +1,6 @@
 """A trained run to a Hub folder: half-size weights, processor, results, and a card whose numbers come from them.
 
-    python training/make_card.py --model RUN --results r.json --output model_cards/psam-lidc
+    python training/report/make_card.py --model RUN --results r.json --output model_cards/psam-lidc
 
 Without --model the folder's weights stay and only card and README tables are written again. The table between the
 markers of the project's README comes from the same file; `--check` fails when either is out of date.
@@ -33,7 +33,7 @@ from probabilistic_sam.hub.model_card import (
 )
 from probabilistic_sam.metrics import active_outline_units, paired_difference
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 BUILD_RESULTS = ROOT / "training" / "results" / "build.json"
 COST_RESULTS = ROOT / "training" / "results" / "bench.json"
@@ -41,7 +41,7 @@ NUM_SCANS = 1018  # of LIDC-IDRI
 NUM_EXAMPLES = 3
 FIGURE_COMMANDS = (
     "python training/build_dataset.py phantom --output phantom --num-nodules 128\n"
-    "python training/make_figures.py --model model_cards/psam-lidc --dataset phantom "
+    "python training/report/make_figures.py --model model_cards/psam-lidc --dataset phantom "
     "--results model_cards/psam-lidc/results --output model_cards/psam-lidc/figures"
 )
 OURS = "probabilistic_sam"  # at the common budget
@@ -364,7 +364,7 @@ def build_section(result: dict) -> str:
 
 
 def cost_section(result: dict) -> str:
-    """The table of training/benchmark.py, and what explains it."""
+    """The table of training/report/benchmark.py, and what explains it."""
     rows = result["rows"]
     lines = []
     for item in rows:
@@ -406,7 +406,7 @@ def fill_readme(sections: dict[str, str]) -> str:
     """The project's README with each section between its markers."""
     text = README.read_text()
     for name, section in sections.items():
-        begin, end = f"<!-- {name}:begin (training/make_card.py writes what follows) -->", f"<!-- {name}:end -->"
+        begin, end = f"<!-- {name}:begin (training/report/make_card.py) -->", f"<!-- {name}:end -->"
         if begin not in text or end not in text:
             raise UserError(f"README.md lacks the markers {begin!r} and {end!r}")
         text = f"{text.split(begin)[0]}{begin}\n{section}\n{end}{text.split(end)[1]}"
@@ -452,7 +452,7 @@ def main() -> None:
     for path, text in texts.items():
         if arguments.check:
             if not path.is_file() or path.read_text() != text:
-                raise UserError(f"{path} is out of date; run python training/make_card.py")
+                raise UserError(f"{path} is out of date; run python training/report/make_card.py")
         else:
             path.write_text(text)
     if arguments.check:

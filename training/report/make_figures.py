@@ -1,6 +1,6 @@
 """Draw what a model does: samples, latent space, calibration, and GED against the number of samples.
 
-    python training/make_figures.py --model M --dataset phantom --results RESULTS --output figures
+    python training/report/make_figures.py --model M --dataset phantom --results RESULTS --output figures
 
 The gallery and the traversal show slices of the dataset; the figures that the project carries are made from a phantom
 build, whose pixels are free to publish. Calibration and GED come from the results files of training/evaluate.py.

@@ -20,7 +20,7 @@ from PIL import Image
 
 from .errors import UserError
 from .images import load_slice, luminance
-from .inference import check_num_samples, check_prompt, draw, result_words, write_result
+from .inference import check_num_samples, check_prompt, result_words, sample_image, write_result
 from .modeling_probabilistic_sam import ProbabilisticSamModel
 from .plotting import area_figure, contour_figure, figure_pixels, map_figure, zoom_window
 from .processing_probabilistic_sam import IMAGE_FORMATS, ProbabilisticSamProcessor
@@ -205,26 +205,26 @@ def sample(
     if side and not 0 < side <= 1000:
         raise UserError(f"the pixel spacing is {side} mm; accepted: more than 0, at most 1000, or nothing")
     check_num_samples(int(num_samples), image)
-    drawn = draw(model, processor, image, read, int(num_samples), int(seed))
+    sampled = sample_image(model, processor, image, read, int(num_samples), int(seed))
 
     folder = Path(tempfile.mkdtemp(dir=os.environ["GRADIO_TEMP_DIR"], prefix="result-"))
-    result = write_result(folder / "masks", image, drawn, read, Path(str(path)).name, name, int(seed), side or None)
+    result = write_result(folder / "masks", image, sampled, read, Path(str(path)).name, name, int(seed), side or None)
     archive = shutil.make_archive(str(folder / f"{Path(str(path)).stem}-masks"), "zip", folder / "masks")
     shutil.rmtree(folder / "masks")
 
     grey = luminance(image)
     unit, scale = ("mm²", side**2) if side else ("px", 1.0)
     box, points = read.get("box"), np.array(read["points"]) if "points" in read else None
-    zoom = zoom_window((grey.shape[0], grey.shape[1]), box, points, drawn.masks)
+    zoom = zoom_window((grey.shape[0], grey.shape[1]), box, points, sampled.masks)
     gallery = []
-    for index, (mask, area) in enumerate(zip(drawn.masks, drawn.areas * scale, strict=True), start=1):
+    for index, (mask, area) in enumerate(zip(sampled.masks, sampled.areas * scale, strict=True), start=1):
         words = f"{area:.{0 if area >= 100 else 1}f} {unit}" if area else "empty"
         gallery.append((figure_pixels(contour_figure(grey, mask, zoom)), f"{index}: {words}"))
     return [
         f"### {result_words(result).replace('mm2', 'mm²')}",
         gr.Column(visible=True),
-        figure_pixels(map_figure(grey, drawn.mean, drawn.entropy, zoom, box, points)),
-        figure_pixels(area_figure(drawn.areas * scale, unit)),
+        figure_pixels(map_figure(grey, sampled.mean, sampled.entropy, zoom, box, points)),
+        figure_pixels(area_figure(sampled.areas * scale, unit)),
         gallery,
         archive,
     ]
@@ -255,7 +255,7 @@ def build(model: ProbabilisticSamModel, processor: ProbabilisticSamProcessor, na
         name: of the model, as given on the command line.
     """
 
-    def draw_samples(*values: Any) -> list[Any]:
+    def sample_masks(*values: Any) -> list[Any]:
         try:
             return sample(model, processor, name, *values)
         except UserError as error:
@@ -310,7 +310,7 @@ def build(model: ProbabilisticSamModel, processor: ProbabilisticSamProcessor, na
         gr.on([file.upload, file.clear], show, file, shown, api_visibility="private")
         clear.click(lambda: {}, None, canvas, api_visibility="private")
         start.click(
-            draw_samples, [file, canvas, number, seed, side], [line, results, maps, areas, gallery, archive],
+            sample_masks, [file, canvas, number, seed, side], [line, results, maps, areas, gallery, archive],
             show_progress_on=line, api_visibility="private",
         )  # fmt: skip
     return page.queue(max_size=MAX_WAITING, default_concurrency_limit=1, api_open=False)

@@ -23,10 +23,10 @@ from .inference import (
     RESULT_FILES,
     check_num_samples,
     check_prompt,
-    draw,
     load_model,
     quiet_transformers,
     result_words,
+    sample_image,
     write_result,
 )
 from .processing_probabilistic_sam import IMAGE_FORMATS
@@ -45,9 +45,9 @@ def segment(arguments: argparse.Namespace) -> None:
         model, processor = load_model(name)
         if torch.cuda.is_available():
             model = model.to("cuda")
-        drawn = draw(model, processor, image, prompt, arguments.num_samples, arguments.seed)
+        sampled = sample_image(model, processor, image, prompt, arguments.num_samples, arguments.seed)
         result = write_result(
-            folder, image, drawn, prompt, str(arguments.image), name, arguments.seed, arguments.pixel_spacing or side
+            folder, image, sampled, prompt, str(arguments.image), name, arguments.seed, arguments.pixel_spacing or side
         )
     print(f"wrote {arguments.output}: {result_words(result)}; see figure.png, result.json")
 

@@ -6,6 +6,8 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, SamConfig
 
+RENAMED = {"drawing_weight": "presence_weight"}  # fields of version 0.1: old name -> new name
+
 
 @strict
 class TinyViTVisionConfig(PreTrainedConfig):
@@ -54,17 +56,14 @@ class TinyViTVisionConfig(PreTrainedConfig):
 class ProbabilisticSamConfig(SamConfig):
     r"""SAM's configuration and the latent space's.
 
-    The latent of one sample has `latent_dim` coordinates. The first one decides whether this reader draws anything
-    (he draws when it is positive), the others shape the outline.
+    The latent of one sample has `latent_dim` coordinates. The first one is the presence: the reader is predicted to
+    annotate if it is positive. The others shape the outline and are added to SAM's sparse prompt embeddings.
 
     Args:
         vision_config: SAM's own ViT (`SamVisionConfig`) or MobileSAM's TinyViT (`TinyViTVisionConfig`); a dictionary
             is read by its `model_type`.
-        latent_dim (`int`, defaults to 9): coordinates of the latent, the drawing coordinate included; at least 2.
+        latent_dim (`int`, defaults to 9): coordinates of the latent, the presence included; at least 2.
         latent_hidden_size (`int`, defaults to 128): width of the prior and posterior networks.
-        latent_injection (`str`, defaults to `"sparse"`): where the latent enters the decoder. `"sparse"` adds one
-            projection to each sparse prompt embedding (the paper's way), `"token"` appends it as a prompt token of its
-            own.
         detail_hidden_size (`int`, defaults to 32): channels of the detail network at the resolution of the masks,
             twice and four times as many at half and a quarter of it.
         detail_num_blocks (`int`, defaults to 3): its blocks at the lowest resolution.
@@ -74,8 +73,9 @@ class ProbabilisticSamConfig(SamConfig):
         kl_weight (`float`, defaults to 1): weight of the KL divergence (nats, summed over latent coordinates) against
             that sum. Against a mean over pixels the same number would weigh some 4,000 times as much and the
             posterior would collapse.
-        drawing_weight (`float`, defaults to 1): weight of -log P(drew or not), the KL of the drawing coordinate: 1 in
-            the evidence lower bound, more when the energy distance has a large weight, since both train the prior.
+        presence_weight (`float`, defaults to 1): weight of -log P(presence), the KL divergence of the presence
+            coordinate: 1 in the evidence lower bound, more when the energy distance has a large weight, since both
+            train the prior.
         energy_weight (`float`, defaults to 0): weight of the energy distance between samples of the prior and readers.
         num_energy_samples (`int`, defaults to 4): samples of the prior decoded in a training step for that distance.
     """
@@ -89,14 +89,13 @@ class ProbabilisticSamConfig(SamConfig):
 
     latent_dim: int = 9
     latent_hidden_size: int = 128
-    latent_injection: str = "sparse"
     detail_hidden_size: int = 32
     detail_num_blocks: int = 3
     latent_dropout: float = 0.1
     bce_weight: float = 1.0
     dice_weight: float = 10.0
     kl_weight: float = 1.0
-    drawing_weight: float = 1.0
+    presence_weight: float = 1.0
     energy_weight: float = 0.0
     num_energy_samples: int = 4
 
@@ -109,12 +108,13 @@ class ProbabilisticSamConfig(SamConfig):
         return super().from_dict(config_dict, **kwargs)
 
     def __post_init__(self, **kwargs):
+        for old, new in RENAMED.items():
+            if old in kwargs:
+                setattr(self, new, kwargs.pop(old))
+        if kwargs.pop("latent_injection", "sparse") != "sparse":
+            raise ValueError('latent_injection was removed in version 0.2; only models with "sparse" can be opened')
         if self.latent_dim < 2:
-            raise ValueError(
-                f"latent_dim must be at least 2 (one coordinate decides whether to draw), got {self.latent_dim}"
-            )
-        if self.latent_injection not in ("sparse", "token"):
-            raise ValueError(f'latent_injection must be "sparse" or "token", got "{self.latent_injection}"')
+            raise ValueError(f"latent_dim must be at least 2 (the first is the presence), got {self.latent_dim}")
         vision: Any = self.vision_config  # type: ignore[has-type]
         if isinstance(vision, dict) and vision.get("model_type") == TinyViTVisionConfig.model_type:
             self.vision_config = TinyViTVisionConfig(**vision)

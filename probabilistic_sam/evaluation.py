@@ -37,7 +37,7 @@ class Oracle:
     def __init__(self, kind: str):
         self.kind = kind
 
-    def draw(self, masks: np.ndarray, num_samples: int, generator: torch.Generator) -> np.ndarray:
+    def sample(self, masks: np.ndarray, num_samples: int, generator: torch.Generator) -> np.ndarray:
         """Readers' masks (R, H, W) to samples (N, H, W), boolean both.
 
         The majority is strictly more than half of the readers, so that a tie is not drawn, as in the metrics. Readers
@@ -139,8 +139,10 @@ def evaluate_rows(
                 # A seed for each row (and box), so that neither the batch nor the process matters.
                 generator = torch.Generator().manual_seed(row_seed(rows[index], f"samples {seed} {reader}"))
                 calls = [1] * num_samples if independent else [num_samples]
-                drawn = [model.sample(**inputs, num_samples=count, generator=generator).pred_masks for count in calls]
-                pred_masks = torch.cat(drawn, dim=2)
+                sampled = [
+                    model.sample(**inputs, num_samples=count, generator=generator).pred_masks for count in calls
+                ]
+                pred_masks = torch.cat(sampled, dim=2)
                 if pred_masks.shape[2] != num_samples:
                     raise UserError(f"sample() drew {pred_masks.shape[2]} masks instead of {num_samples}")
                 if not torch.isfinite(pred_masks).all():
@@ -152,8 +154,8 @@ def evaluate_rows(
                     annotated = view_annotated(all_masks[index], view)
                     latent_spaces[index] = look_inside(model, inputs, targets, annotated, generator)
             for index, masks in enumerate(all_masks):
-                drawn_logits = torch.cat(logits[index]).float()  # (N, H, W), N for each reader with reader_box
-                samples, probabilities = (drawn_logits > 0).cpu().numpy(), drawn_logits.sigmoid().cpu().numpy()
+                sampled_logits = torch.cat(logits[index]).float()  # (N, H, W), N for each reader with reader_box
+                samples, probabilities = (sampled_logits > 0).cpu().numpy(), sampled_logits.sigmoid().cpu().numpy()
                 owners = np.repeat(np.arange(len(masks)), num_samples) if prompt == "reader_box" else None
                 scores: dict[str, Any] = slice_metrics(samples, probabilities, masks, owners)
                 latent_space = latent_spaces[index]
@@ -169,7 +171,7 @@ def score_oracle(oracle: Oracle, masks: np.ndarray, num_samples: int, seed: int)
     """
 
     def score(readers: np.ndarray) -> dict[str, Any]:
-        samples = oracle.draw(readers, num_samples, torch.Generator().manual_seed(seed))
+        samples = oracle.sample(readers, num_samples, torch.Generator().manual_seed(seed))
         return slice_metrics(samples, samples.astype(float), readers)
 
     scores = score(masks)

@@ -26,7 +26,7 @@ RESULT_FILES = ("masks", "mean.png", "uncertainty.png", "figure.png", "result.js
 
 
 @dataclass
-class Drawn:
+class SampledMasks:
     """Samples of one prompt at the image's own size.
 
     Args:
@@ -86,14 +86,14 @@ def load_model(name: str | os.PathLike) -> tuple[ProbabilisticSamModel, Probabil
     return model.eval(), processor
 
 
-def draw(
+def sample_image(
     model: ProbabilisticSamModel,
     processor: ProbabilisticSamProcessor,
     image: np.ndarray,
     prompt: dict[str, Any],
     num_samples: int,
     seed: int,
-) -> Drawn:
+) -> SampledMasks:
     """Draw samples for one prompt; the same seed gives the same samples.
 
     Args:
@@ -122,7 +122,7 @@ def draw(
         raise UserError(str(error)) from error
     masks = result["masks"].numpy()
     areas = masks.sum(axis=(1, 2))
-    return Drawn(masks, result["mean"].numpy(), result["entropy"].numpy(), areas, result["empty_share"])
+    return SampledMasks(masks, result["mean"].numpy(), result["entropy"].numpy(), areas, result["empty_share"])
 
 
 def area_summary(areas: np.ndarray, scale: float = 1.0) -> dict[str, Any]:
@@ -132,11 +132,11 @@ def area_summary(areas: np.ndarray, scale: float = 1.0) -> dict[str, Any]:
     return {"mean": round(float(values.mean()), 4), "quantiles": quantiles, "samples": values.round(4).tolist()}
 
 
-def write_samples(folder: Path, drawn: Drawn) -> None:
+def write_samples(folder: Path, sampled: SampledMasks) -> None:
     """Write `masks/sample-00.png`, ... as 1-bit PNG."""
     (folder / "masks").mkdir(parents=True)
-    digits = max(2, len(str(len(drawn.masks) - 1)))
-    for index, mask in enumerate(drawn.masks):
+    digits = max(2, len(str(len(sampled.masks) - 1)))
+    for index, mask in enumerate(sampled.masks):
         Image.fromarray(mask).save(folder / "masks" / f"sample-{index:0{digits}d}.png")
 
 
@@ -179,7 +179,7 @@ def check_num_samples(num_samples: int, image: np.ndarray) -> None:
 def write_result(
     folder: Path,
     image: np.ndarray,
-    drawn: Drawn,
+    sampled: SampledMasks,
     prompt: dict[str, Any],
     name: str,
     model: str,
@@ -191,8 +191,8 @@ def write_result(
     Args:
         folder: new or empty.
         image: (H, W) or (H, W, 3).
-        drawn: what the model drew on it.
-        prompt: as `draw` takes it.
+        sampled: what the model sampled for it.
+        prompt: as `sample_image` takes it.
         name: of the image.
         model: directory or owner/name.
         seed: of the noise.
@@ -201,12 +201,12 @@ def write_result(
     Returns:
         What `result.json` holds.
     """
-    write_samples(folder, drawn)
-    write_grey(folder / "mean.png", drawn.mean)
-    write_grey(folder / "uncertainty.png", drawn.entropy)
+    write_samples(folder, sampled)
+    write_grey(folder / "mean.png", sampled.mean)
+    write_grey(folder / "uncertainty.png", sampled.entropy)
     figure = sample_figure(
-        luminance(image), drawn.masks, drawn.mean, drawn.entropy, box=prompt.get("box"), point=prompt.get("points"),
-        title=Path(name).name,
+        luminance(image), sampled.masks, sampled.mean, sampled.entropy, box=prompt.get("box"),
+        point=prompt.get("points"), title=Path(name).name,
     )  # fmt: skip
     save_figure(figure, folder / "figure.png")
     result = {
@@ -214,14 +214,14 @@ def write_result(
         "image_size": {"width": image.shape[1], "height": image.shape[0]},
         "prompt": prompt,
         "model": model,
-        "num_samples": len(drawn.masks),
+        "num_samples": len(sampled.masks),
         "seed": seed,
-        "empty_share": drawn.empty_share,
-        "area_px": area_summary(drawn.areas),
+        "empty_share": sampled.empty_share,
+        "area_px": area_summary(sampled.areas),
     }
     if pixel_spacing is not None:
         result["pixel_spacing_mm"] = pixel_spacing
-        result["area_mm2"] = area_summary(drawn.areas, pixel_spacing**2)
+        result["area_mm2"] = area_summary(sampled.areas, pixel_spacing**2)
     result["files"] = {
         "masks/sample-*.png": "one mask a sample, 1 bit",
         "mean.png": "mean probability, 16 bit, 65535 = 1",

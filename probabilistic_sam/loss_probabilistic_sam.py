@@ -5,7 +5,7 @@ import math
 import torch
 
 
-def log_probability_of_drawing(mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def log_probability_of_presence(mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Log of P(z > 0) and of P(z <= 0) for z ~ N(mean, 1)."""
     return torch.special.log_ndtr(mean), torch.special.log_ndtr(-mean)
 

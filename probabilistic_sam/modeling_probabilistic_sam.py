@@ -28,7 +28,7 @@ from transformers.models.sam.modeling_sam import (
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_probabilistic_sam import ProbabilisticSamConfig, TinyViTVisionConfig
-from .loss_probabilistic_sam import energy_distance, gaussian_kl, log_probability_of_drawing, truncated_normal
+from .loss_probabilistic_sam import energy_distance, gaussian_kl, log_probability_of_presence, truncated_normal
 from .modeling_mask_decoder import ProbabilisticSamMaskDecoder
 from .modeling_tiny_vit import TinyViTVisionEncoder
 
@@ -56,7 +56,7 @@ class ProbabilisticSamOutput(ModelOutput):
     """Output of `ProbabilisticSamModel`.
 
     Args:
-        loss (`torch.Tensor`, a scalar): reconstruction + `kl_weight` KL of the outline + `drawing_weight`
+        loss (`torch.Tensor`, a scalar): reconstruction + `kl_weight` KL of the outline + `presence_weight`
             -log P(drew or not) + `energy_weight` energy distance; with labels.
         reconstruction_loss (`torch.Tensor`, a scalar): BCE summed over pixels and Dice of the readers who drew, the
             mean over all readers who are present; with labels.
@@ -399,13 +399,15 @@ def to_device(noise: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     return noise.to(device, non_blocking=torch.device(device).type == "cuda")
 
 
-def draw_noise(shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device | str) -> torch.Tensor:
+def normal_noise(
+    shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device | str
+) -> torch.Tensor:
     """Standard normal noise from the generator, the CPU's when there is none: one seed, one noise on any device."""
     source = "cpu" if generator is None else generator.device
     return to_device(torch.empty(shape, device=source).normal_(generator=generator), device)
 
 
-def draw_spread_noise(
+def spread_noise(
     shape: tuple[int, ...],
     generator: torch.Generator | Sequence[torch.Generator] | None,
     device: torch.device | str,
@@ -413,7 +415,7 @@ def draw_spread_noise(
     """Standard normal noise (B, P, S, L) whose S samples spread evenly: Latin hypercube sampling.
 
     Each coordinate has one sample in each of S intervals of equal probability (McKay, Beckman and Conover 1979). Every
-    single sample is distributed as with `draw_noise`; together they stand for the distribution with less chance, so
+    single sample is distributed as with `normal_noise`; together they stand for the distribution with less chance, so
     that, say, a quarter of 16 samples is empty when the probability of drawing nothing is 1/4.
 
     Raises:
@@ -422,7 +424,7 @@ def draw_spread_noise(
     if isinstance(generator, Sequence):
         if len(generator) != shape[0]:
             raise ValueError(f"{len(generator)} generators are for as many images, but there are {shape[0]}.")
-        return torch.cat([draw_spread_noise((1, *shape[1:]), item, device) for item in generator])
+        return torch.cat([spread_noise((1, *shape[1:]), item, device) for item in generator])
     source = "cpu" if generator is None else generator.device
     # On the CPU from here: float32 has no numbers close to 1, and Apple's GPU has no float64
     order, inside = (torch.empty(shape, device=source).uniform_(generator=generator).cpu() for _ in range(2))
@@ -548,13 +550,9 @@ class ProbabilisticSamModel(SamModel):
         lead = latents.shape[:3]
         latent_embeddings = self.latent_proj(latents[..., 1:].to(dense_embeddings.dtype))
         latent_embeddings = latent_embeddings.flatten(0, 1)[:, :, None]  # (B * P, S, 1, C)
-        if sparse_embeddings is None:  # a mask is the only prompt
-            sparse = latent_embeddings
-        elif self.config.latent_injection == "sparse":
+        sparse = latent_embeddings
+        if sparse_embeddings is not None:  # None: a mask is the only prompt
             sparse = sparse_embeddings[:, None] + latent_embeddings  # (B * P, S, T, C)
-        else:
-            tokens = sparse_embeddings[:, None].expand(-1, lead[2], -1, -1)
-            sparse = torch.cat([tokens, latent_embeddings], dim=2)  # (B * P, S, T + 1, C)
         masks, iou_scores = self.mask_decoder(
             image_embeddings=image_embeddings,
             image_positional_embeddings=self.get_image_wide_positional_embeddings(),
@@ -564,8 +562,8 @@ class ProbabilisticSamModel(SamModel):
             fine_details=fine_details,
         )
         masks = masks.unflatten(0, lead[:2]).float()
-        draws = latents[..., 0, None, None] > 0
-        return torch.where(draws, masks, EMPTY_LOGIT), iou_scores.unflatten(0, lead[:2])
+        present = latents[..., 0, None, None] > 0
+        return torch.where(present, masks, EMPTY_LOGIT), iou_scores.unflatten(0, lead[:2])
 
     @can_return_tuple
     def forward(
@@ -675,7 +673,7 @@ class ProbabilisticSamModel(SamModel):
             )
         if labels is None or not self.training:
             if latents is None:
-                noise = draw_spread_noise((*lead, num_samples, self.config.latent_dim), generator, self.device)
+                noise = spread_noise((*lead, num_samples, self.config.latent_dim), generator, self.device)
                 latents = prior_mean[:, :, None] + torch.exp(prior_log_std)[:, :, None] * noise
             elif latents.shape[:2] != prior_mean.shape[:2] or latents.shape[-1] != self.config.latent_dim:
                 expected = (*prior_mean.shape[:2], "S", self.config.latent_dim)
@@ -726,7 +724,7 @@ class ProbabilisticSamModel(SamModel):
                 (presence_mean, mean, prior_mean_r), (presence_log_std, log_std, prior_log_std_r)
             )
         )  # fmt: skip
-        log_annotated, log_empty = log_probability_of_drawing(prior_mean_r[..., 0])
+        log_annotated, log_empty = log_probability_of_presence(prior_mean_r[..., 0])
         kl_presence = -torch.where(annotated, log_annotated, log_empty)[..., None]
         kl_outline = gaussian_kl(mean, log_std, prior_mean_r, prior_log_std_r)[..., 1:]
         kl = torch.cat([kl_presence, kl_outline], dim=-1)
@@ -740,7 +738,7 @@ class ProbabilisticSamModel(SamModel):
         extra = config.num_energy_samples if config.energy_weight > 0 else 0
         slot_mean = torch.cat([mean, prior_mean[:, :, None].expand(-1, -1, extra, -1)], dim=2)
         slot_log_std = torch.cat([log_std, prior_log_std[:, :, None].expand(-1, -1, extra, -1)], dim=2)
-        noise = draw_noise(tuple(slot_mean.shape), generator, self.device)
+        noise = normal_noise(tuple(slot_mean.shape), generator, self.device)
         outline = slot_mean + torch.exp(slot_log_std) * noise
         always = torch.ones_like(outline[..., :1])  # decode every slot: emptiness has its own exact likelihood
         slots = torch.cat([always, outline[..., 1:]], dim=-1)  # (B, P, R + E, L)
@@ -755,7 +753,7 @@ class ProbabilisticSamModel(SamModel):
         reconstruction = readers.mean((config.bce_weight * bce + config.dice_weight * dice) * outlined)
 
         loss = reconstruction + config.kl_weight * readers.mean(kl_outline.sum(dim=-1))  # 0 without an outline
-        loss = loss + config.drawing_weight * readers.mean(kl_presence[..., 0])
+        loss = loss + config.presence_weight * readers.mean(kl_presence[..., 0])
         values = {}
         if extra:
             from_prior = ~outlined if present is None else present & ~outlined

@@ -161,9 +161,9 @@ class ProbabilisticMaskGenerationPipeline(Pipeline):
                 pred_masks = self.model.sample(**inputs, num_samples=num_samples, generator=generators).pred_masks
                 assert pred_masks is not None  # always there; the output's fields are optional for mypy
                 masks += pred_masks.split(1)
-        drawn = iter(masks)
+        sampled = iter(masks)
         for image in images:
-            image["pred_masks"] = torch.cat(list(itertools.islice(drawn, len(image["features"]["windows"]))))
+            image["pred_masks"] = torch.cat(list(itertools.islice(sampled, len(image["features"]["windows"]))))
         return images
 
     def postprocess(self, outputs: dict[str, Any], threshold: float = 0.5) -> list[dict[str, Any]]:

@@ -31,7 +31,7 @@ WIDTH_INCHES, DPI = 12.8, 125  # 1600 px
 MARGIN = 0.15
 LEGEND_COLUMNS = 4
 SAMPLES_SHOWN = 8
-DRAWN_PIXELS = 1000  # of a side; a panel is some 330 pixels wide
+PLOTTED_PIXELS = 1000  # of a side; a panel is some 330 pixels wide
 
 
 def mask_outline(mask: np.ndarray) -> np.ndarray:
@@ -140,7 +140,7 @@ def sample_figure(
     left = MARGIN
     axes = _add_axes(figure, left, top, panel, "slice")
     _show(axes, image, zoom_window((image.shape[0], image.shape[1])), cmap="gray")
-    _draw_prompt(axes, box, points)
+    _plot_prompt(axes, box, points)
     zoomed = zoom[2] < max(image.shape)
     if zoomed:
         x0, y0, side = zoom
@@ -151,34 +151,34 @@ def sample_figure(
     if readers is not None:
         axes = _add_axes(figure, left, top, panel, "readers")
         _show(axes, image, zoom, cmap="gray")
-        _draw_readers(axes, readers)
+        _plot_readers(axes, readers)
     else:
         axes = _add_axes(figure, left, top, panel, "samples, all together")
         _show(axes, image, zoom, cmap="gray")
         for sample in samples:
-            _draw_outline(axes, sample, SAMPLE_COLOR, 1.0, alpha=max(0.2, min(1.0, 6 / len(samples))))
+            _plot_outline(axes, sample, SAMPLE_COLOR, 1.0, alpha=max(0.2, min(1.0, 6 / len(samples))))
         empty = int((~samples.any((1, 2))).sum())
         _caption(axes, f"{len(samples)} samples, {empty} empty")
 
     left += panel + 0.25
     axes = _add_axes(figure, left, top, panel, "mean probability")
-    _draw_map(figure, axes, mean, zoom, "viridis", "probability")
-    _draw_outline(axes, mean > 0.5, "white", 1.3)
-    _draw_prompt(axes, box, points, faint=True)
+    _plot_map(figure, axes, mean, zoom, "viridis", "probability")
+    _plot_outline(axes, mean > 0.5, "white", 1.3)
+    _plot_prompt(axes, box, points, faint=True)
     dashed = ", dashed: box" if box is not None else ""
     _caption(axes, ("white: above 0.5" if (mean > 0.5).any() else "nowhere above 0.5") + dashed)
 
     left += panel + bar + gap
     axes = _add_axes(figure, left, top, panel, "uncertainty")
-    _draw_map(figure, axes, entropy, zoom, "magma", "entropy (bits)")
-    _draw_prompt(axes, box, points, faint=True)
+    _plot_map(figure, axes, entropy, zoom, "magma", "entropy (bits)")
+    _plot_prompt(axes, box, points, faint=True)
     _caption(axes, "entropy of the mean probability")
 
     for index, sample in enumerate(samples[:SAMPLES_SHOWN]):
         area = f"{int(sample.sum())} px" if sample.any() else "empty"
         axes = _add_axes(figure, MARGIN + index * (small + gap), bottom, small, f"sample {index + 1}: {area}", size=9)
         _show(axes, image, zoom, cmap="gray")
-        _draw_outline(axes, sample, SAMPLE_COLOR, 1.5)
+        _plot_outline(axes, sample, SAMPLE_COLOR, 1.5)
         if not sample.any():
             _note(axes, "empty")
     return figure
@@ -208,11 +208,11 @@ def map_figure(
     for index, (title, values, colors, label) in enumerate(maps):
         axes = _add_axes(figure, 0.05 + index * (panel + gap), top, panel, title)
         _show(axes, image, zoom, cmap="gray")
-        _draw_map(figure, axes, np.ma.masked_less(values, 0.01), zoom, colors, label, alpha=0.55)
-        _draw_prompt(axes, box, points, faint=True)
+        _plot_map(figure, axes, np.ma.masked_less(values, 0.01), zoom, colors, label, alpha=0.55)
+        _plot_prompt(axes, box, points, faint=True)
         prompt = "; dashed: box" if box is not None else ""
         if index == 0:
-            _draw_outline(axes, mean > 0.5, "white", 1.6)
+            _plot_outline(axes, mean > 0.5, "white", 1.6)
             _caption(axes, ("white: above 0.5" if (mean > 0.5).any() else "nowhere above 0.5") + prompt)
         else:
             _caption(axes, "entropy of the mean probability" + prompt)
@@ -231,7 +231,7 @@ def contour_figure(image: np.ndarray, mask: np.ndarray, zoom: tuple[int, int, in
     axes = figure.add_axes((0, 0, 1, 1))
     axes.axis("off")
     _show(axes, image, zoom, cmap="gray")
-    _draw_outline(axes, mask, SAMPLE_COLOR, 1.8)
+    _plot_outline(axes, mask, SAMPLE_COLOR, 1.8)
     if not mask.any():
         _note(axes, "empty")
     return figure
@@ -246,11 +246,13 @@ def area_figure(areas: np.ndarray, unit: str) -> Figure:
     """
     figure = Figure(figsize=(9.9, 2.6), dpi=DPI, facecolor="white", layout="constrained")
     axes = figure.subplots()
-    drawn = areas[areas > 0]
-    end = 1.05 * drawn.max() if len(drawn) else 1.0
-    empty = len(areas) - len(drawn)
-    if len(drawn):
-        axes.hist(drawn, bins=list(np.linspace(0, end, 31)), color=SAMPLE_COLOR, label=f"with a mask: {len(drawn)}")
+    plotted = areas[areas > 0]
+    end = 1.05 * plotted.max() if len(plotted) else 1.0
+    empty = len(areas) - len(plotted)
+    if len(plotted):
+        axes.hist(
+            plotted, bins=list(np.linspace(0, end, 31)), color=SAMPLE_COLOR, label=f"with a mask: {len(plotted)}"
+        )
     label = f"empty: {empty} of {len(areas)} ({empty / len(areas):.0%})"
     median = float(np.median(areas))
     axes.axvline(median, color="0.2", linewidth=1, linestyle="--", label=f"median of all: {median:.4g} {unit}")
@@ -305,7 +307,7 @@ def grid_figure(
         whole = zoom_window((image.shape[0], image.shape[1]))
         _show(axes, image, whole, cmap="gray", vmin=window[0], vmax=window[1])
         for reader, mask in enumerate(masks):
-            _draw_outline(axes, mask, READER_COLORS[reader % len(READER_COLORS)], 0.8, alpha=0.7)
+            _plot_outline(axes, mask, READER_COLORS[reader % len(READER_COLORS)], 0.8, alpha=0.7)
     return figure
 
 
@@ -375,7 +377,7 @@ def traversal_figure(image: np.ndarray, masks: np.ndarray, titles: Sequence[str]
             left, top = MARGIN + column * (panel + gap), line + row * (line + panel)
             axes = _add_axes(figure, left, top, panel, f"{title}: {name}", size=9)
             _show(axes, image, zoom, cmap="gray")
-            _draw_outline(axes, masks[row, column], SAMPLE_COLOR, 1.6)
+            _plot_outline(axes, masks[row, column], SAMPLE_COLOR, 1.6)
     return figure
 
 
@@ -441,26 +443,26 @@ def _caption(axes: Axes, text: str) -> None:
 def _show(axes: Axes, values: np.ndarray, zoom: tuple[int, int, int], **kwargs: Any) -> AxesImage:
     """Draw what the window shows of (H, W) values, thinned out when it has many times more pixels than the panel."""
     x0, y0, side = zoom
-    left, top, step = max(x0, 0), max(y0, 0), max(1, side // DRAWN_PIXELS)
+    left, top, step = max(x0, 0), max(y0, 0), max(1, side // PLOTTED_PIXELS)
     view = values[top : y0 + side : step, left : x0 + side : step]
     extent = (left, left + step * view.shape[1], top + step * view.shape[0], top)
-    drawn = axes.imshow(view, extent=extent, interpolation="nearest", **kwargs)
+    plotted = axes.imshow(view, extent=extent, interpolation="nearest", **kwargs)
     axes.set(xlim=(x0, x0 + side), ylim=(y0 + side, y0))
-    return drawn
+    return plotted
 
 
-def _draw_map(
+def _plot_map(
     figure: Figure, axes: Axes, values: np.ndarray, zoom: tuple[int, int, int], cmap: str, label: str, alpha: float = 1
 ) -> None:
-    drawn = _show(axes, values, zoom, cmap=cmap, vmin=0, vmax=1, alpha=alpha)
-    bar = figure.colorbar(drawn, cax=axes.inset_axes((1.03, 0, 0.045, 1)), ticks=[0, 0.25, 0.5, 0.75, 1])
+    plotted = _show(axes, values, zoom, cmap=cmap, vmin=0, vmax=1, alpha=alpha)
+    bar = figure.colorbar(plotted, cax=axes.inset_axes((1.03, 0, 0.045, 1)), ticks=[0, 0.25, 0.5, 0.75, 1])
     bar.ax.set_yticklabels(["0", ".25", ".5", ".75", "1"])
     bar.ax.tick_params(labelsize=9, length=2, pad=2)
     bar.set_label(label, fontsize=9, labelpad=1)
     bar.outline.set_visible(False)
 
 
-def _draw_outline(axes: Axes, mask: np.ndarray, color: str, width: float, alpha: float = 1.0) -> None:
+def _plot_outline(axes: Axes, mask: np.ndarray, color: str, width: float, alpha: float = 1.0) -> None:
     # Only what the panel shows, and one pixel around it so that cut edges stay outside.
     (x0, x1), (y1, y0) = axes.get_xlim(), axes.get_ylim()
     left, top = max(int(x0) - 1, 0), max(int(y0) - 1, 0)
@@ -470,12 +472,12 @@ def _draw_outline(axes: Axes, mask: np.ndarray, color: str, width: float, alpha:
     )
 
 
-def _draw_readers(axes: Axes, readers: np.ndarray) -> None:
+def _plot_readers(axes: Axes, readers: np.ndarray) -> None:
     handles = []
     for index, mask in enumerate(readers):
         color = READER_COLORS[index % len(READER_COLORS)]
         # Wide below, narrow above: outlines that coincide stay visible side by side.
-        _draw_outline(axes, mask, color, 1.2 + 0.8 * min(4, len(readers) - 1 - index))
+        _plot_outline(axes, mask, color, 1.2 + 0.8 * min(4, len(readers) - 1 - index))
         label = f"{index + 1}" if mask.any() else f"{index + 1} empty"
         handles.append(Line2D([], [], color=color, linewidth=3, label=label))
     if not readers.any():
@@ -486,7 +488,7 @@ def _draw_readers(axes: Axes, readers: np.ndarray) -> None:
     )  # fmt: skip
 
 
-def _draw_prompt(axes: Axes, box: Sequence[float] | None, points: np.ndarray | None, faint: bool = False) -> None:
+def _plot_prompt(axes: Axes, box: Sequence[float] | None, points: np.ndarray | None, faint: bool = False) -> None:
     width, alpha = (0.9, 0.7) if faint else (1.6, 1.0)
     if box is not None:
         x1, y1, x2, y2 = box

@@ -422,9 +422,9 @@ class ProbabilisticSamProcessor(ProcessorMixin):
             mean = torch.zeros((height, width), device=samples.device)
             # Some samples at a time are floating point at the image's size, so that memory stays bounded
             chunk = max(1, CHUNK_PIXELS // max(height * width, side**2))
-            for part, drawn in zip(samples.split(chunk), masks.split(chunk), strict=True):
+            for part, part_masks in zip(samples.split(chunk), masks.split(chunk), strict=True):
                 (logits,) = paste(part[None], *places[window])
-                drawn.copy_(logits > limit)
+                part_masks.copy_(logits > limit)
                 mean += logits.sigmoid().sum(dim=0)
             mean = (mean / len(masks)).clamp(max=1)
             areas = masks.sum(dim=(-2, -1)).float() * spacing**2

@@ -76,7 +76,7 @@ def test_colour_is_shown_and_sampled_as_colour(draw, tmp_path):
     assert shown.mode == "RGB" and shown.getpixel((60, 56))[0] > 200 and shown.getpixel((60, 56))[2] == 0
     archive = draw(path, {"box": [45, 40, 75, 70]}, num_samples=2)[-1]
     model, processor = tiny_model(), ProbabilisticSamProcessor(image_size=SIZE, crop_size=32)
-    expected = inference.draw(model, processor, colour, {"box": [45, 40, 75, 70]}, 2, 0)
+    expected = inference.sample_image(model, processor, colour, {"box": [45, 40, 75, 70]}, 2, 0)
     with zipfile.ZipFile(archive) as file:
         masks = [np.asarray(Image.open(file.open(f"masks/sample-{index:02d}.png"))) for index in range(2)]
     assert np.array_equal(np.stack(masks), expected.masks)

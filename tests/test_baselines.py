@@ -80,7 +80,7 @@ def images(count=2):
     return torch.randn(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
 
 
-def draw(model, seed=0, num_samples=4, **changes):
+def sampled_masks(model, seed=0, num_samples=4, **changes):
     inputs = {"pixel_values": images(), "input_boxes": BOXES} | changes
     generator = torch.Generator().manual_seed(seed)
     return model.sample(**inputs, num_samples=num_samples, generator=generator).pred_masks
@@ -90,27 +90,27 @@ def draw(model, seed=0, num_samples=4, **changes):
 
 
 def test_samples_follow_from_the_seed(model):
-    masks = draw(model)
+    masks = sampled_masks(model)
     assert masks.shape == (2, 1, 4, LOW, LOW) and masks.dtype == torch.float32
     torch.rand(3)  # the global generator has no say
-    assert torch.equal(draw(model), masks)
-    assert not torch.allclose(draw(model, seed=1), masks)
+    assert torch.equal(sampled_masks(model), masks)
+    assert not torch.allclose(sampled_masks(model, seed=1), masks)
     assert not torch.allclose(masks[:, :, 0], masks[:, :, 1])
 
 
 def test_samples_follow_image_and_prompt(model):
-    masks = draw(model)
-    other_image = draw(model, pixel_values=images().flip(0))
+    masks = sampled_masks(model)
+    other_image = sampled_masks(model, pixel_values=images().flip(0))
     assert torch.equal(other_image, masks) == isinstance(model, EllipseModel)
-    assert not torch.allclose(draw(model, input_boxes=BOXES.flip(0)), masks)
-    several = draw(model, input_boxes=BOXES.repeat(1, 3, 1))
+    assert not torch.allclose(sampled_masks(model, input_boxes=BOXES.flip(0)), masks)
+    several = sampled_masks(model, input_boxes=BOXES.repeat(1, 3, 1))
     assert several.shape == (2, 3, 4, LOW, LOW)
 
 
 def test_embeddings_stand_for_the_image(model):
     embeddings = model.get_image_embeddings(images())
     assert embeddings.shape[-2:] == (GRID, GRID)
-    assert torch.equal(draw(model, pixel_values=None, image_embeddings=embeddings), draw(model))
+    assert torch.equal(sampled_masks(model, pixel_values=None, image_embeddings=embeddings), sampled_masks(model))
 
 
 def test_all_that_the_processor_gives_is_taken(model):
@@ -127,7 +127,7 @@ def test_model_comes_back_from_its_folder(model, tmp_path):
     ProbabilisticSamProcessor(SIZE, 24).save_pretrained(tmp_path)
     again, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
     assert type(again) is type(model) and not info["missing_keys"] and not info["unexpected_keys"]
-    assert torch.equal(draw(again.eval()), draw(model))
+    assert torch.equal(sampled_masks(again.eval()), sampled_masks(model))
     assert AutoProcessor.from_pretrained(tmp_path).crop_size == 24
 
 
@@ -136,19 +136,19 @@ def test_other_prompts(name):
     torch.manual_seed(0)
     model = MAKERS[name]().eval()
     point = {"input_boxes": None, "input_points": torch.tensor([[[[9.0, 12.0]]], [[[20.0, 20.0]]]])}
-    assert draw(model, **point).shape == (2, 1, 4, LOW, LOW)
-    assert not torch.allclose(draw(model, **point), draw(model))
+    assert sampled_masks(model, **point).shape == (2, 1, 4, LOW, LOW)
+    assert not torch.allclose(sampled_masks(model, **point), sampled_masks(model))
     mask = {"input_boxes": None, "input_masks": torch.zeros(2, 1, LOW, LOW).index_fill(2, torch.arange(3), 9.0)}
-    assert draw(model, **mask).shape == (2, 1, 4, LOW, LOW)
+    assert sampled_masks(model, **mask).shape == (2, 1, 4, LOW, LOW)
     with pytest.raises(ValueError, match="A prompt must be provided"):
-        draw(model, input_boxes=None)
+        sampled_masks(model, input_boxes=None)
     with pytest.raises(ValueError, match="Exactly one of pixel_values and image_embeddings"):
-        draw(model, pixel_values=None)
+        sampled_masks(model, pixel_values=None)
 
 
 def test_ellipse_without_a_box():
     with pytest.raises(UserError, match="accepted: a prompt with input_boxes"):
-        draw(make_ellipse(), input_boxes=None, input_points=torch.ones(2, 1, 1, 2))
+        sampled_masks(make_ellipse(), input_boxes=None, input_points=torch.ones(2, 1, 1, 2))
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_training_and_sampling_have_shares_of_their_own(name):
         generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
         inputs = {"pixel_values": images(), "input_boxes": BOXES, "labels": readers()}
         losses = [model(**inputs, generator=item).loss.item() for item in generators]
-        return losses, draw(model, num_samples=2).unbind(2)
+        return losses, sampled_masks(model, num_samples=2).unbind(2)
 
     model.config.dropout, model.config.sampling_dropout = 0.0, 0.5
     losses, masks = losses_and_masks()
@@ -211,7 +211,7 @@ def test_untrained_deterministic_sam_draws_sams_masks():
     expected = sam(images(), input_boxes=BOXES, latents=torch.ones(2, 1, 1, 4)).pred_masks
     for model_class in (DeterministicSamModel, DropoutSamModel):
         still = model_class.from_sam(sam, jitter=0.0, sampling_dropout=0.0).eval()
-        assert torch.allclose(draw(still, num_samples=1), expected, atol=1e-5)
+        assert torch.allclose(sampled_masks(still, num_samples=1), expected, atol=1e-5)
 
 
 def test_moved_boxes_stay_within_the_jitter_of_the_protocol():
@@ -386,8 +386,8 @@ def test_scripts_train_and_score(name, train, workspace, tmp_path):
         assert training.keys() - {"seconds"} == {"step", "loss", "reconstruction_loss", "grad_norm", "lr"} | (
             {
                 "probabilistic_unet": {"kl"},
-                "pixel_prior": {"outline_kl", "drawing_nll"},
-                "prompt_free_prior": {"outline_kl", "drawing_nll", "energy_distance"},
+                "pixel_prior": {"outline_kl", "presence_nll"},
+                "prompt_free_prior": {"outline_kl", "presence_nll", "energy_distance"},
             }.get(name, set())
         )
     content = evaluate(workspace, run, tmp_path / "results.json")
@@ -433,10 +433,12 @@ def test_wrong_training_configuration(train, name, changes, message):
 def test_oracles_by_hand():
     masks = np.zeros((4, 1, 4), bool)  # readers drew 0, 1, 2 and 4 pixels
     masks[1, 0, :1] = masks[2, 0, :2] = masks[3] = True
-    majority = evaluation.Oracle("oracle:majority").draw(masks, 3, None)
+    majority = evaluation.Oracle("oracle:majority").sample(masks, 3, None)
     assert majority.tolist() == [[[True, False, False, False]]] * 3  # 3 of 4; 2 of 4 are a tie, which is not drawn
-    drawn = evaluation.Oracle("oracle:readers").draw(masks, 1000, torch.Generator().manual_seed(0)).sum(axis=(1, 2))
-    shares = [(drawn == area).mean() for area in (0, 1, 2, 4)]
+    sampled = (
+        evaluation.Oracle("oracle:readers").sample(masks, 1000, torch.Generator().manual_seed(0)).sum(axis=(1, 2))
+    )
+    shares = [(sampled == area).mean() for area in (0, 1, 2, 4)]
     assert shares == pytest.approx([0.25] * 4, abs=0.05)
 
 
@@ -466,8 +468,8 @@ def test_oracles_are_scored(workspace, tmp_path):
     # One slice by hand: two readers, one of whom drew; three samples, k of them his. Distances are 0 or 1, so
     # GED = 2 * 1/2 - 2 (k / 3) (1 - k / 3) - 1/2
     row = next(row for row in load_split(workspace / "lidc", "validation") if row["num_nonempty"] < 4)
-    drew = decode_masks(row).any(axis=(1, 2))
-    row["masks"] = [row["masks"][index] for index in (drew.argmax(), drew.argmin())]
+    annotated = decode_masks(row).any(axis=(1, 2))
+    row["masks"] = [row["masks"][index] for index in (annotated.argmax(), annotated.argmin())]
     ((scores,),) = evaluation.evaluate_rows(evaluation.Oracle("oracle:readers"), None, [row], "union_box", 3, (0,))
     generator = torch.Generator().manual_seed(row_seed(row, "samples 0 None"))
     share = (torch.randint(2, (3,), generator=generator) == 0).double().mean().item()

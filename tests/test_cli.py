@@ -136,12 +136,12 @@ def test_colour_is_what_the_processor_takes(run_segment, model_dir, tmp_path):
     Image.fromarray(colour).save(tmp_path / "colour.png")
     out = run_segment("--num-samples", 3, image=tmp_path / "colour.png")
     model, processor = inference.load_model(model_dir)
-    drawn = inference.draw(model, processor, colour, {"box": [10, 12, 30, 28]}, 3, 0)
+    sampled = inference.sample_image(model, processor, colour, {"box": [10, 12, 30, 28]}, 3, 0)
     masks = np.stack([np.asarray(Image.open(path)) for path in sorted((out / "masks").iterdir())])
-    assert np.array_equal(masks, drawn.masks)
+    assert np.array_equal(masks, sampled.masks)
     assert json.loads((out / "result.json").read_text())["image_size"] == {"width": 60, "height": 48}
-    grey = inference.draw(model, processor, images.luminance(colour), {"box": [10, 12, 30, 28]}, 3, 0)
-    assert not np.array_equal(grey.mean, drawn.mean)
+    grey = inference.sample_image(model, processor, images.luminance(colour), {"box": [10, 12, 30, 28]}, 3, 0)
+    assert not np.array_equal(grey.mean, sampled.mean)
 
 
 def test_points_are_repeatable(run_segment):

@@ -231,8 +231,8 @@ def test_looking_into_the_latent_space_leaves_the_samples_alone(script, model_di
     assert "collapse" not in second  # once is enough: only the noise of the reconstructions would differ
     state = first.pop("collapse")
     assert state["kl"].shape == state["posterior_mean"].shape == (4, 3)
-    assert state["drew"].tolist() == decode_masks(rows[0]).any(axis=(1, 2)).tolist()
-    assert len(state["iou"]) == state["drew"].sum()
+    assert state["annotated"].tolist() == decode_masks(rows[0]).any(axis=(1, 2)).tolist()
+    assert len(state["iou"]) == state["annotated"].sum()
 
     (leaking,), _ = evaluation.evaluate_rows(model, processor, rows, "reader_box", 3, (0,))
     assert "collapse" not in leaking
@@ -259,7 +259,7 @@ def test_latent_space_counts_masks_that_vanish_in_the_window(script, model_dir, 
     model = ProbabilisticSamModel.from_pretrained(folder).eval()
     processor = ProbabilisticSamProcessor.from_pretrained(folder) if shipped else ProbabilisticSamProcessor(32, 24)
     ((scores,),) = evaluation.evaluate_rows(model, processor, [row], "union_box", 2, (0,))
-    assert scores["collapse"]["drew"].tolist() == [True, True, False] and len(scores["collapse"]["iou"]) == 2
+    assert scores["collapse"]["annotated"].tolist() == [True, True, False] and len(scores["collapse"]["iou"]) == 2
     assert np.isfinite(scores["collapse"]["iou"]).all()
 
 

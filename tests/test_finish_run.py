@@ -75,7 +75,7 @@ def test_finished_run_draws_nothing_as_often_as_the_readers(script, run_folder, 
         assert torch.allclose(value, moved, atol=1e-4), name
     rows = script.load_split(tmp_path / "lidc", "validation")
     cache = script.EmbeddingCache(after, processor, rows, 0, 0, tmp_path / "cache", bf16=True)
-    means, shares = script.drawing_means(after, cache, rows, batch_size=2)
+    means, shares = script.presence_means(after, cache, rows, batch_size=2)
     assert script.ndtr(-means).mean() == pytest.approx(shares.mean(), abs=1e-4)
     with pytest.raises(UserError, match="is not empty"):
         script.main()

@@ -48,11 +48,11 @@ def test_breakdown_has_a_row_a_group(result):
     scores = dict.fromkeys([metric for _, metric in model_card.BREAKDOWN], 0.25) | {"count": 1200}
     nothing = dict.fromkeys(scores, None) | {"count": 0}
     result["breakdown"] = {
-        "readers_drew": {"1": {"all": scores, "shape": nothing}},
+        "readers_annotated": {"1": {"all": scores, "shape": nothing}},
         "reader_area": {"below 25": {"all": scores, "shape": scores}},
     }
     one, small = model_card.breakdown_section(result, "r.json").splitlines()[-2:]
-    assert one == "| readers who drew: 1 | 1,200 | 0.250 | 25% | 0.250 | 0.250 | 0.250 |  |  | 0.250 | 0.250 |"
+    assert one == "| readers who annotated: 1 | 1,200 | 0.250 | 25% | 0.250 | 0.250 | 0.250 |  |  | 0.250 | 0.250 |"
     assert small.startswith("| mean area in pixels: below 25 | 1,200 |") and small.count("25%") == 2
 
 

@@ -468,10 +468,13 @@ def test_breakdown_names_the_slices_that_hold_the_number_up():
         slice_metrics(np.stack([large]), np.stack([large]).astype(float), np.stack([large, large])),  # 256 px, exact
         slice_metrics(np.stack([A]), np.stack([A]).astype(float), np.stack([EMPTY])),  # nobody drew: in no column
     ]
-    assert (slices[0]["all"]["readers_drew"], slices[0]["all"]["reader_area"]) == (1, 16.0)
+    assert (slices[0]["all"]["readers_annotated"], slices[0]["all"]["reader_area"]) == (1, 16.0)
     groups = breakdown([slices, slices])  # two runs: as many slices
-    one, two = groups["readers_drew"]["1"], groups["readers_drew"]["2"]
-    assert list(groups["readers_drew"]) == ["1", "2"] and list(groups["reader_area"]) == ["below 25", "100 to 400"]
+    one, two = groups["readers_annotated"]["1"], groups["readers_annotated"]["2"]
+    assert list(groups["readers_annotated"]) == ["1", "2"] and list(groups["reader_area"]) == [
+        "below 25",
+        "100 to 400",
+    ]
     # 2 * 1 / 2 - 0 - 1 / 2 and 2 * (0 + 2 / 3) / 2 - (2 / 3) / 2 - 0
     assert one["all"]["ged"] == 0.5 and two["all"]["ged"] == pytest.approx((1 / 3 + 0) / 2, abs=1e-6)
     assert one["all"]["count"] == 1 and two["all"]["count"] == two["shape"]["count"] == 2
@@ -479,4 +482,4 @@ def test_breakdown_names_the_slices_that_hold_the_number_up():
     assert one["shape"] == dict.fromkeys(one["shape"], None) | {"count": 0}
     assert one["all"]["empty_rate_readers"] == 0.5 and one["all"]["empty_rate_samples"] == 0
     assert groups["reader_area"]["100 to 400"]["all"]["ged_share"] == 0
-    assert breakdown([[slices[3]]]) == {"readers_drew": {}, "reader_area": {}}
+    assert breakdown([[slices[3]]]) == {"readers_annotated": {}, "reader_area": {}}

@@ -31,7 +31,7 @@ SECOND = make_slice(
 
 
 def test_one_slice():
-    assert FIRST["drew"].tolist() == [True, False]
+    assert FIRST["annotated"].tolist() == [True, False]
     assert FIRST["iou"].tolist() == [0.5]
     assert SECOND["iou"].tolist() == [1.0, 0.0]
 
@@ -51,7 +51,7 @@ def test_summary_counts_outlines_of_those_who_drew_only():
 def test_mask_that_vanishes_when_it_is_resized_is_annotated():
     targets = [[0, 0], [0, 0], [0, 0]]  # the first two readers annotated a pixel, which is lost at this resolution
     state = make_slice(np.ones((3, 2)), np.ones((3, 2)), [[0, 0], [1, 0], [0, 0]], targets, [True, True, False])
-    assert state["drew"].tolist() == [True, True, False]
+    assert state["annotated"].tolist() == [True, True, False]
     assert state["iou"].tolist() == [1, 0]  # both masks are empty, one is
     assert summarize_collapse([state])["posterior_iou"] == 0.5
 

@@ -1,5 +1,6 @@
 """The model: shapes, samples, latents, losses by hand, warm start and round trips, on tiny configurations."""
 
+import json
 import math
 
 import numpy as np
@@ -13,17 +14,17 @@ from probabilistic_sam import ProbabilisticSamConfig, ProbabilisticSamModel, Pro
 from probabilistic_sam.loss_probabilistic_sam import (
     energy_distance,
     gaussian_kl,
-    log_probability_of_drawing,
+    log_probability_of_presence,
     soft_jaccard_distance,
     truncated_normal,
 )
 from probabilistic_sam.modeling_probabilistic_sam import (
     EMPTY_LOGIT,
     box_map,
-    draw_spread_noise,
     pack_pixels,
     point_maps,
     prompt_maps,
+    spread_noise,
 )
 
 
@@ -117,11 +118,11 @@ def test_pixels_are_packed_by_cell_of_the_grid():
 
 
 def test_spread_noise_has_one_sample_in_each_interval_and_is_normal():
-    noise = draw_spread_noise((3, 2, 16, 4), torch.Generator().manual_seed(0), "cpu")
+    noise = spread_noise((3, 2, 16, 4), torch.Generator().manual_seed(0), "cpu")
     level = torch.special.ndtr(noise.double())
     assert torch.equal((level * 16).floor().sort(dim=2).values[0, 0, :, 0], torch.arange(16.0))
     assert ((level * 16).floor().sort(dim=2).values == torch.arange(16.0)[:, None]).all()
-    single = draw_spread_noise((1, 1, 1, 20_000), torch.Generator().manual_seed(0), "cpu")  # one sample: plain noise
+    single = spread_noise((1, 1, 1, 20_000), torch.Generator().manual_seed(0), "cpu")  # one sample: plain noise
     assert single.mean().abs() < 0.03 and (single.std() - 1).abs() < 0.03
     # Samples of one call are in no order
     assert not torch.equal(noise[0, 0, :, 0].argsort(), noise[0, 0, :, 1].argsort())
@@ -165,9 +166,9 @@ def test_points_and_masks_are_prompts_too(model, inputs):
     assert both.pred_masks.shape == (2, 1, 3, 8, 8)
     masks = torch.full((2, 1, 8, 8), -10.0)
     masks[..., 2:6, 2:6] = 10.0
-    drawn = model.sample(pixels, input_masks=masks, num_samples=3)
-    assert drawn.pred_masks.shape == (2, 1, 3, 8, 8)
-    assert not torch.allclose(drawn.prior_mean, model.sample(pixels, input_masks=-masks).prior_mean)
+    sampled = model.sample(pixels, input_masks=masks, num_samples=3)
+    assert sampled.pred_masks.shape == (2, 1, 3, 8, 8)
+    assert not torch.allclose(sampled.prior_mean, model.sample(pixels, input_masks=-masks).prior_mean)
 
 
 @pytest.mark.parametrize("padding", [-1, -10])
@@ -206,15 +207,24 @@ def test_wrong_arguments_are_named(inputs, change, message):
         tiny_model()(**{**inputs, **change})
 
 
-@pytest.mark.parametrize("field", [{"latent_dim": 1}, {"latent_injection": "dense"}, {"latent_dim": "x"}])
+def test_fields_of_version_0_1_are_read_as_the_new_ones(tmp_path):
+    config = ProbabilisticSamConfig(**sam_parts(), presence_weight=7.0)
+    assert ProbabilisticSamConfig(**sam_parts(), drawing_weight=7.0).presence_weight == 7.0
+    old = {name: value for name, value in config.to_dict().items() if name != "presence_weight"}
+    (tmp_path / "config.json").write_text(json.dumps(old | {"drawing_weight": 7.0, "latent_injection": "sparse"}))
+    read = ProbabilisticSamConfig.from_pretrained(tmp_path)
+    assert read.presence_weight == 7.0 and "drawing_weight" not in read.to_dict()
+    assert "latent_injection" not in read.to_dict()
+
+
+@pytest.mark.parametrize("field", [{"latent_dim": 1}, {"latent_injection": "token"}, {"latent_dim": "x"}])
 def test_configuration_refuses_wrong_fields(field):
     with pytest.raises(Exception, match="latent"):
         ProbabilisticSamConfig(**sam_parts(), **field)
 
 
-@pytest.mark.parametrize("injection", ["sparse", "token"])
-def test_training_reaches_every_latent_weight_and_the_encoder(injection, inputs):
-    model = tiny_model(energy_weight=1.0, latent_injection=injection).train()
+def test_training_reaches_every_latent_weight_and_the_encoder(inputs):
+    model = tiny_model(energy_weight=1.0).train()
     labels = torch.zeros(2, 3, 4, 8, 8, dtype=torch.bool)
     labels[:, :, 0, 2:5, 2:5] = labels[:, :, 2, 1:6, 2:6] = True
     output = model(**inputs, labels=labels)
@@ -238,8 +248,8 @@ def test_readers_who_drew_nothing_have_the_prior_over_outlines(inputs):
     output = tiny_model()(**inputs, labels=labels)
     assert torch.equal(output.kl_divergence[:, :, 1, 1:], torch.zeros(2, 3, 3))
     assert (output.reconstructed_masks[:, :, 1] == EMPTY_LOGIT).all()
-    log_draws, log_empty = log_probability_of_drawing(output.prior_mean[..., 0])
-    assert torch.allclose(output.kl_divergence[:, :, 0, 0], -log_draws)
+    log_present, log_empty = log_probability_of_presence(output.prior_mean[..., 0])
+    assert torch.allclose(output.kl_divergence[:, :, 0, 0], -log_present)
     assert torch.allclose(output.kl_divergence[:, :, 1, 0], -log_empty)
     assert (output.posterior_mean[:, :, 0, 0] > 0).all() and (output.posterior_mean[:, :, 1, 0] < 0).all()
 
@@ -247,7 +257,7 @@ def test_readers_who_drew_nothing_have_the_prior_over_outlines(inputs):
 def test_loss_is_the_sum_of_its_documented_parts(inputs):
     labels = torch.zeros(2, 3, 2, 8, 8)
     labels[:, :, :, 2:5, 2:5] = 1
-    weights = {"bce_weight": 2.0, "dice_weight": 4.0, "kl_weight": 0.5, "drawing_weight": 7.0, "energy_weight": 3.0}
+    weights = {"bce_weight": 2.0, "dice_weight": 4.0, "kl_weight": 0.5, "presence_weight": 7.0, "energy_weight": 3.0}
     model = tiny_model(**weights, num_energy_samples=2)
     output = model(**inputs, labels=labels, generator=torch.Generator().manual_seed(0))
     probability, pixels = output.reconstructed_masks.double().sigmoid(), (-2, -1)
@@ -287,16 +297,16 @@ def test_point_maps_tell_inside_from_outside_and_leave_padding_out(padding):
 
 
 def test_probability_of_drawing_sums_to_one():
-    log_draws, log_empty = log_probability_of_drawing(torch.tensor([0.0, 1.0, -30.0]))
-    assert torch.allclose(log_draws.exp() + log_empty.exp(), torch.ones(3))
-    assert log_draws[0].item() == pytest.approx(math.log(0.5))
-    assert torch.isfinite(log_draws).all()
+    log_present, log_empty = log_probability_of_presence(torch.tensor([0.0, 1.0, -30.0]))
+    assert torch.allclose(log_present.exp() + log_empty.exp(), torch.ones(3))
+    assert log_present[0].item() == pytest.approx(math.log(0.5))
+    assert torch.isfinite(log_present).all()
 
 
 def test_truncated_normal_agrees_with_draws():
-    draws = torch.randn(400_000, generator=torch.Generator().manual_seed(0)).double() + 0.7
+    present = torch.randn(400_000, generator=torch.Generator().manual_seed(0)).double() + 0.7
     for positive in (True, False):
-        kept = draws[(draws > 0) == positive]
+        kept = present[(present > 0) == positive]
         mean, log_std = truncated_normal(torch.tensor([0.7]).double(), torch.tensor([positive]))
         assert mean.item() == pytest.approx(kept.mean().item(), abs=5e-3)
         assert log_std.exp().item() == pytest.approx(kept.std().item(), abs=5e-3)

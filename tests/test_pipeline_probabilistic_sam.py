@@ -137,8 +137,8 @@ def test_an_image_means_the_same_through_every_entrance(shipped, tmp_path, kind)
     path = tmp_path / "image.file"
     for image in (images.load_slice(path)[0], app.open_file(str(path))[0]):
         assert np.array_equal(image, array)
-    drawn = inference.draw(pipe.model, pipe.processor, image, {"box": box}, 2, 4)
-    assert np.array_equal(drawn.masks, expected)
+    sampled = inference.sample_image(pipe.model, pipe.processor, image, {"box": box}, 2, 4)
+    assert np.array_equal(sampled.masks, expected)
 
 
 def test_inputs_of_every_kind_give_the_same(pipe, tmp_path):

@@ -7,7 +7,7 @@ from tiny import tiny_inputs, tiny_labels, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from probabilistic_sam.loss_probabilistic_sam import log_probability_of_drawing
+from probabilistic_sam.loss_probabilistic_sam import log_probability_of_presence
 from probabilistic_sam.modeling_probabilistic_sam import EMPTY_LOGIT
 
 
@@ -85,7 +85,7 @@ def test_readers_who_are_all_present_change_nothing(inputs):
 
 def test_an_absent_reader_takes_no_part(inputs):
     """Their labels do not matter, and every mean is over those who are present."""
-    weights = {"kl_weight": 0.5, "drawing_weight": 7.0, "energy_weight": 3.0}
+    weights = {"kl_weight": 0.5, "presence_weight": 7.0, "energy_weight": 3.0}
     model, labels = tiny_model(**weights, num_energy_samples=2), tiny_labels()
     reader_mask = torch.ones(2, 3, 2, dtype=torch.bool)
     reader_mask[0, :, 1] = reader_mask[1, 2] = False  # one reader for image 0, nobody for the last prompt of image 1
@@ -129,7 +129,7 @@ def test_a_reader_whose_pixels_vanished_counts_as_one_who_annotated(inputs):
     annotated = torch.ones(2, 3, 2, dtype=torch.bool)
     vanished = run(model, inputs, labels=labels, annotated=annotated)
     empty = run(model, inputs, labels=labels)
-    log_annotated, log_empty = log_probability_of_drawing(vanished.prior_mean[..., 0])
+    log_annotated, log_empty = log_probability_of_presence(vanished.prior_mean[..., 0])
     assert torch.equal(vanished.kl_divergence[:, :, 1, 0], -log_annotated)
     assert torch.equal(empty.kl_divergence[:, :, 1, 0], -log_empty)
     assert (vanished.posterior_mean[:, :, 1, 0] > 0).all() and (empty.posterior_mean[:, :, 1, 0] < 0).all()

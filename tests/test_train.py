@@ -172,7 +172,7 @@ def test_log_has_the_documented_lines(finished):
     assert [line["step"] for line in training] == [3, 6]
     for line in training:
         assert line.keys() == {
-            "step", "loss", "reconstruction_loss", "outline_kl", "drawing_nll", "energy_distance", "grad_norm", "lr",
+            "step", "loss", "reconstruction_loss", "outline_kl", "presence_nll", "energy_distance", "grad_norm", "lr",
         }  # fmt: skip
     validation = [line for line in read_log(finished) if "loss" not in line]
     assert [line["step"] for line in validation] == [4, 8]
@@ -397,8 +397,15 @@ def test_log_averages_the_outline_over_annotated_masks(script):
     annotated = torch.tensor([[[True, True, False]]])
     values = loop.latent_values(kl, annotated, True)
     assert values["outline_kl"].item() == 5  # (1 + 2 + 3 + 4) / 2
-    assert values["drawing_nll"].item() == 6
+    assert values["presence_nll"].item() == 6
     assert loop.latent_values(kl, annotated, False)["kl"].item() == pytest.approx(128 / 3)
+
+
+def test_a_field_of_version_0_1_is_read_as_the_new_one(tmp_path):
+    (tmp_path / "old.yaml").write_text("base_model: random\nmodel: {drawing_weight: 7}\n")
+    arguments = dict.fromkeys(("base_model", "max_steps", "seed", "push_to_hub"))
+    config = config_module.read_config(SimpleNamespace(config=tmp_path / "old.yaml", **arguments))
+    assert config.model == {"presence_weight": 7.0}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "training" / "configs").glob("*.yaml")), ids=lambda path: path.stem)

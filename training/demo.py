@@ -50,15 +50,17 @@ def main() -> None:
             row = phantom_row(nodule, nodule.middle)
             image, readers = decode_image(row), decode_masks(row)
             box = make_prompt(readers, PROMPT, np.random.default_rng(row_seed(row, PROMPT)))["input_boxes"]
-            drawn = inference.draw(model, processor, image, {"box": box}, arguments.num_samples, arguments.seed)
-            distance = ged(drawn.masks, readers)
+            sampled = inference.sample_image(
+                model, processor, image, {"box": box}, arguments.num_samples, arguments.seed
+            )
+            distance = ged(sampled.masks, readers)
 
             name = f"nodule-{index:02d}"
             place = f"{row['patient_id']}, nodule {row['nodule_id']}, slice {row['slice_index']}"
-            inference.write_samples(folder / name, drawn)
+            inference.write_samples(folder / name, sampled)
             figure = sample_figure(
-                image, drawn.masks, drawn.mean, drawn.entropy, readers, box,
-                title=f"{place} (phantom): GED {distance.ged:.3f}, {drawn.empty_share:.0%} of {len(drawn.masks)} "
+                image, sampled.masks, sampled.mean, sampled.entropy, readers, box,
+                title=f"{place} (phantom): GED {distance.ged:.3f}, {sampled.empty_share:.0%} of {len(sampled.masks)} "
                 "samples empty",
             )  # fmt: skip
             save_figure(figure, folder / f"{name}.png")
@@ -69,9 +71,9 @@ def main() -> None:
                     "box": box,
                     "readers_area_px": readers.sum(axis=(1, 2)).tolist(),
                     **distance._asdict(),
-                    "empty_share": drawn.empty_share,
-                    "area_px": inference.area_summary(drawn.areas),
-                    "area_mm2": inference.area_summary(drawn.areas, row["pixel_spacing_mm"] ** 2),
+                    "empty_share": sampled.empty_share,
+                    "area_px": inference.area_summary(sampled.areas),
+                    "area_mm2": inference.area_summary(sampled.areas, row["pixel_spacing_mm"] ** 2),
                 }
             )
         means = {

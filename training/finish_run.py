@@ -47,7 +47,7 @@ def average(model: ProbabilisticSamModel, last: dict[str, torch.Tensor]) -> None
 
 
 @torch.no_grad()
-def drawing_means(
+def presence_means(
     model: ProbabilisticSamModel, cache: EmbeddingCache, rows, batch_size: int = 32
 ) -> tuple[np.ndarray, np.ndarray]:
     """For each row the prior's mean of the drawing coordinate, and the share of readers who drew nothing."""
@@ -90,7 +90,7 @@ def main() -> None:
     average(model, state["ema"])
     rows = load_split(arguments.dataset, "validation")
     cache = EmbeddingCache(model, processor, rows, 0, 0, arguments.cache_dir, bf16=True)
-    means, shares = drawing_means(model, cache, rows)
+    means, shares = presence_means(model, cache, rows)
     shift = find_shift(means, shares)
     with torch.no_grad():
         model.prior.lin2.bias[0] += shift

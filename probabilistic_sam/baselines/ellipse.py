@@ -11,7 +11,7 @@ from transformers import initialization as init
 from transformers.utils import can_return_tuple
 
 from ..errors import UserError
-from ..modeling_probabilistic_sam import EMPTY_LOGIT, ProbabilisticSamOutput, check_other_arguments, draw_spread_noise
+from ..modeling_probabilistic_sam import EMPTY_LOGIT, ProbabilisticSamOutput, check_other_arguments, spread_noise
 from .common import PixelConfig, PixelModel
 
 SHARPNESS = 4.0  # logit at a distance of one pixel of the mask from the outline
@@ -87,8 +87,8 @@ class EllipseModel(PixelModel):
         if input_boxes is None:
             raise UserError("an ellipse is drawn in a box; accepted: a prompt with input_boxes")
         size = self.config.image_size // 4
-        noise = draw_spread_noise((*input_boxes.shape[:2], num_samples, 2), generator, self.device)
-        draws = noise[..., 0] > torch.special.ndtri(self.probability_of_empty)  # (B, P, S)
+        noise = spread_noise((*input_boxes.shape[:2], num_samples, 2), generator, self.device)
+        present = noise[..., 0] > torch.special.ndtri(self.probability_of_empty)  # (B, P, S)
         scale = torch.exp(self.log_scale_mean + self.log_scale_std * noise[..., 1])
         low, high = (input_boxes.float() * (size / self.config.image_size)).chunk(2, dim=-1)  # (B, P, 2) in cells
         radii = (((high - low) / 2)[:, :, None] * scale[..., None]).clamp(min=1e-3)  # (B, P, S, 2)
@@ -97,4 +97,4 @@ class EllipseModel(PixelModel):
         x, y = offsets.unbind(dim=-2)
         distance = torch.sqrt(x[..., None, :] ** 2 + y[..., :, None] ** 2)  # 1 on the outline
         logits = SHARPNESS * (1 - distance) * radii.amin(dim=-1)[..., None, None]
-        return ProbabilisticSamOutput(pred_masks=torch.where(draws[..., None, None], logits, EMPTY_LOGIT))
+        return ProbabilisticSamOutput(pred_masks=torch.where(present[..., None, None], logits, EMPTY_LOGIT))

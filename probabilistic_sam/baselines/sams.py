@@ -10,8 +10,8 @@ from ..modeling_probabilistic_sam import (
     ProbabilisticSamOutput,
     Readers,
     check_other_arguments,
-    draw_spread_noise,
     masked_mean,
+    spread_noise,
 )
 from .common import SamVariant, check_dropout, drop_channels, known_readers, reconstruction_loss, to_embeddings
 
@@ -80,7 +80,7 @@ class LatentFreeSamModel(SamVariant):
         """`num_samples` moved copies of each box (B, P, 4) and point (B, P, K, 2): (B, P * S, ...)."""
         boxes, points = prompts.get("input_boxes"), prompts.get("input_points")
         lead = prompts["input_points" if boxes is None else "input_boxes"].shape[:2]
-        noise = draw_spread_noise((*lead, num_samples, 8), generator, self.device)
+        noise = spread_noise((*lead, num_samples, 8), generator, self.device)
         relative, absolute = (2 * torch.special.ndtr(noise) - 1).chunk(2, dim=-1)  # (B, P, S, 4), uniform in -1..1
         moved = dict(prompts)
         if boxes is not None:

@@ -16,9 +16,9 @@ from ..modeling_probabilistic_sam import (
     ProbabilisticSamOutput,
     Readers,
     check_other_arguments,
-    draw_noise,
-    draw_spread_noise,
     masked_mean,
+    normal_noise,
+    spread_noise,
 )
 from .common import (
     MAP_CHANNELS,
@@ -267,7 +267,7 @@ class ProbabilisticUNetModel(PixelModel):
             readers = Readers.read(labels, reader_mask, annotated, lead, flat.shape[-1])
             values |= self.train_on_readers(maps, features, prior_mean, prior_log_std, readers, generator)
         if labels is None or not self.training:
-            noise = draw_spread_noise((*lead, num_samples, self.config.latent_dim), generator, self.device)
+            noise = spread_noise((*lead, num_samples, self.config.latent_dim), generator, self.device)
             latents = prior_mean[:, :, None] + torch.exp(prior_log_std)[:, :, None] * noise
             chunks = latents.flatten(0, 1).split(max(1, MAX_DECODED // len(flat)), dim=1)
             masks = torch.cat([self.decode(features, part) for part in chunks], dim=1).unflatten(0, lead)
@@ -290,7 +290,7 @@ class ProbabilisticUNetModel(PixelModel):
             dim=3,
         )  # (B, P, R, 7, h, w)
         mean, log_std = (item.unflatten(0, targets.shape[:3]) for item in self.posterior(seen.flatten(0, 2)))
-        latents = mean + torch.exp(log_std) * draw_noise(tuple(mean.shape), generator, self.device)
+        latents = mean + torch.exp(log_std) * normal_noise(tuple(mean.shape), generator, self.device)
         masks = self.decode(features, latents.flatten(0, 1)).unflatten(0, lead)  # (B, P, R, h, w)
         bce = F.binary_cross_entropy_with_logits(masks, targets, reduction="none").sum(dim=(-2, -1))
         kl = gaussian_kl(mean, log_std, prior_mean[:, :, None], prior_log_std[:, :, None])

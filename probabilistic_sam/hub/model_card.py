@@ -198,7 +198,11 @@ def results_section(result: dict, name: str) -> str:
 
 def breakdown_section(result: dict, name: str) -> str:
     """Where the error of one results file lies: `metrics.breakdown` as a table, a row a group of slices."""
-    titles = {"readers_drew": "readers who drew: {}", "reader_area": "mean area in pixels: {}"}
+    titles = {
+        "readers_annotated": "readers who annotated: {}",
+        "readers_drew": "readers who annotated: {}",  # the name in files of version 0.1
+        "reader_area": "mean area in pixels: {}",
+    }
     lines = ["| | slices | " + " | ".join(BREAKDOWN.values()) + " |", "|---" * (len(BREAKDOWN) + 2) + "|"]
     for way, groups in result["breakdown"].items():
         for label, group in groups.items():

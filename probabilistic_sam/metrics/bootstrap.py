@@ -95,7 +95,7 @@ def calibration_sums(runs: Sequence[Sequence[dict]], column: str = "all") -> dic
 
 
 def breakdown(runs: Sequence[Sequence[dict]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Where the error lies: slices by how many readers drew (`readers_drew`) and by their area (`reader_area`).
+    """Where the error lies: slices by how many readers drew (`readers_annotated`) and by their area (`reader_area`).
 
     Args:
         runs: as in `summarize_seeds`.
@@ -107,7 +107,7 @@ def breakdown(runs: Sequence[Sequence[dict]]) -> dict[str, dict[str, dict[str, A
     """
     slices = [slice_ for run in runs for slice_ in run if slice_["all"] is not None]
     names: dict[str, Callable[[float], str]] = {
-        "readers_drew": str,
+        "readers_annotated": str,
         "reader_area": lambda area: next(name for name, end in AREA_GROUPS.items() if area < end),
     }
     ged = {column: sum(s[column]["ged"] for s in slices if s[column] is not None) for column in ("all", "shape")}
@@ -153,8 +153,8 @@ def paired_difference(
     patients = sorted(first)
     counts = np.array([first[patient][0] for patient in patients], dtype=float)
     gaps = np.array([first[patient][1] - second[patient][1] for patient in patients])
-    drawn = np.random.default_rng(seed).integers(len(patients), size=(NUM_RESAMPLES, len(patients)))
-    replicates = gaps[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
+    resampled = np.random.default_rng(seed).integers(len(patients), size=(NUM_RESAMPLES, len(patients)))
+    replicates = gaps[resampled].sum(axis=1) / counts[resampled].sum(axis=1)
     low, high = np.quantile(replicates, [0.025, 0.975])
     return round(float(gaps.sum() / counts.sum()), DECIMALS), round(float(low), DECIMALS), round(float(high), DECIMALS)
 
@@ -169,8 +169,8 @@ def _summarize_column(
     if not inside:
         return result | {metric: {"mean": None, "ci95": [None, None]} for metric in METRICS}
 
-    drawn = np.random.default_rng(seed).integers(len(patients), size=(NUM_RESAMPLES, len(patients)))
-    weights = np.stack([np.bincount(row, minlength=len(patients)) for row in drawn]).astype(float)
+    resampled = np.random.default_rng(seed).integers(len(patients), size=(NUM_RESAMPLES, len(patients)))
+    weights = np.stack([np.bincount(row, minlength=len(patients)) for row in resampled]).astype(float)
     estimates, resamples = [], []
     for run in runs:
         sums = np.zeros((len(patients), _NUM_SUMS))

@@ -33,7 +33,7 @@ def slice_collapse(
             one or two pixels may be empty.
 
     Returns:
-        `kl` and `posterior_mean` in float64, `drew` (R,) bool as `annotated`, and `iou` of the reconstruction for each
+        `kl` and `posterior_mean` in float64, `annotated` (R,) bool, and `iou` of the reconstruction for each
         of these; two empty masks have IoU 1.
 
     Raises:
@@ -48,7 +48,7 @@ def slice_collapse(
     union = (reconstructions | targets).sum(axis=(1, 2))[annotated]
     intersection = (reconstructions & targets).sum(axis=(1, 2))[annotated]
     iou = np.where(union > 0, intersection / np.maximum(union, 1), 1.0)
-    return {"kl": kl.astype(float), "posterior_mean": posterior_mean.astype(float), "drew": annotated, "iou": iou}
+    return {"kl": kl.astype(float), "posterior_mean": posterior_mean.astype(float), "annotated": annotated, "iou": iou}
 
 
 def active_outline_units(variance: Sequence[float | None], has_presence: bool = True) -> int | None:
@@ -83,13 +83,15 @@ def summarize_collapse(slices: Sequence[dict[str, Any]], has_presence: bool = Tr
     """
     if not slices:
         raise ValueError("no slice was given")
-    drawers = [item for item in slices if item["drew"].any()]
+    with_outline = [item for item in slices if item["annotated"].any()]
     kl = [np.mean([item["kl"][:, 0].mean() for item in slices])]
     variance = [np.concatenate([item["posterior_mean"][:, 0] for item in slices]).var()]
-    if drawers:
-        kl += [*np.mean([item["kl"][item["drew"], 1:].mean(axis=0) for item in drawers], axis=0)]
-        variance += [*np.concatenate([item["posterior_mean"][item["drew"], 1:] for item in drawers]).var(axis=0)]
-        iou = np.mean([item["iou"].mean() for item in drawers])
+    if with_outline:
+        kl += [*np.mean([item["kl"][item["annotated"], 1:].mean(axis=0) for item in with_outline], axis=0)]
+        variance += [
+            *np.concatenate([item["posterior_mean"][item["annotated"], 1:] for item in with_outline]).var(axis=0)
+        ]
+        iou = np.mean([item["iou"].mean() for item in with_outline])
     else:
         outline = slices[0]["kl"].shape[1] - 1
         kl, variance, iou = kl + [np.nan] * outline, variance + [np.nan] * outline, np.nan

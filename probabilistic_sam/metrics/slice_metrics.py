@@ -42,8 +42,8 @@ def slice_metrics(
       one empty mask of probability zero is scored: cross distance 1, sample diversity 0, HM-IoU 0, Dice 0.
 
     The empty rates are those of all samples and all readers in every column, `shape` included, where they tell how
-    much was left out. So are `readers_drew`, a count, and `reader_area`, the mean area in pixels of a mask that is not
-    empty.
+    much was left out. So are `readers_annotated`, a count, and `reader_area`, the mean area in pixels of a
+    mask that is not empty.
 
     Args:
         samples: (N, H, W) bool.
@@ -56,8 +56,8 @@ def slice_metrics(
 
     Returns:
         For each name of `COLUMNS` None where the slice is not in the column, else a dictionary with a float for each
-        name of `SLICE_METRICS`, with `readers_drew`, `reader_area`, and with `calibration`, the (3, bins) array of
-        `functional.calibration_bins`.
+        name of `SLICE_METRICS`, with `readers_annotated`, `reader_area`, and with `calibration`, the (3, bins) array
+        of `functional.calibration_bins`.
 
     Raises:
         ValueError: for shapes that do not fit each other.
@@ -69,27 +69,29 @@ def slice_metrics(
     functional.check_masks(samples=samples, readers=readers)
 
     columns: dict[str, dict[str, Any] | None] = dict.fromkeys(COLUMNS)
-    drew, visible = functional.nonempty(readers), functional.nonempty(samples)
+    annotated, visible = functional.nonempty(readers), functional.nonempty(samples)
     region = functional.scored_region(readers)  # empty readers do not change it, so all columns share it
-    if not drew.any():
+    if not annotated.any():
         return columns
     whole = {
         "empty_rate_samples": float(1 - visible.mean()),
-        "empty_rate_readers": float(1 - drew.mean()),
-        "readers_drew": int(drew.sum()),
-        "reader_area": float(readers.sum() / drew.sum()),
+        "empty_rate_readers": float(1 - annotated.mean()),
+        "readers_annotated": int(annotated.sum()),
+        "reader_area": float(readers.sum() / annotated.sum()),
     }
     columns["all"] = _score(samples, probabilities, readers, owners, region) | whole
-    if len(readers) >= 4 and drew.all():
+    if len(readers) >= 4 and annotated.all():
         columns["four_readers"] = columns["all"]
-    if drew.sum() >= 2:
-        kept = visible if owners is None else visible & drew[owners]
-        if kept.all() and drew.all():
+    if annotated.sum() >= 2:
+        kept = visible if owners is None else visible & annotated[owners]
+        if kept.all() and annotated.all():
             columns["shape"] = columns["all"]
         else:
             # Owners are counted among the non-empty readers only.
-            kept_owners = None if owners is None else (np.cumsum(drew) - 1)[owners[kept]]
-            columns["shape"] = _score(samples[kept], probabilities[kept], readers[drew], kept_owners, region) | whole
+            kept_owners = None if owners is None else (np.cumsum(annotated) - 1)[owners[kept]]
+            columns["shape"] = (
+                _score(samples[kept], probabilities[kept], readers[annotated], kept_owners, region) | whole
+            )
     return columns
 
 

@@ -11,6 +11,7 @@ import yaml
 
 from .. import ProbabilisticSamConfig, ProbabilisticSamModel
 from ..baselines import BASELINES, EllipseConfig
+from ..configuration_probabilistic_sam import RENAMED
 from ..errors import UserError
 from ..hub.push import check_repo_name
 
@@ -112,6 +113,7 @@ def typed(values: dict, types: dict[str, Any], where: str) -> dict:
     """Check names and types; what YAML reads as int (1) or text (1e-3) becomes float where that is declared."""
     result = {}
     for name, value in values.items():
+        name = RENAMED.get(name, name)
         if name not in types:
             raise UserError(f"{where}: unknown field {name!r}; accepted: {', '.join(sorted(types))}")
         if types[name] is float and isinstance(value, (int, str)) and not isinstance(value, bool):

@@ -165,17 +165,17 @@ def validate(model, processor, cache, rows, indices, config, accelerator) -> dic
     return scores | summarize_collapse(latent_spaces, has_presence) if latent_spaces else scores
 
 
-def latent_values(kl: torch.Tensor | None, annotated: torch.Tensor, has_drawing: bool) -> dict[str, torch.Tensor]:
+def latent_values(kl: torch.Tensor | None, annotated: torch.Tensor, has_presence: bool) -> dict[str, torch.Tensor]:
     """What the log says of a KL divergence (B, P, R, L) in nats; its coordinate 0 may be the presence.
 
     `annotated` (B, P, R) tells whose masks are not empty: the outline's coordinates count for these only.
     """
     if kl is None:
         return {}
-    if not has_drawing:
+    if not has_presence:
         return {"kl": kl.sum(dim=-1).mean()}
     outline = (kl[..., 1:].sum(dim=-1) * annotated).sum() / annotated.sum().clamp(min=1)
-    return {"outline_kl": outline, "drawing_nll": kl[..., 0].mean()}
+    return {"outline_kl": outline, "presence_nll": kl[..., 0].mean()}
 
 
 class Log:

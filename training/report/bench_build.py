@@ -68,7 +68,7 @@ def measure_masks(archive: Path, index: Path) -> dict:
 
     slices: Counter[str] = Counter()
     volumes: dict[tuple, bool] = {}  # of each reader: identical on every slice, also where only one side has a mask
-    drawn: dict[tuple, bool] = {}
+    annotated: dict[tuple, bool] = {}
     whole_readers_absent = 0
     for key, items in public.items():
         for line, packed in items:
@@ -84,14 +84,14 @@ def measure_masks(archive: Path, index: Path) -> dict:
             absent = np.array([int(line[f"ann{reader}"] or 0) <= 0 for reader in range(4)])
             whole_readers_absent += bool(not same.all() and (same | absent).all())
             for reader in range(4):
-                drawn[(*key, reader)] = drawn.get((*key, reader), False) or bool(theirs[reader].any())
+                annotated[(*key, reader)] = annotated.get((*key, reader), False) or bool(theirs[reader].any())
                 volumes[(*key, reader)] = volumes.get((*key, reader), True) and bool(same[reader])
     return {
         "slices": dict(slices),
         "slices that differ only in readers whom the public set left out": whole_readers_absent,
         "reader_volumes": {
-            "compared": sum(drawn.values()),
-            "identical": sum(same for reader, same in volumes.items() if drawn[reader]),
+            "compared": sum(annotated.values()),
+            "identical": sum(same for reader, same in volumes.items() if annotated[reader]),
         },
         "slices_per_second": {str(processes): round(count / value, 1) for processes, value in seconds.items()},
     }

@@ -69,7 +69,7 @@ def to_masks(processor: ProbabilisticSamProcessor, pred_masks: torch.Tensor, inp
     return (logits > 0).numpy()
 
 
-def draw_gallery(model, processor, rows, path: Path) -> None:
+def plot_gallery(model, processor, rows, path: Path) -> None:
     """The best, the median and the worst slices by GED, readers beside samples."""
     distances, samples = [], []
     for row in tqdm(rows, desc="gallery", unit="slice"):
@@ -88,16 +88,16 @@ def draw_gallery(model, processor, rows, path: Path) -> None:
     images, outlines, titles = [], [], []
     for name, indices in chosen.items():
         for index in indices:
-            row, drawn = rows[index], samples[index]
-            empty = int((~drawn.any(axis=(1, 2))).sum())
+            row, sampled = rows[index], samples[index]
+            empty = int((~sampled.any(axis=(1, 2))).sum())
             images += [decode_image(row)] * 2
-            outlines += [decode_masks(row), drawn]
+            outlines += [decode_masks(row), sampled]
             titles += [f"{name}: {row['patient_id']}, {row['num_nonempty']} of {len(row['masks'])} readers drew"]
             titles += [f"{NUM_SAMPLES} samples, {empty} empty, GED {distances[index]:.2f}"]
     save_figure(grid_figure(images, outlines, titles, columns=SHOWN), path)
 
 
-def draw_traversal(model, processor, row: dict, path: Path) -> None:
+def plot_traversal(model, processor, row: dict, path: Path) -> None:
     """One coordinate of the latent at a time, the others at the prior's mean: those that move the mask most."""
     image, _, inputs = prepare(row, processor)
     prior = model(**inputs)
@@ -145,9 +145,9 @@ def main() -> None:
     processor = ProbabilisticSamProcessor.from_pretrained(arguments.model)
     arguments.output.mkdir(parents=True, exist_ok=True)
 
-    draw_gallery(model, processor, rows, arguments.output / "gallery.png")
+    plot_gallery(model, processor, rows, arguments.output / "gallery.png")
     largest = max(rows, key=lambda row: int(decode_masks(row).any(axis=0).sum()))
-    draw_traversal(model, processor, largest, arguments.output / "traversal.png")
+    plot_traversal(model, processor, largest, arguments.output / "traversal.png")
     main_result = results["validation"]
     calibration = main_result["calibration"]
     title = f"{main_result['num_slices']:,} {main_result['split']} slices, prompt {main_result['prompt']}"

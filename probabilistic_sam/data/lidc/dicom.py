@@ -153,13 +153,13 @@ def scan_rows(scan: Scan, spacing_mm: float | None = None) -> tuple[list[dict], 
         if scan_id == scan.scan_id
     ]
     # Slice by slice over all nodules, so that no slice is decoded twice and none is kept
-    drawn: dict[float, list[tuple[Nodule, int]]] = defaultdict(list)
+    annotated: dict[float, list[tuple[Nodule, int]]] = defaultdict(list)
     for nodule in nodules:
         notes += left_out_notes(nodule)
         for index, z in enumerate(nodule.z_mm):
-            drawn[float(z)].append((nodule, index))
+            annotated[float(z)].append((nodule, index))
     rows = []
-    for z, items in sorted(drawn.items()):
+    for z, items in sorted(annotated.items()):
         file = min(files, key=lambda file: abs(file.z_mm - z), default=None)  # type: ignore[operator]
         if file is None or abs(file.z_mm - z) > Z_TOLERANCE:  # type: ignore[operator]
             detail = f"{where}: slice at z {z:g} mm is missing, {len(items)} rows left out"

@@ -121,7 +121,7 @@ def read_nodule(patient_id: str, nodule_id: int, crop_side: int) -> Nodule:
         masks[slices.start - low[2] : slices.stop - low[2], reader, rows, columns] = filled
     row, column = (int(start) for start in origin)
     masks = masks[:, :, row : row + crop_side, column : column + crop_side]
-    drawn = masks.any(axis=(1, 2, 3))
+    annotated = masks.any(axis=(1, 2, 3))
     missing = (None,) * (NUM_READERS - len(annotations))
     return Nodule(
         patient_id=scan.patient_id,
@@ -136,9 +136,9 @@ def read_nodule(patient_id: str, nodule_id: int, crop_side: int) -> Nodule:
         },
         pixel_spacing_mm=float(scan.pixel_spacing),
         slice_thickness_mm=float(scan.slice_thickness),
-        z_mm=np.array(scan.slice_zvals[low[2] : high[2]])[drawn],
+        z_mm=np.array(scan.slice_zvals[low[2] : high[2]])[annotated],
         origin=(row, column),
-        masks=masks[drawn],
+        masks=masks[annotated],
     )
 
 

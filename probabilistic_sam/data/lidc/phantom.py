@@ -378,8 +378,8 @@ def _nodule(nodule: Nodule, index: int, background: np.ndarray, rng: np.random.G
     """
     readers = [reader for reader, annotation in enumerate(nodule.annotation_ids) if annotation is not None]
     masks = nodule.masks[index, readers]
-    drawn = masks[masks.any(axis=(1, 2))]
-    distances = np.stack([_signed_distance(mask) for mask in drawn]) * nodule.pixel_spacing_mm  # (R, H, W)
+    annotated = masks[masks.any(axis=(1, 2))]
+    distances = np.stack([_signed_distance(mask) for mask in annotated]) * nodule.pixel_spacing_mm  # (R, H, W)
     mean, spread = distances.mean(axis=0), distances.std(axis=0)
     margin = 0.35 + 0.5 * spread
     inside = _sigmoid(mean / margin)
@@ -391,7 +391,7 @@ def _nodule(nodule: Nodule, index: int, background: np.ndarray, rng: np.random.G
     core = _sigmoid((mean - core_margin + 0.8 * (1 - solidity) * grain) / margin) if solidity > 0.25 else 0.0
     calcified = np.mean([value < NOT_CALCIFIED for value in nodule.ratings["calcification"] if value is not None])
     target = glass + (SOLID_HU + 500.0 * calcified - glass) * core
-    contrast = (0.55 + 0.1 * (_rating(nodule, "subtlety") - 1)) * (0.5 + 0.5 * len(drawn) / len(masks))
+    contrast = (0.55 + 0.1 * (_rating(nodule, "subtlety") - 1)) * (0.5 + 0.5 * len(annotated) / len(masks))
     return background + contrast * inside * np.maximum(target - background, 0.0)
 
 

@@ -159,15 +159,15 @@ def read_pickle(path: str | os.PathLike[str]) -> Iterator[dict]:
             raise UserError(f"{name}: masks is no list of arrays")
         if image.ndim != 2 or not np.isfinite(image).all() or image.min() < 0 or image.max() > 1:
             raise UserError(f"{name}: image has shape {image.shape} or values beyond 0..1; accepted: (H, W) in 0..1")
-        drawn = [_value(mask, name) for mask in masks]
-        if any(mask.shape != image.shape or not np.isin(mask, (0, 1)).all() for mask in drawn):
+        arrays = [_value(mask, name) for mask in masks]
+        if any(mask.shape != image.shape or not np.isin(mask, (0, 1)).all() for mask in arrays):
             raise UserError(f"{name}: a mask has another shape than the image, or other values than 0 and 1")
         patient_id, scan_id = scans[crop["series_uid"]]
         yield image_row(
             encode_png(np.round(image.astype(np.float64) * 255).astype(np.uint8)),
-            [encode_png(mask.astype(bool)) for mask in drawn],
+            [encode_png(mask.astype(bool)) for mask in arrays],
             name,
-            [name] * len(drawn),
+            [name] * len(arrays),
             patient_id=patient_id,
             scan_id=scan_id,
             series_uid=crop["series_uid"],

@@ -440,8 +440,8 @@ def test_full_disk_leaves_no_part_and_no_build(folder, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("probabilistic_sam.data.parts.os.replace", full)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(UserError, match="parts cannot be written: No space left"):
         list(part_rows(dicom_jobs([scan]), tmp_path / "parts", []))
     monkeypatch.undo()
     assert not list((tmp_path / "parts").glob("*.arrow"))

@@ -22,10 +22,11 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from ..errors import UserError
+from ..files import replaced_files
 from .card import Note
 from .format import ROW_SCHEMA
 
-_PART_FILE = re.compile(r"[\w-]+\.(arrow|tmp-\d+)")
+_PART_FILE = re.compile(r"[\w-]+\.arrow|\.tmp-.*")  # a part, or what a killed process left
 
 
 @dataclass(frozen=True)
@@ -126,11 +127,9 @@ def _make_part(job: Job, folder: Path) -> Path:
     rows, notes = job.make()
     metadata = {b"fingerprint": _fingerprint(job).encode(), b"notes": json.dumps(notes).encode()}
     schema = ROW_SCHEMA.with_metadata({**(ROW_SCHEMA.metadata or {}), **metadata})
-    temporary = path.with_suffix(f".tmp-{os.getpid()}")
-    with pa.ipc.new_file(str(temporary), schema) as writer:
+    with replaced_files(folder) as temporary, pa.ipc.new_file(str(temporary / path.name), schema) as writer:
         if rows:
             writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
-    os.replace(temporary, path)
     return path
 
 

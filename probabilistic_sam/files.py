@@ -104,8 +104,9 @@ def _temporary_folder(parent: Path, name: str | Path) -> Iterator[Path]:
         if error.errno is None:  # raised by a library for a reason of its own
             raise
         file = str(error.filename or "")
-        where = "" if TEMPORARY in file or str(name).endswith(file) else f" ({file})"
-        raise UserError(f"{name} cannot be written: {error.strerror}{where}") from error
+        if TEMPORARY in file or str(name).endswith(file):
+            raise UserError(f"{name} cannot be written: {error.strerror}") from error
+        raise UserError(f"{file}: {error.strerror}; {name} cannot be written") from error
 
 
 def _remove_abandoned(parent: Path) -> None:

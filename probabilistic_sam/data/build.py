@@ -68,7 +68,7 @@ def write_dataset(
         spool.unlink()
         write_json(folder / "manifest.json", _manifest(report, digests))
         card = dataset_card(report, Origin(origin) if isinstance(origin, str) else origin, notes)
-        (folder / "README.md").write_text(str(card), encoding="utf-8")
+        (folder / "README.md").write_text(f"{card}\n", encoding="utf-8")
     return report
 
 

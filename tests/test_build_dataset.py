@@ -285,6 +285,11 @@ def test_script_reports_errors_in_one_line(tmp_path):
     assert "Traceback" not in result.stderr
 
 
+def test_bench_build_runs_as_a_script():
+    command = [sys.executable, str(ROOT / "training/report/bench_build.py"), "--help"]
+    assert "--slices" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 @pytest.mark.slow
 def test_real_archive_gives_the_known_counts(shared_dir, tmp_path, build):
     data = shared_dir / "data"

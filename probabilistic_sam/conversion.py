@@ -6,7 +6,6 @@ From the command line, for MobileSAM:
 """
 
 import argparse
-import os
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -21,6 +20,7 @@ from transformers.utils import logging
 
 from .configuration_probabilistic_sam import ProbabilisticSamConfig, TinyViTVisionConfig
 from .errors import UserError, run
+from .files import replaced_files
 from .modeling_probabilistic_sam import ProbabilisticSamModel
 from .processing_probabilistic_sam import ProbabilisticSamProcessor
 
@@ -218,17 +218,9 @@ def save_model(model: ProbabilisticSamModel, processor: ProbabilisticSamProcesso
     Raises:
         UserError: the directory cannot be written.
     """
-    directory = Path(directory)
-    staging = directory / ".saving"
-    try:
-        staging.mkdir(parents=True, exist_ok=True)
-        model.save_pretrained(staging)
-        processor.save_pretrained(staging)
-        for path in staging.iterdir():
-            os.replace(path, directory / path.name)
-        staging.rmdir()
-    except OSError as error:
-        raise UserError(f"{directory} cannot be written: {error.strerror or error}") from error
+    with replaced_files(directory) as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
 
 
 def main() -> None:

@@ -1,22 +1,22 @@
-"""One DICOM file as grey values: for the command, the page and the builder of LIDC. Needs pydicom, extra `data`.
+"""Read one DICOM file as grey values. Needs pydicom (extra `data`).
 
-The steps from stored pixels to grey values, in the order of the standard (PS3.4 N.2):
+Stored pixels become grey values in these steps, in the order of the standard (PS3.4 N.2):
 
-1. The bits that hold the pixel, without overlays in the unused ones: BitsAllocated, BitsStored, HighBit,
-   PixelRepresentation; or FloatPixelData, DoubleFloatPixelData.
-2. The modality transformation: RescaleSlope and RescaleIntercept, in the header itself or in the functional groups of
-   an enhanced image, or ModalityLUTSequence. For CT the result is in Hounsfield units.
-3. The direction of the grey scale: PresentationLUTShape, or PhotometricInterpretation.
+1. Stored values: the bits of a pixel, without overlays in unused bits (BitsAllocated, BitsStored, HighBit,
+   PixelRepresentation), or FloatPixelData or DoubleFloatPixelData.
+2. Modality transformation: RescaleSlope and RescaleIntercept, in the header or in the functional groups of an enhanced
+   image, or ModalityLUTSequence. For CT the result is in Hounsfield units.
+3. Direction of the grey scale: PresentationLUTShape or PhotometricInterpretation.
 
-A step that is not supported is refused by name. These tags are not used, on purpose:
+Steps that are not supported are refused by name. These tags are deliberately ignored:
 
-- VOI windows and tables (WindowCenter, VOILUTSequence) are for display; the processor has a window of its own.
-- RealWorldValueMappingSequence is a second scale beside the grey values, often one of several, and no part of the
-  grey-scale pipeline (PS3.3 C.7.6.16.2.11).
-- PixelPaddingValue marks pixels outside of the field of view. They keep their value and are scaled like all others.
+- VOI windows and tables (WindowCenter, VOILUTSequence) are for display; the processor scales grey values itself.
+- RealWorldValueMappingSequence is an additional scale, often one of several, and not part of the grey-scale pipeline
+  (PS3.3 C.7.6.16.2.11).
+- PixelPaddingValue marks pixels outside the field of view. They keep their value and are scaled like all others.
 - RescaleType only names the unit.
-- ImagerPixelSpacing and NominalScannedPixelSpacing hold at the detector and on the film; the patient is smaller by a
-  factor that mostly nobody knows. PixelAspectRatio has no unit. Without PixelSpacing the spacing is unknown.
+- ImagerPixelSpacing and NominalScannedPixelSpacing refer to the detector or the film, not to the patient, and the
+  magnification is usually unknown. PixelAspectRatio has no unit. Without PixelSpacing the spacing is unknown.
 """
 
 import logging
@@ -48,13 +48,13 @@ MAX_FILE_BYTES = 64 * 2**20  # a CT slice has 0.5 MB
 MAX_MESSAGE = 500
 PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 BITS = {"PixelData": (1, 8, 16, 32), "FloatPixelData": (32,), "DoubleFloatPixelData": (64,)}
-# Tags, and those of their values, that name a step of their own: the scale of a radiotherapy dose, colours for the
+# Tags, with the values concerned, that require further steps: the scale of a radiotherapy dose, and colours for the
 # highest values of a grey image
 NOT_SUPPORTED = {"DoseGridScaling": (), "PixelPresentation": ("COLOR", "MIXED", "TRUE_COLOR")}
-_IMAGE_STARTS = (b"\xff\xd8", b"\xff\x4f\xff\x51")  # of JPEG and JPEG-LS, of JPEG 2000
-_QUIET = threading.Lock()  # warning filters belong to the process, and the page reads in threads
+_IMAGE_STARTS = (b"\xff\xd8", b"\xff\x4f\xff\x51")  # JPEG and JPEG-LS, JPEG 2000
+_QUIET = threading.Lock()  # warning filters are global, and the app reads files in threads
 
-# pydicom logs what it also raises; without a handler Python prints it to stderr
+# pydicom also logs what it raises; without a handler Python prints that to stderr
 logging.getLogger("pydicom").addHandler(logging.NullHandler())
 
 
@@ -62,28 +62,28 @@ def read_dicom(path: str | os.PathLike, max_pixels: int, invert: bool = True) ->
     """Read one slice.
 
     Args:
-        path: of the file.
-        max_pixels: at most this many pixels are decoded.
-        invert: whether values that the header shows the darker the higher they are (MONOCHROME1, PresentationLUTShape
-            INVERSE) are turned around within their range. False keeps their unit.
+        path: path of the file.
+        max_pixels: maximum number of pixels to decode.
+        invert: invert the grey scale within its range if the header displays higher values darker (MONOCHROME1,
+            PresentationLUTShape INVERSE). False keeps the values in their unit.
 
     Returns:
-        (H, W) float64 within the range of float32: grey values, for CT Hounsfield units; and the side of a pixel in mm
-        (of a square of the same area when rows and columns differ), None when the file does not say.
+        Grey values (H, W), float64 within the range of float32, for CT in Hounsfield units; and the side of a pixel in
+        mm (of a square of the same area if row and column spacing differ), or None if unknown.
 
     Raises:
-        UserError: the pixels are compressed and no decoder for that is installed.
+        UserError: the pixels are compressed and no decoder for them is installed.
         ValueError: not DICOM, damaged, too large, several frames, colour, or a step that is not supported.
     """
     try:
         with _quiet(), np.errstate(all="ignore"):
             return _read(path, max_pixels, invert)
-    except Exception as error:  # a damaged file makes pydicom raise almost anything
+    except Exception as error:  # pydicom raises almost anything for a damaged file
         raise _refusal(path, error) from error
 
 
 def read_header(path: str | os.PathLike, tags: list[str]) -> dict[str, Any]:
-    """Read these tags of a file and not its pixels; None stands for one that is absent, empty or broken.
+    """Read some tags of a file, without its pixels; the value is None if a tag is absent, empty or invalid.
 
     Raises:
         ValueError: not DICOM, damaged, too large, or deflated.
@@ -98,14 +98,14 @@ def read_header(path: str | os.PathLike, tags: list[str]) -> dict[str, Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without pydicom's warnings: what matters of them is checked here."""
+    """Suppress pydicom's warnings; what matters is checked here."""
     with _QUIET, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def _refusal(path: str | os.PathLike, error: Exception) -> ValueError:
-    """One printable line, whatever the file has in its values."""
+    """An error of one printable line, whatever the values in the file are."""
     text = " ".join((str(error) or type(error).__name__).split())[:MAX_MESSAGE]
     text = "".join(character if character.isprintable() else "?" for character in text)
     if isinstance(error, UserError):
@@ -118,11 +118,11 @@ def _open(path: str | os.PathLike, **options: Any) -> pydicom.Dataset:
     if os.path.getsize(path) > MAX_FILE_BYTES:
         raise ValueError(f"more than {MAX_FILE_BYTES // 2**20} MB")
     with open(path, "rb") as file:
-        # A deflated file unpacks as a whole, to any size, before its header can be read
+        # A deflated file would have to be unpacked completely, to any size, before its header can be read
         read_preamble(file, force=True)
         meta = read_dataset(file, False, True, stop_when=lambda tag, *_: tag >> 16 != 2)
         if meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
-            raise ValueError("a deflated file; accepted: pixels that are compressed by themselves, or not at all")
+            raise ValueError("a deflated file; accepted: no compression, or compressed pixels only")
         file.seek(0)
         return pydicom.dcmread(file, force=True, **options)
 
@@ -161,7 +161,7 @@ def _read(path: str | os.PathLike, max_pixels: int, invert: bool) -> tuple[np.nd
 
 
 def _stored_values(dataset: pydicom.Dataset, keyword: str, height: int, width: int) -> np.ndarray:
-    """Pixels as they are stored, (H, W): integers of BitsStored bits, or floating-point values."""
+    """Stored pixel values (H, W): integers of BitsStored bits, or floating-point values."""
     bits = _whole(dataset, "BitsAllocated", BITS[keyword], _listed(BITS[keyword]))
     layout: dict[str, Any] = {"rows": height, "columns": width, "samples_per_pixel": 1, "number_of_frames": 1}
     layout |= {"bits_allocated": bits, "photometric_interpretation": "MONOCHROME2", "pixel_keyword": keyword}
@@ -189,7 +189,7 @@ def _stored_values(dataset: pydicom.Dataset, keyword: str, height: int, width: i
         _check_code(data, syntax, height, width)
     else:
         size = math.ceil(height * width * bits / 8)
-        # Padding is shorter than a row and a column; a longer rest means that Rows or Columns are wrong
+        # Padding is shorter than a row or a column; a longer remainder means that Rows or Columns are wrong
         longest = max(1, math.ceil(min(height, width) * bits / 8) - 1)
         if not size <= len(data) <= size + longest:
             raise ValueError(
@@ -206,7 +206,7 @@ def _stored_values(dataset: pydicom.Dataset, keyword: str, height: int, width: i
 
 
 def _transfer_syntax(dataset: pydicom.Dataset, element: pydicom.DataElement) -> UID:
-    """How the pixels are written; from the rest of the file when that has no TransferSyntaxUID."""
+    """Encoding of the pixels; without a TransferSyntaxUID, that of the rest of the file."""
     syntax = _value(dataset.file_meta, "TransferSyntaxUID")
     if syntax is None:
         if element.is_undefined_length:
@@ -224,9 +224,9 @@ def _transfer_syntax(dataset: pydicom.Dataset, element: pydicom.DataElement) -> 
 
 
 def _check_code(data: bytes, syntax: UID, height: int, width: int) -> None:
-    """Refuse compressed pixels that are not one frame of this size, before they are decoded."""
-    _, *fragments = generate_fragments(data)  # the first is the table of their offsets
-    if syntax == RLELossless:  # has no size, and a fragment is a frame
+    """Refuse compressed pixels that are not a single frame of this size, before decoding them."""
+    _, *fragments = generate_fragments(data)  # the first is the offset table
+    if syntax == RLELossless:  # does not contain a size; each fragment is a frame
         frames = len(fragments)
     else:
         frames = max(1, sum(fragment.startswith(_IMAGE_STARTS) for fragment in fragments))
@@ -236,19 +236,19 @@ def _check_code(data: bytes, syntax: UID, height: int, width: int) -> None:
         return
     size = _code_size(next(generate_frames(data, number_of_frames=1)))
     if size is None:
-        raise ValueError(f"PixelData is not what TransferSyntaxUID says, {syntax.name}")
+        raise ValueError(f"PixelData is not {syntax.name}, as TransferSyntaxUID says")
     if size != (height, width):
         raise ValueError(f"{height}x{width} pixels in its header, {size[0]}x{size[1]} in its compressed PixelData")
 
 
 def _code_size(code: bytes) -> tuple[int, int] | None:
-    """Rows and columns of a JPEG, JPEG-LS or JPEG 2000 image, None when it is none."""
+    """Rows and columns of a JPEG, JPEG-LS or JPEG 2000 image, None if it is none of these."""
 
     def number(place: int, size: int) -> int:
         return int.from_bytes(code[place : place + size], "big")
 
     if not code.startswith(_IMAGE_STARTS[0]):
-        start = code.find(_IMAGE_STARTS[1])  # after the boxes of a JP2 file, when it is one
+        start = code.find(_IMAGE_STARTS[1])  # after the boxes of a JP2 file
         if start < 0:
             return None
         width, height, left, top = (number(start + place, 4) for place in (8, 12, 16, 20))
@@ -256,7 +256,7 @@ def _code_size(code: bytes) -> tuple[int, int] | None:
     place = 2
     while place + 9 <= len(code):
         marker = number(place, 2)
-        # Start of a frame; three of its range mean tables and conditions. The last is that of JPEG-LS
+        # Start of frame; three markers of the range are tables and conditions. 0xFFF7 is JPEG-LS
         if (0xFFC0 <= marker <= 0xFFCF and marker not in (0xFFC4, 0xFFC8, 0xFFCC)) or marker == 0xFFF7:
             return number(place + 5, 2), number(place + 7, 2)
         place += 1 if marker == 0xFFFF else 2 + number(place + 2, 2)
@@ -276,26 +276,26 @@ def _modality_values(dataset: pydicom.Dataset, keyword: str, stored: np.ndarray)
     if not tables:
         return stored.astype(np.float64) * slope + intercept
     if (slope, intercept) != (1, 0) or keyword != "PixelData" or len(tables) != 1:
-        raise ValueError("ModalityLUTSequence; accepted: one table, for integers, and no rescaling beside it")
+        raise ValueError("ModalityLUTSequence; accepted: one table, for integers, and no rescaling in addition")
     descriptor = _value(tables[0], "LUTDescriptor")
     try:
         count, _, bits = (int(value) for value in descriptor)
         entries = _value(tables[0], "LUTData")
         length = len(entries) // (2 if isinstance(entries, bytes) else 1)
     except (TypeError, ValueError) as error:
-        raise ValueError("ModalityLUTSequence is broken; accepted: LUTDescriptor of three numbers, LUTData") from error
+        raise ValueError("ModalityLUTSequence is invalid; accepted: LUTDescriptor of 3 numbers, LUTData") from error
     count = count or 2**16
     if bits not in (8, 16) or length != count:
         raise ValueError(
             f"ModalityLUTSequence has {length} entries in 16 bits each, LUTDescriptor says {count} of {bits} bits; "
             f"accepted: the same number, of 8 or 16 bits"
         )
-    # pydicom subtracts the first mapped value in the type of the pixels, which may be too small for that
+    # pydicom subtracts the first mapped value in the type of the pixels, which may overflow
     return apply_modality_lut(stored.astype(np.int64), dataset).astype(np.float64)
 
 
 def _of_frame(dataset: pydicom.Dataset, macro: str) -> list[pydicom.Dataset]:
-    """What functional groups say about the one frame: the shared group, then its own."""
+    """Items of a macro in the functional groups of the only frame: shared groups first, then per-frame groups."""
     found = []
     for groups in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
         items = _items(dataset, groups)
@@ -306,7 +306,7 @@ def _of_frame(dataset: pydicom.Dataset, macro: str) -> list[pydicom.Dataset]:
 
 
 def _agreed(places: list[pydicom.Dataset], name: str, default: float) -> float:
-    """A number that may be in several places of a header: the same in all."""
+    """A number that may be given in several places of a header, where all must agree."""
     found = set()
     for place in places:
         value = _value(place, name)
@@ -327,9 +327,9 @@ def _agreed(places: list[pydicom.Dataset], name: str, default: float) -> float:
 
 
 def _is_inverse(dataset: pydicom.Dataset, photometric: str) -> bool:
-    """Whether the highest value is the darkest.
+    """Whether the highest value is displayed darkest.
 
-    MONOCHROME1 and INVERSE say the same, and radiographs have to say both (PS3.3 C.8.11.3.1): one inversion, not two.
+    MONOCHROME1 and INVERSE mean the same, and radiographs must have both (PS3.3 C.8.11.3.1): one inversion, not two.
     """
     if _items(dataset, "PresentationLUTSequence"):
         raise ValueError("PresentationLUTSequence is not supported; accepted: PresentationLUTShape or none")
@@ -338,7 +338,7 @@ def _is_inverse(dataset: pydicom.Dataset, photometric: str) -> bool:
 
 
 def _spacing(dataset: pydicom.Dataset) -> float | None:
-    """Side of a pixel in mm, None when it is unknown, broken or said in two ways."""
+    """Side of a pixel in mm, None if it is unknown, invalid or contradictory."""
     try:
         values = [_value(place, "PixelSpacing") for place in (dataset, *_of_frame(dataset, "PixelMeasuresSequence"))]
         ((row, column),) = {tuple(float(side) for side in value) for value in values if value is not None}
@@ -351,13 +351,13 @@ def _spacing(dataset: pydicom.Dataset) -> float | None:
 
 
 def _value(dataset: pydicom.Dataset, name: str) -> Any:
-    """Value of a tag that the pixels need, None when it is absent or empty."""
+    """Value of a tag, None if it is absent or empty; an error if it cannot be read."""
     try:
         value = dataset.get(name)
         if isinstance(value, Sized):
             return value if len(value.strip() if isinstance(value, str) else value) else None
         return value
-    except Exception as error:  # pydicom converts a value when it is asked for, and raises almost anything
+    except Exception as error:  # pydicom converts values on access, and raises almost anything
         raise ValueError(f"{name} cannot be read ({error})") from error
 
 
@@ -373,7 +373,7 @@ def _items(dataset: pydicom.Dataset, name: str) -> list[pydicom.Dataset]:
     if value is None:
         return []
     if not isinstance(value, pydicom.Sequence):
-        raise ValueError(f"{name} is no sequence")
+        raise ValueError(f"{name} is not a sequence")
     return list(value)
 
 

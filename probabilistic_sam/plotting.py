@@ -5,7 +5,6 @@ Coordinates are pixel edges, as the prompts are: pixel (row, column) covers x in
 """
 
 import os
-import tempfile
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
@@ -22,6 +21,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from .errors import UserError
+from .files import replaced_files
 
 # Okabe and Ito's palette without black: told apart by colour-blind readers, and visible on grey.
 READER_COLORS = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#F0E442", "#D55E00", "#0072B2")
@@ -382,17 +382,10 @@ def traversal_figure(image: np.ndarray, masks: np.ndarray, titles: Sequence[str]
 
 
 def save_figure(figure: Figure, path: str | os.PathLike) -> None:
-    """Write a figure as PNG, the same bytes for the same content, by way of a temporary file in the same folder."""
+    """Write a figure as PNG, completely or not at all; the same content gives the same bytes."""
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            figure.savefig(file, format="png", metadata={"Software": None})
-        Path(temporary).chmod(0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with replaced_files(path.parent) as folder, (folder / path.name).open("wb") as file:
+        figure.savefig(file, format="png", metadata={"Software": None})
 
 
 def _check_shapes(

@@ -1,4 +1,4 @@
-"""CT slices as DICOM files, for tests and for the benchmark of the builder."""
+"""CT slices as DICOM files, for tests and for `training/report/bench_build.py`."""
 
 from pathlib import Path
 
@@ -10,9 +10,9 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 def write_slice(
     path: Path, hu: np.ndarray, series_uid: str, z: float, sop_uid: str, slope=1.0, without=(), **tags
 ) -> Path:
-    """A CT slice as a DICOM file; `slope` is the rescale slope, the intercept is -1024.
+    """Write a CT slice as a DICOM file; `slope` is the rescale slope, the intercept is -1024.
 
-    `tags` are set at the end; those named in `without` are left out.
+    Finally `tags` are set, and the tags named in `without` are removed.
     """
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = CTImageStorage, sop_uid

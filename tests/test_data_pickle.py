@@ -1,4 +1,4 @@
-"""Source `pickle`: rows from real pickles of every protocol, and hostile ones refused by name without being run."""
+"""Source `pickle`: rows from pickles of every protocol; hostile pickles are refused without running their code."""
 
 import os
 import pickle
@@ -38,7 +38,7 @@ def test_rows_hold_image_and_masks(tmp_path, protocol):
 
 
 class Calls:
-    """Pickles to a call."""
+    """An object whose pickle is a call."""
 
     def __init__(self, *call):
         self.call = call
@@ -63,7 +63,7 @@ class Calls:
     ],
 )
 @pytest.mark.parametrize("protocol", [2, 4])
-def test_anything_else_is_refused_by_name_and_not_run(tmp_path, monkeypatch, content, named, protocol):
+def test_anything_else_is_named_and_not_run(tmp_path, monkeypatch, content, named, protocol):
     monkeypatch.chdir(tmp_path)
     path = write(tmp_path / "a.pickle", {"key": content}, protocol)
     if isinstance(content, set) and protocol == 4:
@@ -78,10 +78,10 @@ def test_anything_else_is_refused_by_name_and_not_run(tmp_path, monkeypatch, con
     ("changes", "message"),
     [
         ({"series_uid": "1.2.3"}, "of series '1.2.3'"),
-        ({"image": np.full((4, 4), 2.0)}, "beyond 0..1"),
-        ({"image": [1, 2]}, "no numpy array"),
+        ({"image": np.full((4, 4), 2.0)}, "outside 0..1"),
+        ({"image": [1, 2]}, "not a numpy array"),
         ({"masks": [np.full((4, 4), 0.5)]}, "other values than 0 and 1"),
-        ({"masks": []}, "no list of arrays"),
+        ({"masks": []}, "not a list of arrays"),
     ],
 )
 def test_crops_of_another_layout_are_named(tmp_path, changes, message):
@@ -92,15 +92,15 @@ def test_crops_of_another_layout_are_named(tmp_path, changes, message):
 def test_damaged_files_are_refused(tmp_path):
     path = write(tmp_path / "a.pickle", {"key": crop()})
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(UserError, match="truncated, damaged or no pickle"):
+    with pytest.raises(UserError, match="truncated, damaged or not a pickle"):
         list(read_pickle(path))
     with pytest.raises(UserError, match="does not open"):
         list(read_pickle(tmp_path / "absent"))
-    with pytest.raises(UserError, match="no dict of crops"):
+    with pytest.raises(UserError, match="not a dict of crops"):
         list(read_pickle(write(tmp_path / "b.pickle", [1])))
 
 
-def test_card_does_not_count_nodules_that_the_pickle_does_not_tell(tmp_path, monkeypatch):
+def test_card_does_not_count_unknown_nodules(tmp_path, monkeypatch):
     crops = {f"crop{number}": crop() for number in range(30)}
     crops["five"] = crop(masks=[np.ones((4, 4))] * 5)
     path = write(tmp_path / "data_lidc.pickle", crops)

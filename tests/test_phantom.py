@@ -1,4 +1,4 @@
-"""The phantom's look: the levels of lung, nodule, noise and chest wall, the same bytes in every process."""
+"""The phantom: attenuation of lung, nodule and chest wall, noise, and the same bytes in every process."""
 
 import dataclasses
 import hashlib
@@ -26,7 +26,7 @@ def disc(row=64.0, column=64.0, radius=10.0):
 
 
 def made_nodule(scan_id=1, texture=5, subtlety=5, origin=(192, 330), radius=10.0):
-    """A round nodule on which four readers agree; the middle of the left lung unless another origin is given."""
+    """A round nodule on which four readers agree, by default in the middle of the left lung."""
     masks = np.repeat(disc(radius=radius)[None, None], 4, axis=1)
     ratings = dict.fromkeys(RATINGS, (3,) * 4)
     ratings |= {"texture": (texture,) * 4, "subtlety": (subtlety,) * 4, "calcification": (6,) * 4}
@@ -44,28 +44,28 @@ def levels(nodule):
     return np.median(hu[disc(radius=5)]), np.median(lung)
 
 
-def test_another_process_draws_the_same_bytes():
-    drawn = phantom_slice(made_nodule(), 0)
+def test_another_process_gives_the_same_bytes():
+    image = phantom_slice(made_nodule(), 0)
     code = "from test_phantom import *; print(hashlib.sha256(phantom_slice(made_nodule(), 0).tobytes()).hexdigest())"
     command, here = [sys.executable, "-c", code], Path(__file__).parent
     done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == hashlib.sha256(drawn.tobytes()).hexdigest()
+    assert done.stdout.strip() == hashlib.sha256(image.tobytes()).hexdigest()
 
 
-def test_drawing_leaves_the_readers_masks_alone():
+def test_simulation_does_not_change_the_masks():
     nodule = made_nodule()
     before = nodule.masks.copy()
     phantom_slice(nodule, 0)
     np.testing.assert_array_equal(nodule.masks, before)
 
 
-def test_lung_is_near_its_usual_attenuation():
+def test_lung_has_a_typical_attenuation():
     lungs = [levels(made_nodule(scan))[1] for scan in SCANS]
     assert all(-920 < lung < -760 for lung in lungs)
     assert abs(np.mean(lungs) + 850) < 40
 
 
-def test_nodule_is_the_brighter_the_more_solid():
+def test_more_solid_nodules_are_brighter():
     contrasts = [
         np.mean([np.subtract(*levels(made_nodule(scan, texture))) for scan in SCANS]) for texture in (1, 3, 5)
     ]
@@ -80,21 +80,21 @@ def test_part_solid_core_is_brighter_than_its_rim():
         assert hu[disc(radius=3)].mean() > hu[rim].mean() + 50
 
 
-def test_calcified_nodule_outshines_soft_tissue():
+def test_calcified_nodule_is_brighter_than_soft_tissue():
     soft = made_nodule()
     calcified = dataclasses.replace(soft, ratings=soft.ratings | {"calcification": (3,) * 4})
     assert levels(calcified)[0] > levels(soft)[0] + 300
 
 
-def test_noise_is_that_of_a_scanner():
-    """In the middle of a large solid nodule there is nothing but noise."""
+def test_noise_has_a_realistic_level():
+    """The middle of a large solid nodule shows only noise."""
     for scan in SCANS:
         hu = phantom_hu(made_nodule(scan, radius=25.0), 0)
         noise = hu - ndimage.gaussian_filter(hu, 4.0)
         assert 5 < noise[disc(radius=15)].std() < 90
 
 
-def test_chest_wall_lies_beside_a_peripheral_nodule():
+def test_chest_wall_is_next_to_a_peripheral_nodule():
     peripheral, central = made_nodule(origin=(192, 383)), made_nodule()
     for scan in SCANS:
         shares = [
@@ -104,7 +104,7 @@ def test_chest_wall_lies_beside_a_peripheral_nodule():
         assert shares[0] > 0.2 and shares[0] > shares[1]
 
 
-def test_padding_lies_outside_the_round_field_and_only_there():
+def test_padding_is_only_outside_the_round_field_of_view():
     padded = 0
     for scan in range(1, 11):
         nodule = made_nodule(scan, origin=(0, SLICE_SIDE - 128))
@@ -116,7 +116,7 @@ def test_padding_lies_outside_the_round_field_and_only_there():
     assert 0 < padded < 10
 
 
-def test_tree_reaches_every_point_and_is_thickest_at_the_root():
+def test_vascular_tree_reaches_every_point_and_tapers():
     root, points = np.zeros(3), np.random.default_rng(0).uniform(5.0, 50.0, size=(200, 3))
     segments = _tree(root, points, 0.3)
     assert {tuple(last) for _, last, _ in segments} == set(map(tuple, points))

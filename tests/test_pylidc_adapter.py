@@ -1,4 +1,4 @@
-"""pylidc on Python 3.12 and later: what is gone there is taken away from a process of its own, and all of it works."""
+"""pylidc on Python 3.12 and later, simulated in a separate process without the modules and names removed there."""
 
 import importlib.util
 import os
@@ -34,7 +34,7 @@ assert not any(hasattr(np, name) for name in ("int", "float"))
 import probabilistic_sam.data.lidc.pylidc_adapter as adapter
 from probabilistic_sam.errors import UserError
 
-def content(module):  # an imported submodule becomes a name of its package, which is no patch
+def content(module):  # imported submodules become names of their package; these are not patches
     return {name: value for name, value in vars(module).items() if not isinstance(value, types.ModuleType)}
 
 before = content(np), content(configparser)
@@ -43,12 +43,12 @@ before = content(np), content(configparser)
 
 @pytest.fixture(scope="module")
 def matplotlib_dir(tmp_path_factory) -> Path:
-    """Where matplotlib, which pylidc imports, keeps its fonts; it would be the home folder."""
+    """Font cache of matplotlib, which pylidc imports; the default is in the home directory."""
     return tmp_path_factory.mktemp("matplotlib")
 
 
 def run(tmp_path: Path, matplotlib_dir: Path, program: str) -> None:
-    """Run a program after `PROGRAM`, with an empty home folder that must stay so."""
+    """Run a program after `PROGRAM`, with an empty home directory that must stay empty."""
     if importlib.util.find_spec("pylidc") is None:
         pytest.skip("pylidc is not installed")
     home = tmp_path / "home"
@@ -67,7 +67,7 @@ def run(tmp_path: Path, matplotlib_dir: Path, program: str) -> None:
     assert not list(home.iterdir())
 
 
-def test_database_and_geometry_work_and_nothing_global_changes(tmp_path, matplotlib_dir):
+def test_database_and_geometry_work_without_global_changes(tmp_path, matplotlib_dir):
     run(
         tmp_path,
         matplotlib_dir,
@@ -83,7 +83,7 @@ assert [[a.id for a in cluster] for cluster in scan.cluster_annotations(verbose=
 annotation = scan.annotations[0]
 mask = annotation.boolean_mask()
 low, high = annotation.bbox_matrix().T
-assert mask.dtype == bool and mask.shape == tuple(high - low + 1)  # the last index belongs to the box
+assert mask.dtype == bool and mask.shape == tuple(high - low + 1)  # the last index is inclusive
 assert mask.any(axis=(0, 1)).all()  # each slice between the first and the last contour
 assert annotation.volume > 0 and annotation.bbox_dims().min() > 0
 
@@ -94,7 +94,7 @@ assert not any(name.partition(".")[0] in GONE for name in sys.modules)
     )
 
 
-def test_volume_of_a_dicom_series_needs_no_file_at_home(tmp_path, matplotlib_dir):
+def test_volume_of_a_dicom_series_needs_no_file_in_the_home_directory(tmp_path, matplotlib_dir):
     run(
         tmp_path,
         matplotlib_dir,
@@ -121,7 +121,7 @@ root = Path(sys.argv[1]) / "dicom"
 folder = root / scan.patient_id / scan.study_instance_uid / scan.series_instance_uid
 uids = {"StudyInstanceUID": scan.study_instance_uid}
 ramp = np.arange(512 * 512).reshape(512, 512) % 2000 - 1000
-for number, z in enumerate((20.0, -5.0, 7.5)):  # not in the order of their positions
+for number, z in enumerate((20.0, -5.0, 7.5)):  # not ordered by position
     write_slice(folder / f"{number}.dcm", ramp + int(z), scan.series_instance_uid, z, f"1.2.{number}", **uids)
 adapter.load_pylidc(dicom_root=root)
 volume = scan.to_volume(verbose=False)
@@ -131,7 +131,7 @@ assert (content(np), content(configparser)) == before
     )
 
 
-def test_view_of_numpy_has_the_old_names_and_the_rest_is_numpys():
+def test_view_of_numpy_has_the_removed_aliases():
     from probabilistic_sam.data.lidc.pylidc_adapter import _old_numpy
 
     view = _old_numpy()

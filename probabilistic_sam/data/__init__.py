@@ -1,7 +1,7 @@
-"""LIDC-IDRI slices with every reader's mask: sources, rows, splits and prompts.
+"""Datasets of images with the masks of several readers: sources, row format, builds, splits and prompts.
 
-Only the light names are re-exported here (numpy and the standard library). Reading and writing of datasets is in
-`probabilistic_sam.data.format`, the sources in `slices` and `phantom`.
+This package re-exports only what needs numpy and the standard library. `format` reads datasets and `build` writes
+them; the sources of LIDC-IDRI are in `lidc`.
 """
 
 from .prompts import PROMPTS, make_prompt, row_seed

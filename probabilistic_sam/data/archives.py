@@ -1,7 +1,7 @@
-"""Sets of PNG files, one image and four masks a slice, read from a folder or from a tar archive.
+"""Sets of PNG files, one image and several masks per slice, read from folders or tar archives.
 
-A `Layout` says how a set names its files; whatever has another name is refused. An archive is read once from front to
-end and never unpacked to disk; links are not followed.
+A `Layout` describes the file names of a set; any other name is refused. An archive is read once, front to back, and
+never unpacked to disk; links are not followed.
 """
 
 import gzip
@@ -25,14 +25,14 @@ NamedFile = tuple[str, bytes]  # path below the root or in the archive, content
 
 @dataclass(frozen=True)
 class Layout:
-    """How a set names its files.
+    """File names of a set.
 
     Attributes:
-        text: what errors show as accepted.
-        file: matches a file's path. Its group `kind` is the file's part in the slice; the other named groups tell
-            which slice.
+        text: the accepted layout, for error messages.
+        file: matches a file's path. Its group `kind` is the role of the file in its slice; the other named groups
+            identify the slice.
         folder: matches a folder's path.
-        kinds: what `kind` can be: the image, then the readers' masks.
+        kinds: values of `kind`: the image, then the readers' masks.
     """
 
     text: str
@@ -44,15 +44,15 @@ class Layout:
 def read_files(
     paths: Iterable[str | os.PathLike[str]], layout: Layout
 ) -> Iterator[tuple[tuple[str, ...], list[NamedFile]]]:
-    """Yield each slice of folders, or of `.tar` / `.tar.gz` archives, once all of its files have come.
+    """Yield each slice of folders or `.tar` / `.tar.gz` archives as soon as all of its files have been read.
 
-    What waits for the rest of its slice is kept in memory.
+    The files of incomplete slices are kept in memory.
 
     Yields:
-        What the named groups of `layout.file` but `kind` matched, and the files in the order of `layout.kinds`.
+        The named groups of `layout.file` except `kind`, and the files in the order of `layout.kinds`.
 
     Raises:
-        UserError: anything that is not as the layout says, naming the file or archive member.
+        UserError: a file or archive member that does not follow the layout; the message names it.
     """
     roots = [Path(path) for path in paths]
     for path in roots:
@@ -60,19 +60,19 @@ def read_files(
             raise UserError(
                 f"{path}: no such file or directory; accepted: a directory or .tar(.gz) in the layout {layout.text}"
             )
-    whole = f"accepted: one image and {len(layout.kinds) - 1} masks a slice"
+    whole = f"accepted: one image and {len(layout.kinds) - 1} masks per slice"
     waiting: dict[tuple[str, ...], dict[str, NamedFile]] = {}
     finished: set[tuple[str, ...]] = set()
     for path in roots:
         for name, content in _directory_files(path, layout) if path.is_dir() else _archive_files(path, layout):
             match = layout.file.fullmatch(name)
-            assert match is not None  # both readers check
+            assert match is not None  # both functions check the name
             groups = match.groupdict()
             kind = groups.pop("kind")
             key = tuple(groups.values())
             parts = waiting.setdefault(key, {})
             if key in finished or kind in parts:
-                raise UserError(f"{name}: comes twice; {whole}")
+                raise UserError(f"{name}: is repeated; {whole}")
             parts[kind] = (name, content)
             if len(parts) == len(layout.kinds):
                 finished.add(key)
@@ -140,7 +140,7 @@ def _archive_files(path: Path, layout: Layout) -> Iterator[NamedFile]:
 
 
 class _TarStream(io.RawIOBase):
-    """Reads on behalf of tarfile, which trusts sizes in headers and takes a missing end mark for the end."""
+    """Reads for tarfile, which trusts sizes in headers and accepts archives without an end mark."""
 
     ALLOWANCE = MAX_MEMBER_BYTES + 2**20  # bytes between two members
 
@@ -158,19 +158,19 @@ class _TarStream(io.RawIOBase):
         return block
 
     def finish(self) -> None:
-        """Read to the end, so that gzip checks its sum."""
+        """Read to the end, so that gzip verifies its checksum."""
         while self.read(2**16):
             pass
 
     @property
     def ended(self) -> bool:
-        """Whether the last two blocks are the zeros that end an archive."""
+        """Whether the last two blocks are zero, as at the end of a complete archive."""
         return len(self.tail) == 1024 and not any(self.tail)
 
 
 def _check_name(layout: Layout, pattern: re.Pattern[str], name: str) -> None:
     if not pattern.fullmatch(name):
-        shown = name if name.isprintable() else ascii(name)  # a name must not write escape codes to the terminal
+        shown = name if name.isprintable() else ascii(name)  # no escape codes in the terminal
         raise UserError(f"{shown}: unexpected path; accepted: {layout.text}")
 
 
@@ -181,4 +181,4 @@ def _check_size(size: int, name: str) -> None:
 
 def _check_count(count: int, name: str) -> None:
     if count > MAX_MEMBERS:
-        raise UserError(f"{name}: one file too many; accepted: at most {MAX_MEMBERS:,}")
+        raise UserError(f"{name}: too many files; accepted: at most {MAX_MEMBERS:,}")

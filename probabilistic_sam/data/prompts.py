@@ -1,7 +1,7 @@
-"""Prompts made from the readers' masks, never from the mask that is being scored (except `reader_box`).
+"""Prompts simulated from the union of all readers' masks (`reader_box`: from the mask that is scored).
 
-Coordinates are x (column) before y (row), in pixels of the image the masks belong to, measured at pixel *edges*: the
-pixel in row 0 and column 0 covers 0..1 in both directions and its centre is (0.5, 0.5).
+Coordinates are (x, y), i.e. column before row, in pixels of the image, measured at pixel *edges*: the pixel in row 0
+and column 0 covers 0..1 in both directions and its centre is (0.5, 0.5).
 """
 
 import hashlib
@@ -15,14 +15,14 @@ PROMPTS = ("union_box", "center_box", "center_point", "reader_box")
 CENTER_BOX_SIDE = 32.0  # px
 CENTER_BOX_SHIFT = 4.0  # px
 CENTER_POINT_SHIFT = 3.0  # px
-UNION_BOX_RELATIVE_SHIFT = 0.1  # of the side
+UNION_BOX_RELATIVE_SHIFT = 0.1  # fraction of the side
 UNION_BOX_SHIFT = 1.5  # px
 
 
 def row_seed(row: Mapping[str, Any], prompt: str) -> int:
-    """Seed of a row's prompt: the same number in every process, so that every model is given the same prompt.
+    """Seed of a row's prompt, the same in every process, so that every model gets the same prompt.
 
-    The first eight bytes of the SHA-256 of the prompt's name and the row's identity (`scan_id`, `nodule_id`,
+    It is the first eight bytes of the SHA-256 of the prompt's name and the row's identity (`scan_id`, `nodule_id`,
     `slice_index`, `patient_id`, `source`).
     """
     identity = [prompt, *(row[key] for key in ("scan_id", "nodule_id", "slice_index", "patient_id", "source"))]
@@ -33,29 +33,29 @@ def row_seed(row: Mapping[str, Any], prompt: str) -> int:
 def make_prompt(
     masks: np.ndarray, prompt: str, rng: np.random.Generator, reader: int | None = None
 ) -> dict[str, list[float] | int]:
-    """Draw one prompt from the readers' masks.
+    """Sample one prompt from the readers' masks.
 
-    - `union_box`: tight box of the union; each side moves by `u1 * 0.1 * side + u2 * 1.5` px with u1 and u2 uniform
-      in (-1, 1) and drawn for each side, where `side` is the box's width for the left and right side and its height
-      for the others. A box keeps at least 1 px in each direction.
-    - `center_box`: 32 px square on the union's centroid, moved by up to 4 px in x and y.
-    - `center_point`: one positive point, the union's centroid moved by up to 3 px in x and y.
-    - `reader_box`: tight box of the mask of `reader`, or the centre box when that mask is empty. Leaks the answer.
+    - `union_box`: tight box of the union. Each side moves by `u1 * 0.1 * side + u2 * 1.5` px with independent u1 and
+      u2, uniform in (-1, 1); `side` is the width of the box for the left and right side and its height for the others.
+      The box remains at least 1 px wide and high.
+    - `center_box`: 32 px square centred on the union's centroid, shifted by up to 4 px in x and y.
+    - `center_point`: one positive point, the union's centroid shifted by up to 3 px in x and y.
+    - `reader_box`: tight box of the mask of `reader`, or `center_box` if that mask is empty. It leaks the answer.
 
     Boxes and points are clipped to the image.
 
     Args:
-        masks: boolean masks (R, H, W) of the readers, at least one of them not empty.
+        masks: boolean masks (R, H, W) of the readers, at least one not empty.
         prompt: one of `PROMPTS`.
-        rng: source of the jitter: `np.random.default_rng(row_seed(row, prompt))` in evaluation, a running generator
-            in training.
+        rng: source of the jitter: `np.random.default_rng(row_seed(row, prompt))` in evaluation, any generator in
+            training.
         reader: index of the scored reader, for `reader_box` only.
 
     Returns:
         `{"input_boxes": [x1, y1, x2, y2]}` or `{"input_points": [x, y], "input_labels": 1}`, in pixels.
 
     Raises:
-        ValueError: unknown prompt, masks of another shape, no reader drew anything, `reader` missing or out of range.
+        ValueError: unknown prompt, masks of another shape, all masks empty, or `reader` missing or out of range.
     """
     if prompt not in PROMPTS:
         raise ValueError(f"prompt is {prompt!r}; accepted: {', '.join(PROMPTS)}")
@@ -64,7 +64,7 @@ def make_prompt(
         raise ValueError(f"masks have shape {masks.shape}; accepted: (readers, height, width)")
     union = np.asarray(masks.any(axis=0))
     if not union.any():
-        raise ValueError("all masks are empty; a prompt needs at least one reader who drew")
+        raise ValueError("all masks are empty; a prompt needs at least one mask that is not empty")
     height, width = union.shape
 
     if prompt == "reader_box":
@@ -98,7 +98,7 @@ def _tight_box(mask: np.ndarray) -> tuple[int, int, int, int]:
 
 
 def _clip_box(box: np.ndarray, height: int, width: int) -> list[float]:
-    """Clip a box to the image; a box that is thinner than 1 px (or turned inside out) grows around its middle."""
+    """Clip a box to the image; a box thinner than 1 px (or inverted) is widened to 1 px around its middle."""
     limits = np.array([width, height], dtype=float)
     low, high = np.clip(box[:2], 0.0, limits), np.clip(box[2:], 0.0, limits)
     middle = np.clip((low + high) / 2, 0.5, limits - 0.5)

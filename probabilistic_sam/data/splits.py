@@ -1,4 +1,4 @@
-"""The split of patients into train, validation and test, fixed for ever by a hash of the patient's name."""
+"""The fixed split of patients into train, validation and test, by a hash of the patient's name."""
 
 import hashlib
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel
 from ..conversion import load_torch_file
 from ..data.format import split_content
 from ..errors import UserError
+from ..files import replaced_directory
 from .config import TrainingConfig
 
 # Of the configuration, what a resumed run may change: none of it moves its weights or its scores. The weights that
@@ -60,17 +60,14 @@ def save_checkpoint(
     directory: Path, step: int, model, optimizer, scheduler, ema, best: dict, log: dict, same: dict
 ) -> None:
     """`checkpoint-{step}`: everything that resuming needs, moved into place when it is complete; older ones go."""
-    target, staging = directory / f"checkpoint-{step}", directory / f".checkpoint-{step}"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
+    target = directory / f"checkpoint-{step}"
     state = {
         "step": step, "best": best, "log": log, "ema": ema.weights, "optimizer": optimizer.state_dict(),
         "scheduler": scheduler.state_dict(), "fingerprint": same,
         "model": {n: p.detach() for n, p in model.named_parameters() if p.requires_grad},
     }  # fmt: skip
-    torch.save(state, staging / "training_state.pt")
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(staging, target)
+    with replaced_directory(target, ("*",)) as folder:
+        torch.save(state, folder / "training_state.pt")
     for old in directory.glob("checkpoint-*"):
         if old != target:
             shutil.rmtree(old, ignore_errors=True)

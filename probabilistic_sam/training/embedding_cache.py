@@ -119,6 +119,8 @@ class EmbeddingCache:
             if not self.path.exists():
                 self._build(model, dataset, rank, world_size, barrier, batch_size, bf16)
         finally:
+            if rank == 0:
+                self.path.with_suffix(".part").unlink(missing_ok=True)
             lock.release()
 
     def _build(self, model, dataset, rank, world_size, barrier, batch_size, bf16) -> None:
@@ -160,7 +162,7 @@ class EmbeddingCache:
         model.train(was_training)
         barrier()
         if rank == 0:
-            os.replace(part, self.path)
+            os.replace(part, self.path)  # not by files.py: every process of the run writes into this one file
             size = self.path.stat().st_size / 2**20
             print(f"wrote {self.path}: {num_rows} rows x {num_views} views, {size:.0f} MiB")
         barrier()

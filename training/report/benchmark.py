@@ -39,6 +39,7 @@ from probabilistic_sam.conversion import mobile_sam_config
 from probabilistic_sam.data.format import FEATURES, decode_image, decode_masks, encode_png
 from probabilistic_sam.errors import UserError, run
 from probabilistic_sam.files import write_json
+from probabilistic_sam.hub.staging import EXAMPLES
 from probabilistic_sam.metrics.functional import ged, iou_matrix
 from probabilistic_sam.provenance import provenance
 from probabilistic_sam.training.embedding_cache import EmbeddingCache

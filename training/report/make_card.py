@@ -31,6 +31,7 @@ from probabilistic_sam.hub.model_card import (
     results_section,
     usage,
 )
+from probabilistic_sam.hub.staging import EXAMPLES
 from probabilistic_sam.metrics import active_outline_units, paired_difference
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -439,10 +440,9 @@ def main() -> None:
         section += f"\n\n{ablation_section(results)}"
     section += f"\n\n{breakdown_section(result, name)}"
     training = (output / "TRAINING.md").read_text().strip()
-    examples = output / "examples"
-    if not arguments.check and not examples.exists():
-        write_examples(examples)
-    example = json.loads((examples / "examples.json").read_text())["images"][0]
+    if not arguments.check and not EXAMPLES.exists():
+        write_examples(EXAMPLES)
+    example = json.loads((EXAMPLES / "examples.json").read_text())["images"][0]
     build, cost = (json.loads(path.read_text()) for path in (BUILD_RESULTS, COST_RESULTS))
     sections = {"results": section, "build": build_section(build), "cost": cost_section(cost)}
     texts = {

@@ -172,8 +172,8 @@ def test_card_of_a_run_with_results_has_their_table_and_model_index(changed, tmp
         ("HM-IoU, all", "eyes", "test"),
     ]
     assert card.data.eval_results[0].metric_value == 0.1234
-    assert "| GED ↓ | 0.123 [0.100, 0.200] |" in card.text and "the error of `results/test.json` lies" in card.text
-    assert "chose the checkpoint" not in card.text and "0.432" not in card.text
+    assert "| GED ↓ | 0.123 [0.100, 0.200] |" in card.text and "by lesion size (`results/test.json`)" in card.text
+    assert "checkpoint was selected" not in card.text and "0.432" not in card.text
     assert (tmp_path / "staged" / "results" / "test.json").is_file()
 
 
@@ -302,8 +302,8 @@ def break_results(run):
         (lambda run: (run / "processor_config.json").unlink(), "has no processor_config.json"),
         (lambda run: (run / "model.safetensors").write_bytes(b"x"), "cannot be loaded"),
         (lambda run: (run / "README.md").write_text("---\na: [\n---\n"), "README.md"),
-        (break_json, "data.json does not open as JSON"),
-        (break_results, "r.json is no results file of training/evaluate.py"),
+        (break_json, "data.json is not valid JSON"),
+        (break_results, "r.json is not a results file of training/evaluate.py"),
     ],
 )
 def test_run_that_cannot_be_staged(changed, tmp_path, change, message):

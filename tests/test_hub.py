@@ -162,7 +162,9 @@ def test_failed_push_deletes_nothing_and_says_what_is_on_the_hub(tmp_path):
     assert (good, interrupted) == ("pushed", "interrupted")
     for name, line in {"lfs": lfs, "error": error, "reset": reset, "lost": lost}.items():
         assert line.startswith(f"org/{name}: push failed: ") and line.endswith("to push again: do it again")
-        created = f"created on the Hub and not deleted: repository org/{name} (to delete by hand: {hub.url}/org/{name})"
+        created = (
+            f"created on the Hub and not deleted: repository org/{name} (to delete by hand: {hub.url}/org/{name})"
+        )
         assert created in line
     assert "403" in lfs and "500" in error
     assert "created on the Hub and not deleted: repository org/both, branch new (to delete" in both

@@ -44,8 +44,8 @@ A slice is scored if at least one reader annotated it. Prompts are derived from 
 rule. `union_box` is the bounding box of the union of all masks, with each side moved by up to 10 % of the side length
 plus 1.5 pixels. The offsets are seeded by slice, so every model gets the same box. Samples are compared with the masks
 of all readers at the original resolution, empty masks included. GED is the squared generalised energy distance with
-d = 1 - IoU (0 for two empty masks). HM-IoU is the IoU under the best balanced matching. "Correlation of empty masks" is
-the correlation over slices between the shares of empty samples and of empty readers. With finitely many samples and
+d = 1 - IoU (0 for two empty masks). HM-IoU is the IoU under the best balanced matching. "Correlation of empty masks"
+is the correlation over slices between the shares of empty samples and of empty readers. With finitely many samples and
 readers, GED is above 0 even for a perfect model."""
 
 CITATION = """\

@@ -40,7 +40,7 @@ def test_pushed_build_is_one_commit_and_loads_by_name(tmp_path):
         pushed = python(hub, tmp_path / "home", *command, "--push-to-hub", "org/phantom", "--private")
         assert pushed.returncode == 0, pushed.stderr
         repo = hub.repos["dataset", "org/phantom"]
-        assert repo.private and len(repo.commits) == 2  # the first is the empty one of a new repository
+        assert repo.private and len(repo.commits) == 2  # a new repository has an empty first commit
         assert pushed.stdout.splitlines()[-1] == f"pushed to {hub.url}/org/name/commit/{repo.branches['main']}"
         files = {path.relative_to(output).as_posix(): path.read_bytes() for path in output.rglob("*.*")}
         assert repo.files() == files and {"README.md", "manifest.json"} < files.keys()

@@ -91,9 +91,7 @@ def test_several_training_seeds_are_one_row(result):
     results = {"validation": result, "probabilistic_sam_seed0": result, "probabilistic_sam_seed1": second}
     first, ours = make_card.comparison_table(results).splitlines()[2:]
     assert ours.startswith("| **Probabilistic SAM** | 0.300 (0.250-0.350) | 0.250 (0.250-0.250) |")
-    assert ours.endswith(
-        "|  |  |"
-    )  # the reference of the differences, not the shipped weights
+    assert ours.endswith("|  |  |")  # the reference of the differences, not the shipped weights
     assert first.endswith("| -0.100 [-0.100, -0.100] | +0.000 [+0.000, +0.000] |")
 
 
@@ -122,9 +120,7 @@ def test_ablations_show_the_latent_space(result):
         "ablation_reference_recipe": result | {"collapse": new},
     }
     ours, ablated = (line for line in make_card.ablation_section(results).splitlines()[4:] if line.startswith("|"))
-    assert ours.endswith("| 2.0 | 0.700 |") and ablated.endswith(
-        "| 0.0 | 0.500 |"
-    )  # without the presence coordinate
+    assert ours.endswith("| 2.0 | 0.700 |") and ablated.endswith("| 0.0 | 0.500 |")  # without the presence coordinate
 
 
 def test_readme_has_five_rows_and_four_metrics(result):

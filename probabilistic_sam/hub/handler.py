@@ -67,9 +67,9 @@ class EndpointHandler:
 
                 Parameters, all optional, with coordinates in pixels of the image: `boxes` (`[x1, y1, x2, y2]` or a
                 list of boxes); `points` (`[x, y]`, `[[x, y], ...]` or `[prompt][point][x, y]`) with `labels` (1
-                inside, 0 outside); `num_samples` (1 to 1000, default 16); `seed` (default 0); `threshold` (default 0.5; also
-                accepted as `mask_threshold`, its name in the image-segmentation schema); `pixel_spacing_mm`. Without
-                boxes and points, the prompt is a point at the centre of the image.
+                inside, 0 outside); `num_samples` (1 to 1000, default 16); `seed` (default 0); `threshold` (default
+                0.5; also accepted as `mask_threshold`, its name in the image-segmentation schema);
+                `pixel_spacing_mm`. Without boxes and points, the prompt is a point at the centre of the image.
 
         Returns:
             A list in the image-segmentation schema: `label`, `score` and `mask` (base64 of a grey 8-bit PNG with the

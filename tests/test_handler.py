@@ -78,9 +78,7 @@ def url(folder):
 
 @pytest.fixture
 def client(url, monkeypatch):
-    monkeypatch.setattr(
-        huggingface_hub.constants, "HF_HUB_OFFLINE", False
-    )  # set for the suite; the server is on loopback
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # the server is on loopback
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     return huggingface_hub.InferenceClient(model=url, token="hf_test")
 

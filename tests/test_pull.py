@@ -27,8 +27,8 @@ SCRIPT = ROOT / "training" / "push_to_hub.py"
 NAME = "org/psam-tiny"
 BOX = [8, 10, 30, 31]
 
-# Prologue and epilogue of the code that runs in a process. "installed": no code of the repository may run. "absent": the
-# package cannot be imported, even if it is on the path.
+# Prologue and epilogue of the code that runs in a process. "installed": no code of the repository may run. "absent":
+# the package cannot be imported, even if it is on the path.
 PACKAGE = {
     "installed": """
 import probabilistic_sam

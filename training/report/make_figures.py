@@ -91,7 +91,7 @@ def plot_gallery(model, processor, rows, path: Path) -> None:
             empty = int((~sampled.any(axis=(1, 2))).sum())
             images += [decode_image(row)] * 2
             outlines += [decode_masks(row), sampled]
-            titles += [f"{name}: {row['patient_id']}, {row['num_nonempty']} of {len(row['masks'])} readers annotated"]
+            titles += [f"{name}: {row['patient_id']}, annotated by {row['num_nonempty']} of {len(row['masks'])}"]
             titles += [f"{NUM_SAMPLES} samples, {empty} empty, GED {distances[index]:.2f}"]
     save_figure(grid_figure(images, outlines, titles, columns=SHOWN), path)
 

@@ -1,9 +1,10 @@
-"""What stands before `handler.py` in an Inference Endpoint, on the loopback address: huggingface-inference-toolkit.
+"""Stand-in for the server of an Inference Endpoint (huggingface-inference-toolkit), on the loopback address.
 
-As there, an image body reaches the handler as an RGB image of PIL, JSON as it is, and any exception becomes status 400
-with its text. A body of another type reaches it as bytes. GET answers the process's peak of memory in MiB.
+As in the toolkit, an image body reaches the handler as an RGB PIL image and JSON unchanged, and an exception is
+answered with status 400 and its text. Other bodies reach the handler as bytes. GET answers the peak memory of the
+process in MiB.
 
-    python endpoint_server.py FOLDER    # serves FOLDER/handler.py without the package, prints its address
+    python endpoint_server.py FOLDER    # serves FOLDER/handler.py without the package, prints its URL
 """
 
 import importlib.util
@@ -18,7 +19,7 @@ from PIL import Image
 
 
 def load_handler(folder, model=None):
-    """The handler in `folder`, for the model in that folder or another one."""
+    """The handler in `folder`, with the model of that folder or of another one."""
     spec = importlib.util.spec_from_file_location("handler", folder / "handler.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -1,11 +1,10 @@
-"""A Hugging Face Hub on the loopback address, in memory: enough of its protocol to push, to list and to pull.
+"""An in-memory Hugging Face Hub on the loopback address, with the part of its protocol that push, list and pull need.
 
     with LoopbackHub() as hub:
         subprocess.run(command, env=os.environ | hub.environment(home))
         hub.repos["dataset", "org/name"].files()
 
-`huggingface_hub` reads its address once, when it is imported; so what talks to this server runs in a process of its
-own, with `environment()` set.
+`huggingface_hub` reads its endpoint when it is imported, so the client runs in a subprocess with `environment()` set.
 """
 
 import base64
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
-RESET, LOST = 0, -1  # in place of a status: the connection ends before the request is served, or after
+RESET, LOST = 0, -1  # instead of a status: the connection ends before or after the request is served
 LFS_SUFFIXES = (".parquet", ".safetensors", ".bin", ".png")
 REPO = r"/(?:api/)?(?P<type>models/|datasets/|)(?P<name>[^/]+/[^/]+?)"
 
@@ -31,7 +30,7 @@ class File(NamedTuple):
 
     @property
     def etag(self) -> str:
-        """SHA-256 of a file in LFS, git's SHA-1 of any other."""
+        """SHA-256 of an LFS file, git's SHA-1 of any other file."""
         if self.is_lfs:
             return hashlib.sha256(self.content).hexdigest()
         return hashlib.sha1(b"blob %d\0" % len(self.content) + self.content).hexdigest()
@@ -44,7 +43,7 @@ class File(NamedTuple):
 
 @dataclass
 class Repo:
-    """`commits` holds all files at each commit, oldest first; the first is the empty one that creation makes."""
+    """`commits` holds all files at each commit, oldest first; a new repository has an empty first commit."""
 
     private: bool
     commits: dict[str, dict[str, File]] = field(default_factory=dict)
@@ -60,7 +59,7 @@ class Repo:
 
 
 class LoopbackHub(ThreadingHTTPServer):
-    """`fails` maps the end of a request's path to the status that is answered instead of serving it, RESET or LOST."""
+    """`fails` maps the end of a request's path to the error status to answer, or to RESET or LOST."""
 
     daemon_threads = True
 
@@ -70,6 +69,7 @@ class LoopbackHub(ThreadingHTTPServer):
         self.fails = fails or {}
         self.repos: dict[tuple[str, str], Repo] = {}
         self.blobs: dict[str, bytes] = {}
+        self.requests: list[tuple[str, str]] = []  # method and path of every request
         self.lock = threading.Lock()
 
     def __enter__(self):
@@ -81,7 +81,7 @@ class LoopbackHub(ThreadingHTTPServer):
         self.server_close()
 
     def environment(self, home: Path) -> dict[str, str]:
-        """Variables of a process that talks to this server and keeps its caches below `home`."""
+        """Environment of a client of this server whose caches are below `home`."""
         return {
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(home),
@@ -112,6 +112,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self):
         url = urlsplit(self.path)
+        self.server.requests.append((self.command, url.path))
         self.query = parse_qs(url.query)
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         fails = [status for end, status in self.server.fails.items() if unquote(url.path).endswith(end)]
@@ -135,7 +136,7 @@ class Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = answer
 
     def route(self, path: str):
-        """Find the function of a path; each raises its answer."""
+        """Call the handler of a path; each handler raises its answer."""
         for pattern, function in ROUTES:
             if match := re.fullmatch(pattern, path):
                 groups = match.groupdict()
@@ -170,16 +171,8 @@ class Handler(BaseHTTPRequestHandler):
             repo.commit("main", {})
         raise Answer({"url": f"{self.server.url}/{'' if kind == 'model' else kind + 's/'}{name}"}, status)
 
-    def delete(self):
-        asked = json.loads(self.body)
-        del self.server.repos[asked.get("type") or "model", f"{asked['organization']}/{asked['name']}"]
-        raise Answer({})
-
     def branch(self, repo: Repo, new: str):
-        if self.command == "DELETE":
-            del repo.branches[new]
-        else:
-            repo.branches.setdefault(new, repo.branches["main"])
+        repo.branches.setdefault(new, repo.branches["main"])
         raise Answer({})
 
     def refs(self, repo: Repo):
@@ -265,7 +258,6 @@ ROUTES = [
     (r"/api/whoami-v2", Handler.whoami),
     (r"/api/validate-yaml", Handler.validate_yaml),
     (r"/api/repos/create", Handler.create),
-    (r"/api/repos/delete", Handler.delete),
     (r"/lfs/upload/(?P<oid>\w+)", Handler.lfs_upload),
     (r"/lfs/verify/(?P<oid>\w+)", Handler.lfs_verify),
     (REPO + r"\.git/info/lfs/objects/batch", Handler.lfs_batch),

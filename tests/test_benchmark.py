@@ -1,4 +1,4 @@
-"""training/report/benchmark.py: that what it times is right and equal, on tiny models; no test looks at a time."""
+"""training/report/benchmark.py: both sides of each comparison give equal results. No test checks times."""
 
 import json
 import os
@@ -31,29 +31,21 @@ def script():
     return load_script("report/benchmark")
 
 
-def test_ways_take_turns_after_a_turn_to_warm_up(script):
+def test_functions_run_in_turns_after_a_warm_up(script):
     turns = []
     seconds = script.interleave(lambda: turns.append("a"), lambda: turns.append("b"), repeats=3)
     assert "".join(turns) == "abababab"
     assert len(seconds) == 2
 
 
-def test_the_ratio_is_of_medians_and_the_first_turn_does_not_count(script, monkeypatch):
+def test_seconds_are_medians_without_the_warm_up(script, monkeypatch):
     # a takes 1, 2, 9 and b 4, 4, 5
     durations, ticks, now = [100, 100, 1, 4, 2, 4, 9, 5], [], 0.0
     for number, duration in enumerate(durations):
-        ticks += [now] if number < 2 else [now, now + duration]  # a turn to warm up reads no end
+        ticks += [now] if number < 2 else [now, now + duration]  # the end of a warm-up is not read
         now += duration
     monkeypatch.setattr(script.time, "perf_counter", iter(ticks).__next__)
     assert script.interleave(lambda: None, lambda: None, repeats=3) == [2, 4]
-
-
-def test_targets(script):
-    assert script.row("x", "y", 1.10, "<= 1.10")["met"] is True
-    assert script.row("x", "y", 1.11, "<= 1.10")["met"] is False
-    assert script.row("x", "y", 60.0, ">= 50")["met"] is True
-    assert script.row("x", "y", 60.0, ">= 50", holds=False)["met"] is False
-    assert script.row("x", "y", 60.0)["met"] is None and script.row("x", "y", None, ">= 50")["met"] is None
 
 
 def test_line_by_hand(script):
@@ -70,17 +62,17 @@ def test_double_loop_equals_our_ged(script):
 
 
 @pytest.mark.parametrize("parts", [sam_parts, tiny_vit_parts], ids=["vit", "tiny_vit"])
-def test_both_decoders_draw_the_same_masks(script, parts):
+def test_both_decoders_give_the_same_masks(script, parts):
     item = script.measure_decoding(tiny_model(parts), "tiny", repeats=1)
     assert item["largest_difference"] <= 1e-4 and item["largest_difference_float64"] <= 1e-12
-    assert item["largest_logit"] > 1e-3  # there is something to compare
+    assert item["largest_logit"] > 1e-3  # not all zero
 
 
-def test_other_weights_are_noticed(script, monkeypatch):
+def test_comparison_stops_when_the_weights_differ(script, monkeypatch):
     other = script.SamMaskDecoder(tiny_model().config.mask_decoder_config)
     monkeypatch.setattr(script, "plain_decoder", lambda model: other.eval())
-    item = script.measure_decoding(tiny_model(), "tiny", repeats=1)
-    assert item["largest_difference"] > 1e-4 and item["met"] is False
+    with pytest.raises(UserError, match="decoding 16 latents, tiny: results differ from those of the reference"):
+        script.measure_decoding(tiny_model(), "tiny", repeats=1)
 
 
 def test_plain_sam_is_the_sam_of_transformers(script):
@@ -97,17 +89,17 @@ def test_a_hundred_samples_in_chunks_are_the_same(monkeypatch):
 
     model, inputs = tiny_model(), tiny_inputs()
 
-    def draw():
+    def sample():
         return model.sample(**inputs, num_samples=100, generator=torch.Generator().manual_seed(0)).pred_masks
 
-    chunked = draw()
+    chunked = sample()
     monkeypatch.setattr(modeling, "MAX_DECODED", 10_000)
-    assert torch.allclose(chunked, draw(), atol=1e-5)
+    assert torch.allclose(chunked, sample(), atol=1e-5)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
-def test_peak_memory_sees_what_was_freed(script):
-    before, peak = script.peak_memory(lambda: torch.ones(16 * 2**20).sum())  # 64 MiB, freed when it returns
+def test_peak_memory_includes_freed_memory(script):
+    before, peak = script.peak_memory(lambda: torch.ones(16 * 2**20).sum())  # 64 MiB, freed on return
     assert 60 * 2**20 < peak - before < 200 * 2**20
     before, peak = script.peak_memory(lambda: None)
     assert peak - before < 8 * 2**20
@@ -115,7 +107,7 @@ def test_peak_memory_sees_what_was_freed(script):
 
 def test_cache_encodes_once_and_has_the_computed_size(script):
     item = script.measure_cache(tiny_model(), ProbabilisticSamProcessor(32, 32), 3, repeats=1)
-    assert item["encoded_first"] == 4 and item["encoded_second"] == 0  # one more for the shape
+    assert item["encoded_first"] == 4 and item["encoded_second"] == 0  # one of them encoded twice, for the shape
     assert item["bytes"] == item["computed_bytes"] == 128 + 3 * (16 + 16) * 2 * 2 * 2
 
 
@@ -146,11 +138,9 @@ def test_a_further_sample_costs_less_where_cells_outnumber_tokens(script):
 
 
 def test_all_rows_of_tiny_models(script, monkeypatch, capsys):
-    ready = script.row("import probabilistic_sam", "from transformers import SamModel", 1.0, "<= 1.15")
+    ready = script.row("import probabilistic_sam", "from transformers import SamModel", 1.0)
     monkeypatch.setattr(script, "measure_imports", lambda repeats: ready)
-    monkeypatch.setattr(
-        script, "measure_memory", lambda folder, name: script.row(f"memory, {name}", "", None, "<= 1.3")
-    )
+    monkeypatch.setattr(script, "measure_memory", lambda folder, name: script.row(f"memory, {name}", "", None))
     speeds = [script.row(what, "1 process", 1.5) for what in ("training", "evaluation")]
     monkeypatch.setattr(script, "measure_processes", lambda num_nodules, num_steps: speeds)
     monkeypatch.setattr(script, "mobile_sam_config", lambda size: tiny_model(tiny_vit_parts).config)
@@ -159,10 +149,13 @@ def test_all_rows_of_tiny_models(script, monkeypatch, capsys):
         tiny_model(), small, ProbabilisticSamProcessor(32, 32), script.image_and_box(small), repeats=1, num_rows=2,
         num_slices=2, loop_slices=1, image_sizes=(32,), num_nodules=1, num_steps=1,
     )  # fmt: skip
-    targets = [item["target"] for item in content["rows"] if item["target"]]
-    assert sorted(targets) == sorted(
-        ["<= 1.10", "<= 2.0", "<= 0.6", "<= 0.6", "<= 1.3", "<= 1.3", ">= 20", "<= 1.1", ">= 50", "<= 1.15", "<= 0.02"]
-    )
+    recorded = json.loads((ROOT / "training" / "results" / "bench.json").read_text())["rows"]
+    assert len(content["rows"]) == len(recorded) == 15 and content["flops"].keys() == {"ViT-B at 32", "shipped at 32"}
+    assert {item["against"] for item in recorded} > {
+        item["against"]
+        for item in content["rows"]
+        if not item["what"].startswith(("memory", "training", "evaluation"))
+    }
     json.dumps(content, allow_nan=False)
     assert len(capsys.readouterr().out.splitlines()) >= len(content["rows"])
 
@@ -175,7 +168,7 @@ def test_memory_is_measured_in_processes(script, tmp_path):
 
 
 def test_output_must_have_a_folder(script, tmp_path):
-    with pytest.raises(UserError, match="accepted: the name of a file"):
+    with pytest.raises(UserError, match="accepted: a file in an existing folder"):
         script.parse_args(["--output", str(tmp_path / "absent" / "bench.json")])
 
 
@@ -189,7 +182,7 @@ def test_accelerate_reads_the_configurations(name, processes):
 
 
 @pytest.mark.slow
-def test_two_processes_without_a_gpu_know_of_each_other(tmp_path):
+def test_accelerate_starts_two_processes_without_a_gpu(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(
         "from accelerate import Accelerator\nstate = Accelerator().state\n"

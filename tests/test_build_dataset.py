@@ -374,7 +374,7 @@ def test_phantom_build_has_the_same_columns(tmp_path, build):
         (["--num-nodules", 0], "--num-nodules is 0; accepted: 1 or more"),
         (["--num-proc", 0], "--num-proc is 0; accepted: 1 or more"),
         (["--num-shards", 2, "--shard-index", 2], "--shard-index is 2 of --num-shards 2; accepted: 0 to one less"),
-        (["--push-to-hub", "phantom"], "'phantom' is no name of a repository; accepted: organisation/name"),
+        (["--push-to-hub", "phantom"], "'phantom' is not a repository name; accepted: organisation/name"),
         (["--push-to-hub", "org/name", "--num-shards", 2], "accepted: a build without --num-shards"),
         (["--private"], "accepted: together with --push-to-hub"),
     ],

@@ -1,4 +1,4 @@
-"""The endpoint's handler, behind a server on the loopback address: clients, hostile requests, many at once."""
+"""The endpoint handler behind a loopback server: clients, hostile requests, concurrent requests."""
 
 import base64
 import io
@@ -29,7 +29,7 @@ from transformers import pipeline
 
 from probabilistic_sam import ProbabilisticSamProcessor
 
-CARD = ROOT / "model_cards" / "psam-lidc"
+HUB = ROOT / "probabilistic_sam" / "hub"
 
 
 def file_of(image, kind="PNG"):
@@ -47,7 +47,7 @@ def decoded(mask):
 
 
 def post(url, body, kind="application/json"):
-    """Status and answer."""
+    """POST a body; return the status and the answer."""
     body = body if isinstance(body, bytes) else json.dumps(body).encode()
     request = urllib.request.Request(url, body, {"Content-Type": kind})
     try:
@@ -66,7 +66,7 @@ def pipe():
 def folder(pipe, tmp_path_factory):
     folder = tmp_path_factory.mktemp("hub") / "psam-lidc"
     pipe.save_pretrained(folder)
-    shutil.copy(CARD / "handler.py", folder)
+    shutil.copy(HUB / "handler.py", folder)
     return folder
 
 
@@ -78,7 +78,7 @@ def url(folder):
 
 @pytest.fixture
 def client(url, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # of the suite; this is loopback
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # the server is on loopback
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     return huggingface_hub.InferenceClient(model=url, token="hf_test")
 
@@ -96,7 +96,7 @@ def answers_well(url):
 # ---------------------------------------------------------------------------------------------------------- answers
 
 
-def test_answer_is_what_the_pipeline_draws(url, pipe):
+def test_answer_equals_the_output_of_the_pipeline(url, pipe):
     parameters = {"boxes": [BOX, OTHER_BOX], "num_samples": 6, "seed": 3, "threshold": 0.4, "pixel_spacing_mm": 0.5}
     status, answer = post(url, {"inputs": REQUEST["inputs"], "parameters": parameters})
     assert status == 200 and len(answer) == 2 * (2 + 6)
@@ -115,7 +115,7 @@ def test_answer_is_what_the_pipeline_draws(url, pipe):
             assert sample["area"] == pytest.approx(mask.sum() / 4)
 
 
-def test_every_form_of_an_image_is_the_same(url):
+def test_all_forms_of_an_image_give_the_same_answer(url):
     content = file_of(make_image())
     # Without parameters, so the prompt is the centre
     bodies = (
@@ -128,8 +128,8 @@ def test_every_form_of_an_image_is_the_same(url):
     assert all(answer == answers[0] for answer in answers) and answers[0][0] == 200
 
 
-def test_parameters_beside_parameters_are_taken(url):
-    """Never the image's centre in silence, when there is a prompt."""
+def test_parameters_next_to_inputs_are_used(url):
+    """A prompt outside of `parameters` must not be replaced by the centre of the image."""
     expected = post(url, REQUEST)
     inputs, parameters = REQUEST["inputs"], REQUEST["parameters"]
     assert expected[0] == 200
@@ -149,7 +149,7 @@ def test_parameters_beside_parameters_are_taken(url):
         assert status == 400 and "each of 2 prompts" in answer["error"]
 
 
-def test_handler_takes_what_needs_no_server(folder):
+def test_handler_accepts_bytes_base64_and_pil_images(folder):
     handler = load_handler(folder)
     content = file_of(make_image())
     forms = (content, encoded(content), {"inputs": Image.open(io.BytesIO(content)), "parameters": {}})
@@ -159,7 +159,7 @@ def test_handler_takes_what_needs_no_server(folder):
     assert np.array_equal(decoded(deep[0]["mask"]), decoded(answers[0][0]["mask"]))  # grey values are stretched
 
 
-def test_inference_client_reads_it(client, tmp_path):
+def test_inference_client_reads_the_answer(client, tmp_path):
     path = tmp_path / "slice.png"
     path.write_bytes(file_of(make_image()))
     items = client.image_segmentation(path)  # binary
@@ -174,7 +174,7 @@ def test_inference_client_reads_it(client, tmp_path):
     assert wider[0]["areas"] != items[0]["areas"]
 
 
-def test_inference_client_gets_the_reason(client, tmp_path):
+def test_inference_client_gets_the_error_message(client, tmp_path):
     (tmp_path / "slice.png").write_bytes(file_of(make_image()))
     with pytest.raises(huggingface_hub.errors.HfHubHTTPError) as caught:
         client.image_segmentation(tmp_path / "slice.png", subtask="semantic")
@@ -182,7 +182,7 @@ def test_inference_client_gets_the_reason(client, tmp_path):
     assert caught.value.response.json()["error"].startswith("unknown parameter subtask; accepted: boxes, points")
 
 
-# --------------------------------------------------------------------------------------------------------- hostility
+# -------------------------------------------------------------------------------------------------- hostile requests
 
 
 def with_parameters(**parameters):
@@ -244,7 +244,7 @@ for _ in range(50):
         (with_parameters(boxes=[BOX], points=[POINTS, POINTS]), "different numbers of prompts"),
     ],
 )
-def test_bad_requests_get_a_reason_and_the_next_one_an_answer(url, body, message):
+def test_bad_requests_get_a_message_and_the_next_one_an_answer(url, body, message):
     kind = "application/octet-stream" if isinstance(body, bytes) else "application/json"
     status, answer = post(url, body, kind)
     assert status == 400 and list(answer) == ["error"]
@@ -253,7 +253,7 @@ def test_bad_requests_get_a_reason_and_the_next_one_an_answer(url, body, message
     assert answers_well(url)
 
 
-def test_eight_at_once_are_answered_as_one_by_one(url):
+def test_eight_concurrent_requests_are_answered_as_one_by_one(url):
     requests = [
         {
             "inputs": encoded(file_of(make_image(index, 40 + index, 60))),
@@ -266,19 +266,19 @@ def test_eight_at_once_are_answered_as_one_by_one(url):
     assert [status for status, _ in one_by_one] == [200] * 3 + [400] + [200] * 4
     gate = threading.Barrier(len(requests))
 
-    def go(request):
+    def wait_and_post(request):
         gate.wait()
         return post(url, request)
 
     with ThreadPoolExecutor(len(requests)) as pool:
-        assert list(pool.map(go, requests)) == one_by_one
+        assert list(pool.map(wait_and_post, requests)) == one_by_one
 
 
 # --------------------------------------------------------------------------------------------------------- the folder
 
 
 def real_png(width, height):
-    """A valid PNG of one grey value: 1000 times smaller than its pixels."""
+    """A valid PNG of one grey value, 1000 times smaller than its pixels."""
     content = png_header(width, height)
     start = content.index(b"IDAT") - 4
     compressor = zlib.compressobj(9)
@@ -289,7 +289,7 @@ def real_png(width, height):
 
 
 @pytest.mark.slow
-def test_folder_alone_serves_and_a_bomb_costs_no_memory(folder, url, tmp_path):
+def test_folder_works_without_the_package_and_a_decompression_bomb_uses_no_memory(folder, url, tmp_path):
     command = [sys.executable, str(Path(__file__).with_name("endpoint_server.py")), str(folder)]
     environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
@@ -302,7 +302,7 @@ def test_folder_alone_serves_and_a_bomb_costs_no_memory(folder, url, tmp_path):
                     return json.load(response)
 
             before = peak()
-            bomb = real_png(10_000, 10_000)  # 100 MB of pixels, within what PIL itself lets pass with a warning
+            bomb = real_png(10_000, 10_000)  # 100 MB of pixels, for which PIL only warns
             assert len(bomb) < 200_000
             for body in (bomb, {"inputs": encoded(bomb)}):
                 kind = "application/octet-stream" if isinstance(body, bytes) else "application/json"
@@ -314,8 +314,8 @@ def test_folder_alone_serves_and_a_bomb_costs_no_memory(folder, url, tmp_path):
             process.terminate()
 
 
-def test_requirements_are_those_of_the_package():
+def test_requirements_match_those_of_the_package():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = (CARD / "requirements.txt").read_text().split()
+    wanted = (HUB / "requirements.txt").read_text().split()
     assert {line.split(">=")[0] for line in wanted} == {"numpy", "pillow", "torch", "transformers"}
     assert set(wanted) < set(project["dependencies"])

@@ -1,4 +1,4 @@
-"""Pushing to the Hub, against a server on the loopback address, in processes of their own."""
+"""Pushing to the Hub: subprocesses against a server on the loopback address."""
 
 import hashlib
 import json
@@ -40,7 +40,7 @@ def test_pushed_build_is_one_commit_and_loads_by_name(tmp_path):
         pushed = python(hub, tmp_path / "home", *command, "--push-to-hub", "org/phantom", "--private")
         assert pushed.returncode == 0, pushed.stderr
         repo = hub.repos["dataset", "org/phantom"]
-        assert repo.private and len(repo.commits) == 2  # the first is the empty one of a new repository
+        assert repo.private and len(repo.commits) == 2  # a new repository has an empty first commit
         assert pushed.stdout.splitlines()[-1] == f"pushed to {hub.url}/org/name/commit/{repo.branches['main']}"
         files = {path.relative_to(output).as_posix(): path.read_bytes() for path in output.rglob("*.*")}
         assert repo.files() == files and {"README.md", "manifest.json"} < files.keys()
@@ -49,14 +49,14 @@ def test_pushed_build_is_one_commit_and_loads_by_name(tmp_path):
     assert json.loads(pulled.stdout.splitlines()[-1]) == json.loads(files["manifest.json"])["splits"]
 
 
-def test_failed_push_is_one_line_and_the_build_stays(tmp_path):
+def test_failed_push_is_one_line_and_keeps_the_build(tmp_path):
     with LoopbackHub(fails={"/commit/main": 500}) as hub:
         command = [SCRIPT, "phantom", "--num-nodules", 1, "--output", tmp_path / "phantom"]
         result = python(hub, tmp_path / "home", *command, "--push-to-hub", "org/phantom")
     assert result.returncode == 2 and "Traceback" not in result.stderr
     last = result.stderr.splitlines()[-1]
-    assert last.startswith("error: org/phantom: not pushed: ") and "500" in last
-    assert f"{tmp_path / 'phantom'} is complete and stays" in last
+    assert last.startswith("error: org/phantom: push failed: ") and "500" in last
+    assert f"{tmp_path / 'phantom'} is complete" in last and f"delete by hand: {hub.url}/datasets/org/phantom)" in last
     assert "wrote" in result.stdout and (tmp_path / "phantom" / "manifest.json").exists()
 
 
@@ -98,8 +98,9 @@ def test_pushes_replace_each_other_and_failures_are_user_errors(tmp_path):
     assert repo.files() == {"README.md": b"two", "data/0.parquet": b"0"} and len(repo.commits) == 3
     public, forbidden, unreachable = result.stdout.splitlines()
     assert public == "org/twice: not pushed, it exists and is public; accepted: a new or a private repository"
-    assert forbidden.startswith("org/closed: not pushed: ") and "403" in forbidden
-    assert unreachable.startswith("org/unreachable: not pushed: ") and "is complete and stays" in unreachable
+    assert forbidden.startswith("org/closed: push failed: ") and "403" in forbidden
+    assert unreachable.startswith("org/unreachable: push failed: ") and "is complete" in unreachable
+    assert "created on the Hub" not in unreachable
 
 
 ATTEMPTS = """
@@ -135,54 +136,43 @@ def attempt(hub, tmp_path, *attempts):
     return done.stdout.splitlines()
 
 
-def test_repository_made_for_a_push_that_fails_is_deleted_again(tmp_path):
+def test_failed_push_deletes_nothing_and_says_what_is_on_the_hub(tmp_path):
     fails = {
         f"/lfs/upload/{hashlib.sha256(b'unlucky').hexdigest()}": 403, "/org/error/commit/main": 500,
-        "/org/reset/commit/main": RESET, "/org/both/commit/new": 500,
+        "/org/reset/commit/main": RESET, "/org/both/commit/new": 500, "/commit/fresh": 500, "/commit/kept": RESET,
+        "/org/lost/commit/main": LOST,
     }  # fmt: skip
     with LoopbackHub(fails) as hub:
-        lfs, error, reset, both, interrupted = attempt(
-            hub, tmp_path, ("org/lfs", "unlucky", None), ("org/error", "a", None), ("org/reset", "a", None),
-            ("org/both", "a", "new"), ("org/interrupted", "interrupt", None),
-        )  # fmt: skip
-        assert not hub.repos
-    assert lfs.startswith("org/lfs: not pushed: ") and "403" in lfs
-    assert error.startswith("org/error: not pushed: ") and "500" in error
-    assert reset.startswith("org/reset: not pushed: ")
-    assert both.startswith("org/both: not pushed: ")
-    assert all(line.endswith("to push again: do it again") and "stays" not in line for line in (lfs, reset, both))
-    assert interrupted == "interrupted"
-
-
-def test_what_was_there_before_a_push_that_fails_stays_as_it_was(tmp_path):
-    fails = {"/commit/main": 500, "/commit/kept": RESET, "/commit/fresh": 500}
-    with LoopbackHub(fails) as hub:
-        repo = hub.repos["model", "org/old"] = Repo(private=False)
-        repo.branches["kept"] = repo.commit("main", {})
+        old = hub.repos["model", "org/old"] = Repo(private=False)
+        old.branches["kept"] = old.commit("main", {})
         lines = attempt(
-            hub, tmp_path, ("org/old", "a", None), ("org/old", "a", "kept"), ("org/old", "a", "fresh"),
-            ("org/old", "a", "good"),
+            hub, tmp_path, ("org/lfs", "unlucky", None), ("org/error", "a", None), ("org/reset", "a", None),
+            ("org/lost", "a", None), ("org/both", "a", "new"), ("org/old", "a", "fresh"), ("org/old", "a", "kept"),
+            ("org/old", "a", "good"), ("org/interrupted", "interrupt", None),
         )  # fmt: skip
-        assert repo.branches.keys() == {"main", "kept", "good"} and len(repo.commits) == 2
-        assert repo.files() == repo.files("kept") == {} and repo.files("good") == {"model.safetensors": b"a"}
-    assert ["not pushed" in line for line in lines] == [True, True, True, False]
-
-
-def test_commit_whose_answer_is_lost_stays(tmp_path):
-    with LoopbackHub({"/commit/main": LOST}) as hub:
-        (line,) = attempt(hub, tmp_path, ("org/lost", "a", None))
-        assert hub.repos["model", "org/lost"].files() == {"model.safetensors": b"a"}
-    assert "yet a commit has arrived in the new repository, which stays" in line
-
-
-def test_repository_that_cannot_be_deleted_is_named(tmp_path):
-    with LoopbackHub({"/commit/main": 500, "/repos/delete": 403}) as hub:
-        (line,) = attempt(hub, tmp_path, ("org/stuck", "a", None))
-        assert hub.repos["model", "org/stuck"].files() == {}
-    assert "the new repository stays on the Hub without these files" in line
+        assert not [request for request in hub.requests if request[0] == "DELETE" or "delete" in request[1]]
+        files = {name: repo.files() for (_, name), repo in hub.repos.items()}
+        assert files == {
+            "org/old": {}, "org/lfs": {}, "org/error": {}, "org/reset": {}, "org/both": {}, "org/interrupted": {},
+            "org/lost": {"model.safetensors": b"a"},
+        }  # fmt: skip
+        assert old.branches.keys() == {"main", "kept", "fresh", "good"}
+        assert old.files("kept") == old.files("fresh") == {} and old.files("good") == {"model.safetensors": b"a"}
+    lfs, error, reset, lost, both, fresh, kept, good, interrupted = lines
+    assert (good, interrupted) == ("pushed", "interrupted")
+    for name, line in {"lfs": lfs, "error": error, "reset": reset, "lost": lost}.items():
+        assert line.startswith(f"org/{name}: push failed: ") and line.endswith("to push again: do it again")
+        created = (
+            f"created on the Hub and not deleted: repository org/{name} (to delete by hand: {hub.url}/org/{name})"
+        )
+        assert created in line
+    assert "403" in lfs and "500" in error
+    assert "created on the Hub and not deleted: repository org/both, branch new (to delete" in both
+    assert f"created on the Hub and not deleted: branch fresh (to delete by hand: {hub.url}/org/old);" in fresh
+    assert kept.startswith("org/old: push failed: ") and "created on the Hub" not in kept  # nothing was created
 
 
 @pytest.mark.parametrize("name", ["", "phantom", "a/b/c", "org/", "org/a--b", "org/a b", "/name", "datasets/org/name"])
 def test_bad_names_are_refused(name):
-    with pytest.raises(UserError, match="is no name of a repository.*accepted: organisation/name"):
+    with pytest.raises(UserError, match="is not a repository name.*accepted: organisation/name"):
         check_repo_name(name)

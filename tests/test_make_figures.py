@@ -1,21 +1,17 @@
-"""The figures' command, on a tiny model and a dataset of discs."""
+"""The command that plots the figures of the card, with a tiny model and a dataset of discs."""
 
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import SIZE, tiny_model, tiny_rows
+from tiny import SIZE, load_script, tiny_model, tiny_rows
 
 from probabilistic_sam import ProbabilisticSamProcessor
 from probabilistic_sam.data.build import write_dataset
 from probabilistic_sam.errors import UserError
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "training" / "report"))
-import make_figures  # noqa: E402
-
-sys.path.pop(0)
+make_figures = load_script("report/make_figures")
 
 
 def result(num_samples: int, ged: float, sampling: str = "together") -> dict:
@@ -31,15 +27,15 @@ def test_curves_join_results_of_one_model():
     results = {"validation": result(16, 0.2), "n4": result(4, 0.3), "independent": result(16, 0.25, "independent")}
     results["other"] = result(16, 0.9) | {"prompt": "center_box"}
     curves = make_figures.sample_numbers(results)
-    assert curves["all, samples drawn together"] == [
+    assert curves["all, sampled together"] == [
         (16, 0.2, 0.1, pytest.approx(0.3)),
         (4, 0.3, pytest.approx(0.2), 0.4),
     ]
-    assert [point[:2] for point in curves["shape, samples drawn independently"]] == [(16, 0.25)]
+    assert [point[:2] for point in curves["shape, sampled independently"]] == [(16, 0.25)]
     assert len(curves) == 4
 
 
-def test_command_draws_four_figures(tmp_path, monkeypatch, capsys):
+def test_command_writes_four_figures(tmp_path, monkeypatch, capsys):
     tiny_model().save_pretrained(tmp_path / "model")
     ProbabilisticSamProcessor(SIZE, 24).save_pretrained(tmp_path / "model")
     write_dataset(tiny_rows({"validation": 4}), tmp_path / "data", "Discs.")
@@ -47,7 +43,7 @@ def test_command_draws_four_figures(tmp_path, monkeypatch, capsys):
     command = ["make_figures.py", "--model", tmp_path / "model", "--dataset", tmp_path / "data"]
     command += ["--results", tmp_path / "results", "--output", tmp_path / "figures"]
     monkeypatch.setattr(sys, "argv", list(map(str, command)))
-    with pytest.raises(UserError, match="holds no validation.json"):
+    with pytest.raises(UserError, match="has no validation.json"):
         make_figures.main()
     (tmp_path / "results/validation.json").write_text(json.dumps(result(16, 0.2)))
     make_figures.main()

@@ -1,4 +1,4 @@
-"""A pushed model, opened by a stranger: in fresh processes, with the package and without, by name from the Hub."""
+"""Pulling a pushed model by its Hub name in new processes, with and without the package."""
 
 import json
 import os
@@ -18,6 +18,7 @@ from tiny import SIZE, tiny_model
 from transformers import AutoModel, AutoProcessor, pipeline
 
 from probabilistic_sam import ProbabilisticMaskGenerationPipeline, ProbabilisticSamModel, ProbabilisticSamProcessor
+from probabilistic_sam.hub.staging import EXAMPLES
 
 pytestmark = pytest.mark.slow  # each process loads torch and transformers
 
@@ -26,8 +27,8 @@ SCRIPT = ROOT / "training" / "push_to_hub.py"
 NAME = "org/psam-tiny"
 BOX = [8, 10, 30, 31]
 
-# What a process begins and ends with. With "installed" no code of the repository may run; with "absent" the package
-# cannot be imported, even where this machine has it on the path.
+# Prologue and epilogue of the code that runs in a process. "installed": no code of the repository may run. "absent":
+# the package cannot be imported, even if it is on the path.
 PACKAGE = {
     "installed": """
 import probabilistic_sam
@@ -46,7 +47,7 @@ try:
 except ModuleNotFoundError:
     pass
 else:
-    raise SystemExit("the package is there")
+    raise SystemExit("the package can be imported")
 """,
 }
 END = {
@@ -112,7 +113,7 @@ TRUST = {"installed": "trust = {}\n", "absent": 'trust = {"trust_remote_code": T
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """As in the processes: sums over more threads differ in the last bit."""
+    """As in the subprocesses: with more threads, sums differ in the last bit."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -120,7 +121,7 @@ def one_thread():
 
 
 def python(hub, home, package, *lines, **variables):
-    """Run code in a process whose folder and path have nothing of this project."""
+    """Run code in a process whose working directory is outside of this project."""
     code = "".join((PACKAGE[package], TRUST[package], *lines, END[package], '\nnp.savez("saved.npz", **saved)\n'))
     home.mkdir(exist_ok=True, parents=True)
     np.save(home / "image.npy", picture())
@@ -140,7 +141,7 @@ def picture():
 
 
 def sample(folder):
-    """What the package draws from a folder."""
+    """Samples of the model in a folder, from the package in this process."""
     model = ProbabilisticSamModel.from_pretrained(folder)
     inputs = ProbabilisticSamProcessor.from_pretrained(folder)(picture(), input_boxes=[[BOX]])
     return model.sample(**inputs, num_samples=3, generator=torch.Generator().manual_seed(0)).pred_masks.numpy()
@@ -156,7 +157,7 @@ def push(hub, home, model, *more):
 
 @pytest.fixture(scope="module")
 def pushed(tmp_path_factory):
-    """One model, and then another one in several files, pushed to the same repository."""
+    """A model and then a second one with sharded weights, pushed to the same repository."""
     folder = tmp_path_factory.mktemp("pushed")
     tiny_model().save_pretrained(folder / "first")
     tiny_model(seed=1).save_pretrained(folder / "sharded", max_shard_size="20KB")
@@ -167,8 +168,8 @@ def pushed(tmp_path_factory):
         yield SimpleNamespace(hub=hub, folder=folder, repo=hub.repos["model", NAME], commits=commits)
 
 
-def test_each_push_is_one_commit_without_files_of_the_one_before(pushed):
-    assert list(pushed.repo.commits)[1:] == pushed.commits  # after the empty one of a new repository
+def test_each_push_is_one_commit_without_files_of_the_previous_one(pushed):
+    assert list(pushed.repo.commits)[1:] == pushed.commits  # a new repository has an empty first commit
     first, second = (pushed.repo.files(commit) for commit in pushed.commits)
     assert "model.safetensors" in first and "model.safetensors" not in second
     shards = [name for name in second if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name)]
@@ -181,26 +182,26 @@ def pulled_without_package(pushed):
     return python(pushed.hub, pushed.folder / "absent", "absent", GIVEN, MODELS)
 
 
-def test_with_the_package_models_open_without_trust(pushed):
+def test_models_load_without_trust_if_the_package_is_installed(pushed):
     pulled = python(pushed.hub, pushed.folder / "installed", "installed", GIVEN, MODELS)
     expected = sample(pushed.folder / "sharded")
     assert np.array_equal(pulled.AutoModel, expected) and np.array_equal(pulled.AutoModelForMaskGeneration, expected)
 
 
-def test_without_the_package_models_open_with_trust_and_draw_the_same(pushed, pulled_without_package):
+def test_models_load_with_trust_without_the_package_and_give_the_same_samples(pushed, pulled_without_package):
     expected = sample(pushed.folder / "sharded")
     for name in ("AutoModel", "AutoModelForMaskGeneration"):
         assert np.array_equal(getattr(pulled_without_package, name), expected)
 
 
-def test_what_was_pulled_opens_offline(pushed, pulled_without_package):
+def test_pulled_models_load_offline(pushed, pulled_without_package):
     dead = {"HF_ENDPOINT": "http://127.0.0.1:1", "HF_HUB_OFFLINE": "1"}
     again = python(pushed.hub, pushed.folder / "absent", "absent", GIVEN, MODELS, **dead)
     assert np.array_equal(again.AutoModel, pulled_without_package.AutoModel)
 
 
 @pytest.mark.parametrize("package", ["installed", "absent"])
-def test_pipeline_takes_an_image_a_list_and_a_column(pushed, package):
+def test_pipeline_accepts_an_image_a_list_and_a_column(pushed, package):
     pulled = python(pushed.hub, pushed.folder / f"pipeline-{package}", package, GIVEN, PIPELINES)
     pipe = ProbabilisticMaskGenerationPipeline(
         model=ProbabilisticSamModel.from_pretrained(pushed.folder / "sharded"),
@@ -214,7 +215,7 @@ def test_pipeline_takes_an_image_a_list_and_a_column(pushed, package):
             actual = getattr(pulled, f"{key}/{part}")
             if key == "one":
                 assert np.array_equal(actual, expected[index][part]), (key, part)
-            else:  # a batch of two sums in another order
+            else:  # a batch of two changes the order of summation
                 np.testing.assert_allclose(actual, expected[index][part], atol=1e-4, err_msg=f"{key}/{part}")
 
 
@@ -226,16 +227,16 @@ def test_options_of_from_pretrained(pushed):
     assert np.array_equal(pulled.pinned, first)
     assert pulled.half.shape == second.shape and np.isfinite(pulled.half).all()
     spread = second.std()
-    assert 0 < np.abs(pulled.half - second).mean() < 0.2 * spread  # the same masks, at three digits
+    assert 0 < np.abs(pulled.half - second).mean() < 0.2 * spread  # equal within the precision of bfloat16
 
 
 # ----------------------------------------------------------------------------------------------------- shipped weights
 
-# The tests above have SAM's own encoder. The shipped weights have another one, whose classes are ours as well.
+# The tests above use SAM's encoder. The shipped weights have a TinyViT encoder, whose code is in the repository, too.
 CARD = ROOT / "model_cards" / "psam-lidc"
 TASK = "probabilistic-mask-generation"
-EXAMPLE = CARD / "examples" / "phantom-1.png"
-EXAMPLE_BOX = json.loads((CARD / "examples" / "examples.json").read_text())["images"][0]["box"]
+EXAMPLE = EXAMPLES / "phantom-1.png"
+EXAMPLE_BOX = json.loads((EXAMPLES / "examples.json").read_text())["images"][0]["box"]
 CODE = {
     "configuration_probabilistic_sam.py", "loss_probabilistic_sam.py", "modeling_mask_decoder.py",
     "modeling_probabilistic_sam.py", "modeling_tiny_vit.py",
@@ -260,12 +261,12 @@ def sample(model, processor):
     return model.sample(**inputs, num_samples=3, generator=torch.Generator().manual_seed(0)).pred_masks.numpy()
 
 def ways(name):
-    # Everything that a model can be opened with; for a folder also the handler of the endpoint
+    # All ways to load a model; for a folder, also the endpoint handler
     processor = AutoProcessor.from_pretrained(name, **trust)
     model = AutoModel.from_pretrained(name, **trust)
     mask_generation = AutoModelForMaskGeneration.from_pretrained(name, **trust)
     built = AutoModel.from_config(AutoConfig.from_pretrained(name, **trust), **trust).eval()
-    built.load_state_dict(model.state_dict(), assign=True)  # the same memory, so the same rounding
+    built.load_state_dict(model.state_dict(), assign=True)  # the same memory layout, hence the same rounding
     pipe = pipeline("probabilistic-mask-generation", model=name, **trust)
     for way, opened in {"AutoModel": model, "AutoModelForMaskGeneration": mask_generation, "config": built}.items():
         saved[f"{name}/{way}"] = sample(opened, processor)
@@ -292,14 +293,14 @@ save("third-piped", pipe)
 BY_NAME = """
 model, mask_generation, processor, pipe = ways("org/psam-tiny")
 save("again", mask_generation, processor)
-os.symlink(snapshot_download("org/psam-tiny"), "snapshot")  # its files are links themselves
+os.symlink(snapshot_download("org/psam-tiny"), "snapshot")  # its files are symbolic links
 ways("snapshot")
 """
 
 
 @pytest.fixture(scope="module")
 def shipped(tmp_path_factory):
-    """The shipped weights on the Hub and, in `home / "copy"`, as a folder."""
+    """The shipped weights on the Hub and as a folder, `home / "copy"`."""
     folder = tmp_path_factory.mktemp("shipped")
     with LoopbackHub() as hub:
         push(hub, folder / "home", CARD)
@@ -313,7 +314,7 @@ def shipped(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def opened(shipped):
-    """`home / "copy"` opened without the package and saved to "again" and "piped"."""
+    """`home / "copy"` loaded without the package and saved to "again" and "piped"."""
     return ways_without_package(shipped, shipped.home, FROM_FOLDER)
 
 
@@ -323,7 +324,7 @@ def ways_without_package(shipped, home, lines):
 
 
 def assert_as_with_the_package(results, name, folder):
-    """All results for `name` are the package's for `folder`, bit by bit."""
+    """All results for `name` are bit-identical to those of the package for `folder`."""
     image = np.asarray(PIL.Image.open(EXAMPLE))
     model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
     assert type(model) is ProbabilisticSamModel and type(processor) is ProbabilisticSamProcessor
@@ -336,7 +337,7 @@ def assert_as_with_the_package(results, name, folder):
     assert np.array_equal(results[f"{name}/pipeline"], piped[0]["mean"])
     if f"{name}/handler" in results:
         request = {"inputs": PIL.Image.open(EXAMPLE), "parameters": {"boxes": [EXAMPLE_BOX], "num_samples": 3}}
-        endpoint = load_handler(CARD, folder)
+        endpoint = load_handler(EXAMPLES.parent, folder)
         assert type(endpoint.pipe) is ProbabilisticMaskGenerationPipeline
         assert json.loads(str(results[f"{name}/handler"])) == endpoint(request)
 
@@ -345,28 +346,28 @@ def content(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_shipped_folder_opens_in_every_way_without_the_package(shipped, opened):
+def test_shipped_folder_loads_in_all_ways_without_the_package(shipped, opened):
     assert_as_with_the_package(opened, "copy", shipped.home / "copy")
 
 
-def test_what_was_opened_and_saved_opens_again_and_again(shipped, opened):
+def test_saved_models_load_and_save_again(shipped, opened):
     first = content(shipped.home / "again")
     assert set(first) == CODE | {"config.json", "model.safetensors", "processor_config.json"}
     assert content(shipped.home / "piped") == first
     again = ways_without_package(shipped, shipped.home, FROM_SAVED)
     assert_as_with_the_package(again, "again", shipped.home / "again")
-    for name in ("third", "third-piped"):  # so every further generation opens as well
+    for name in ("third", "third-piped"):  # a fixed point, so later generations load, too
         assert content(shipped.home / name) == first
 
 
-def test_shipped_weights_open_in_every_way_by_name_and_as_a_snapshot(shipped, opened):
+def test_shipped_weights_load_in_all_ways_by_name_and_from_a_snapshot(shipped, opened):
     pulled = ways_without_package(shipped, shipped.elsewhere, BY_NAME)
     for name in (NAME, "snapshot"):
         assert_as_with_the_package(pulled, name, shipped.home / "copy")
-    assert content(shipped.elsewhere / "again") == content(shipped.home / "again")  # refers to the Hub nowhere
+    assert content(shipped.elsewhere / "again") == content(shipped.home / "again")  # no reference to the Hub
 
 
-def test_what_the_package_opened_from_such_a_folder_is_saved_with_code(shipped, opened, tmp_path):
+def test_models_that_the_package_loaded_from_such_a_folder_are_saved_with_code(shipped, opened, tmp_path):
     expected = content(shipped.home / "again")
     copy = shipped.home / "copy"
     for part in (ProbabilisticSamModel.from_pretrained(copy), ProbabilisticSamProcessor.from_pretrained(copy)):
@@ -375,7 +376,7 @@ def test_what_the_package_opened_from_such_a_folder_is_saved_with_code(shipped, 
     assert content(tmp_path / "parts") == content(tmp_path / "piped") == expected
 
 
-def test_code_of_the_shipped_card_runs_as_it_stands(shipped):
+def test_code_of_the_shipped_card_runs_unchanged(shipped):
     card = shipped.files["README.md"].decode()
     blocks = re.findall(r"^```python\n(.*?)^```$", card, flags=re.MULTILINE | re.DOTALL)
     blocks = [block for block in blocks if "InferenceClient" not in block]
@@ -390,4 +391,4 @@ def test_code_of_the_shipped_card_runs_as_it_stands(shipped):
         pulled = python(shipped.hub, shipped.elsewhere / package, package, *lines, keep)
         sampled, piped = (value for name, value in vars(pulled).items() if name.startswith("result"))
         assert sampled.shape == (16, 128, 128) and np.array_equal(sampled, piped)
-        assert 100 < np.median(sampled.sum(axis=(1, 2))) < 1000  # a nodule of some 23 pixels
+        assert 100 < np.median(sampled.sum(axis=(1, 2))) < 1000  # a nodule with a diameter of about 23 pixels

@@ -1,10 +1,13 @@
-"""The folder that goes to the Hub: what is in it, what its code may import, what its card may claim."""
+"""The staged folder of a model: its files, what its code may import, what its card states."""
 
 import ast
 import importlib.util
 import json
+import os
 import shutil
+import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -14,20 +17,20 @@ from tiny import SIZE, load_script, sam_parts, tiny_model, tiny_vit_parts
 from probabilistic_sam import ProbabilisticSamConfig, ProbabilisticSamModel, ProbabilisticSamProcessor
 from probabilistic_sam.baselines import PromptFreePriorModel
 from probabilistic_sam.errors import UserError
-from probabilistic_sam.hub.staging import stage_model
+from probabilistic_sam.hub.staging import EXAMPLES, stage_model
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "model_cards" / "psam-lidc"
-KINDS = ("configuration", "loss", "modeling", "pipeline", "processing")  # of modules that travel
+KINDS = ("configuration", "loss", "modeling", "pipeline", "processing")  # modules that are pushed as remote code
 MODULES = sorted(path for kind in KINDS for path in (ROOT / "probabilistic_sam").glob(f"{kind}_*.py"))
-# What a machine with transformers has; Pillow only where files are opened
+# Installed with transformers; Pillow only where files are opened
 ALLOWED = {"torch", "numpy", "transformers", "huggingface_hub.dataclasses", *sys.stdlib_module_names}
 ALLOWED_IN = {"processing_probabilistic_sam.py": {"PIL"}}
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """What a run folder holds, checkpoints among it."""
+    """A run folder with a checkpoint."""
     path = tmp_path_factory.mktemp("run")
     tiny_model().save_pretrained(path)
     ProbabilisticSamProcessor(SIZE, 24).save_pretrained(path)
@@ -42,7 +45,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def changed(run, tmp_path):
-    """A copy to be changed."""
+    """A copy of `run` that a test may change."""
     return Path(shutil.copytree(run, tmp_path / "changed"))
 
 
@@ -50,7 +53,7 @@ def files(folder):
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_staged_run_has_weights_code_and_examples_and_nothing_of_training(run, tmp_path):
+def test_staged_run_has_weights_code_and_examples_but_no_training_files(run, tmp_path):
     stage_model(run, tmp_path / "staged", "alice/eyes")
     assert files(tmp_path / "staged") == {
         "README.md", "LICENSE", "config.json", "model.safetensors", "processor_config.json", "handler.py",
@@ -80,14 +83,49 @@ def test_staged_run_has_weights_code_and_examples_and_nothing_of_training(run, t
     assert processor["auto_map"] == {"AutoProcessor": "processing_probabilistic_sam.ProbabilisticSamProcessor"}
 
 
-def test_staging_leaves_nothing_in_the_process(run, tmp_path):
+INSTALLED = """
+import sys
+from pathlib import Path
+from probabilistic_sam.hub import staging
+assert Path(staging.__file__).is_relative_to(sys.argv[1])
+staging.stage_model(*sys.argv[2:])
+"""
+
+
+def test_package_installed_from_a_wheel_stages_the_same_files(run, tmp_path):
+    pytest.importorskip("setuptools", minversion="77")
+    source, installed = tmp_path / "source", tmp_path / "installed"
+    shutil.copytree(ROOT / "probabilistic_sam", source / "probabilistic_sam")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    build = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", build, tmp_path], cwd=source, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(installed)
+    command = [sys.executable, "-c", INSTALLED, installed, run, tmp_path / "there", "alice/eyes"]
+    environment = os.environ | {"PYTHONPATH": str(installed)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    stage_model(run, tmp_path / "here", "alice/eyes")
+    here, there = (
+        {name: (tmp_path / folder / name).read_bytes() for name in files(tmp_path / folder)}
+        for folder in ("here", "there")
+    )
+    assert here == there and {"handler.py", "LICENSE", "examples/phantom-1.png"} < here.keys()
+
+
+def test_license_of_staged_models_is_that_of_the_project():
+    assert (EXAMPLES.parent / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
+
+
+def test_staging_does_not_change_later_saves(run, tmp_path):
     stage_model(run, tmp_path / "staged", "alice/eyes")
     tiny_model().save_pretrained(tmp_path / "later")
     ProbabilisticSamProcessor(SIZE, 24).save_pretrained(tmp_path / "later")
     assert files(tmp_path / "later") == {"config.json", "model.safetensors", "processor_config.json"}
 
 
-def test_a_baseline_made_from_a_staged_model_does_not_name_the_code_of_that_model(run, tmp_path):
+def test_baseline_made_from_a_staged_model_does_not_refer_to_its_code(run, tmp_path):
     stage_model(run, tmp_path / "staged", "alice/eyes")
     model = PromptFreePriorModel.from_sam(ProbabilisticSamModel.from_pretrained(tmp_path / "staged"))
     model.save_pretrained(tmp_path / "baseline")
@@ -98,8 +136,8 @@ def test_a_baseline_made_from_a_staged_model_does_not_name_the_code_of_that_mode
         model.config.include_code()
 
 
-def test_weights_that_were_pulled_are_staged_with_code_of_their_own(run, changed, tmp_path):
-    """`from_pretrained` puts the repository's name before each module; a push elsewhere must not point back there."""
+def test_pulled_weights_are_staged_with_their_own_code(run, changed, tmp_path):
+    """`from_pretrained` prefixes modules with the repository name; a push elsewhere must not refer to it."""
     model = ProbabilisticSamModel.from_pretrained(run)
     model.config.auto_map = {"AutoModel": "org/first--modeling_probabilistic_sam.ProbabilisticSamModel"}
     model.save_pretrained(changed)
@@ -107,7 +145,7 @@ def test_weights_that_were_pulled_are_staged_with_code_of_their_own(run, changed
     assert "org/first" not in (tmp_path / "staged" / "config.json").read_text()
 
 
-def test_card_of_a_run_says_what_its_files_say_and_nothing_of_our_weights(run, tmp_path):
+def test_card_of_a_run_states_its_files_and_nothing_about_the_shipped_weights(run, tmp_path):
     stage_model(run, tmp_path / "staged", "alice/eyes")
     card = ModelCard.load(tmp_path / "staged" / "README.md")
     assert (card.data.pipeline_tag, card.data.library_name) == ("mask-generation", "transformers")
@@ -120,7 +158,7 @@ def test_card_of_a_run_says_what_its_files_say_and_nothing_of_our_weights(run, t
     assert f"{ours:.3f}" not in card.text and "1,740" not in card.text and "MobileSAM" not in card.text
 
 
-def test_card_of_a_run_with_results_has_their_table_and_model_index(changed, tmp_path):
+def test_card_of_a_run_with_results_has_a_table_and_a_model_index(changed, tmp_path):
     result = json.loads((SHIPPED / "results" / "validation.json").read_text())
     result |= {"split": "test", "dataset": "/data/eyes"}
     result["results"]["all"]["ged"] = {"mean": 0.1234, "ci95": [0.1, 0.2]}
@@ -134,18 +172,18 @@ def test_card_of_a_run_with_results_has_their_table_and_model_index(changed, tmp
         ("HM-IoU, all", "eyes", "test"),
     ]
     assert card.data.eval_results[0].metric_value == 0.1234
-    assert "| GED ↓ | 0.123 [0.100, 0.200] |" in card.text and "the error of `results/test.json` lies" in card.text
-    assert "chose the checkpoint" not in card.text and "0.432" not in card.text
+    assert "| GED ↓ | 0.123 [0.100, 0.200] |" in card.text and "by lesion size (`results/test.json`)" in card.text
+    assert "checkpoint was selected" not in card.text and "0.432" not in card.text
     assert (tmp_path / "staged" / "results" / "test.json").is_file()
 
 
-def test_card_that_lies_in_the_run_is_taken(changed, tmp_path):
+def test_card_in_the_run_is_used(changed, tmp_path):
     (changed / "README.md").write_text("---\nlicense: mit\n---\n\nMine, org/psam-lidc.\n")
     stage_model(changed, tmp_path / "staged", "alice/eyes")
     assert (tmp_path / "staged" / "README.md").read_text() == "---\nlicense: mit\n---\n\nMine, alice/eyes.\n"
 
 
-def test_shipped_model_is_staged_whole_with_its_card(tmp_path):
+def test_shipped_model_is_staged_completely_with_its_card(tmp_path):
     stage_model(SHIPPED, tmp_path / "staged", "alice/psam")
     staged = files(tmp_path / "staged")
     assert files(SHIPPED) - {"TRAINING.md"} < staged
@@ -159,7 +197,7 @@ def test_shipped_model_is_staged_whole_with_its_card(tmp_path):
     assert config["dtype"] == "float32"  # of float16 weights
 
 
-def test_examples_are_phantom_slices_with_the_box_of_the_protocol():
+def test_examples_are_phantom_slices_with_boxes_of_the_protocol():
     if not importlib.util.find_spec("pylidc"):
         pytest.skip("pylidc is not installed")
     import numpy as np
@@ -169,10 +207,10 @@ def test_examples_are_phantom_slices_with_the_box_of_the_protocol():
     from probabilistic_sam.data.lidc.nodules import read_nodule
     from probabilistic_sam.data.lidc.phantom import CROP_SIDE, phantom_row
 
-    for example in json.loads((SHIPPED / "examples" / "examples.json").read_text())["images"]:
+    for example in json.loads((EXAMPLES / "examples.json").read_text())["images"]:
         nodule = read_nodule(example["patient_id"], example["nodule_id"], CROP_SIDE)
         row = phantom_row(nodule, example["slice_index"])
-        committed = {"image": {"bytes": (SHIPPED / "examples" / example["image"]).read_bytes(), "path": None}}
+        committed = {"image": {"bytes": (EXAMPLES / example["image"]).read_bytes(), "path": None}}
         assert np.array_equal(decode_image(committed), decode_image(row))
         box = make_prompt(decode_masks(row), "union_box", np.random.default_rng(row_seed(row, "union_box")))
         assert example["box"] == pytest.approx(box["input_boxes"], abs=0.051)
@@ -182,7 +220,7 @@ def test_examples_are_phantom_slices_with_the_box_of_the_protocol():
 
 
 def forbidden_imports(path: Path) -> list[str]:
-    """What a module may not import when it travels: it has its siblings, torch, numpy and transformers around it."""
+    """Imports of a remote-code module other than its siblings, torch, numpy and transformers."""
     allowed = ALLOWED | ALLOWED_IN.get(path.name, set())
     siblings = {module.stem for module in MODULES}
     found = []
@@ -198,19 +236,19 @@ def forbidden_imports(path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
-def test_modules_that_travel_import_nothing_else(path):
+def test_remote_code_imports_nothing_else(path):
     assert forbidden_imports(path) == []
-    # transformers finds siblings by a regular expression, in docstrings and comments as well
+    # transformers finds siblings by a regular expression, even in docstrings and comments
     from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
     assert set(get_relative_imports(path)) <= {module.stem for module in MODULES}
-    # These transformers asks for before it runs the code; Pillow is not among them
+    # transformers requires these before it runs the code; Pillow is not among them
     assert set(get_imports(path)) <= {"torch", "numpy", "transformers", "huggingface_hub", *sys.stdlib_module_names}
 
 
 @pytest.mark.parametrize("parts", [sam_parts, tiny_vit_parts])
 def test_configuration_may_come_from_another_copy_of_its_module(parts):
-    """As it does without the package: from a local folder transformers loads each module by itself."""
+    """Without the package, transformers loads each module of a local folder separately."""
     path = ROOT / "probabilistic_sam" / "configuration_probabilistic_sam.py"
     spec = importlib.util.spec_from_file_location("another_configuration_probabilistic_sam", path)
     other = importlib.util.module_from_spec(spec)
@@ -226,7 +264,7 @@ def test_configuration_may_come_from_another_copy_of_its_module(parts):
     same = ProbabilisticSamModel(config)
     assert type(same.vision_encoder) is type(model.vision_encoder)
     same.load_state_dict(model.state_dict())
-    # A part of it may come from elsewhere as well
+    # A sub-configuration may come from the other copy, too
     mixed = ProbabilisticSamConfig(**{**parts(), "vision_config": config.vision_config}, **fields)
     assert mixed.vision_config is config.vision_config
     ProbabilisticSamModel(mixed).load_state_dict(model.state_dict())
@@ -237,7 +275,7 @@ def test_configuration_may_come_from_another_copy_of_its_module(parts):
     [
         "import scipy", "from scipy import ndimage", "import probabilistic_sam.errors", "from . import errors",
         "from probabilistic_sam.errors import UserError", "from .errors import UserError", "from ..x import y",
-        "from huggingface_hub import HfApi", "def f():\n    import PIL", "from .data.rows import encode_png",
+        "from huggingface_hub import HfApi", "def f():\n    import PIL", "from .data.format import encode_png",
     ],
 )  # fmt: skip
 def test_forbidden_imports_are_found(tmp_path, line):
@@ -246,7 +284,7 @@ def test_forbidden_imports_are_found(tmp_path, line):
     assert len(forbidden_imports(path)) == 1
 
 
-# ------------------------------------------------------------------------------------------------------------ faults
+# ------------------------------------------------------------------------------------------------------------ errors
 
 
 def break_json(run):
@@ -264,21 +302,21 @@ def break_results(run):
         (lambda run: (run / "processor_config.json").unlink(), "has no processor_config.json"),
         (lambda run: (run / "model.safetensors").write_bytes(b"x"), "cannot be loaded"),
         (lambda run: (run / "README.md").write_text("---\na: [\n---\n"), "README.md"),
-        (break_json, "data.json does not open as JSON"),
-        (break_results, "r.json is no results file of training/evaluate.py"),
+        (break_json, "data.json is not valid JSON"),
+        (break_results, "r.json is not a results file of training/evaluate.py"),
     ],
 )
-def test_run_that_cannot_be_staged(changed, tmp_path, change, message):
+def test_broken_runs_are_refused(changed, tmp_path, change, message):
     change(changed)
     with pytest.raises(UserError, match=message):
         stage_model(changed, tmp_path / "staged", "alice/eyes")
     assert not (tmp_path / "staged").exists()
 
 
-def test_what_cannot_be_staged_where(run, tmp_path):
+def test_bad_sources_names_and_outputs_are_refused(run, tmp_path):
     with pytest.raises(UserError, match="no model directory at .*accepted: a run of training/train.py"):
         stage_model(tmp_path / "nowhere", tmp_path / "staged", "alice/eyes")
-    with pytest.raises(UserError, match="is no name of a repository"):
+    with pytest.raises(UserError, match="is not a repository name"):
         stage_model(run, tmp_path / "staged", "eyes")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
@@ -291,7 +329,7 @@ def test_what_cannot_be_staged_where(run, tmp_path):
 
 @pytest.fixture
 def push_to_hub(monkeypatch):
-    """Run the script in this process."""
+    """A function that runs the script in this process."""
     module = load_script("push_to_hub")
 
     def run(*arguments):
@@ -301,7 +339,7 @@ def push_to_hub(monkeypatch):
     return run
 
 
-def test_dry_run_writes_the_folder_and_lists_it(push_to_hub, run, tmp_path, capsys):
+def test_dry_run_writes_and_lists_the_folder(push_to_hub, run, tmp_path, capsys):
     push_to_hub("--model", run, "--repo-id", "alice/eyes", "--dry-run", "--output", tmp_path / "staged")
     *lines, last = capsys.readouterr().out.splitlines()
     assert last == f"wrote {tmp_path / 'staged'}; nothing was pushed"
@@ -310,13 +348,13 @@ def test_dry_run_writes_the_folder_and_lists_it(push_to_hub, run, tmp_path, caps
     assert sizes["model.safetensors"] == f"{(run / 'model.safetensors').stat().st_size:,}"
 
 
-def test_arguments_that_do_not_go_together(push_to_hub, run, tmp_path):
+def test_dry_run_and_output_need_each_other(push_to_hub, run, tmp_path):
     for more in (("--dry-run",), ("--output", tmp_path / "staged")):
-        with pytest.raises(UserError, match="--dry-run writes the folder to --output; accepted: both or none"):
+        with pytest.raises(UserError, match="accepted: both options or neither"):
             push_to_hub("--model", run, "--repo-id", "alice/eyes", *more)
 
 
-def test_arguments_of_the_push_and_what_an_error_advises(push_to_hub, run, monkeypatch, capsys):
+def test_arguments_of_the_push_and_advice_of_its_error(push_to_hub, run, monkeypatch, capsys):
     seen = {}
 
     def push_folder(folder, name, *arguments, **options):

@@ -198,7 +198,7 @@ def test_run_is_pushed_at_its_end(finished, workspace, tmp_path):
 
 
 def test_push_that_cannot_work_is_refused_before_training(train, workspace, tmp_path):
-    with pytest.raises(UserError, match="'tiny' is no name of a repository"):
+    with pytest.raises(UserError, match="'tiny' is not a repository name"):
         train(tmp_path / "run", "--push_to_hub", "tiny")
     unet = configured(workspace, tmp_path, model={"model_type": "dropout_unet"})
     with pytest.raises(UserError, match="--push_to_hub with model_type 'dropout_unet'; accepted: probabilistic_sam"):

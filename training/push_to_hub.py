@@ -3,9 +3,9 @@
     python training/push_to_hub.py --model RUN --repo-id org/psam-lidc
     python training/push_to_hub.py --model RUN --repo-id org/psam-lidc --dry-run --output staged
 
-RUN is a run folder of training/train.py, or model_cards/psam-lidc. Its card tells what the run's files tell: results
-that training/evaluate.py wrote to RUN/results become tables; a README.md in RUN is taken as it is. With --dry-run the
-folder is written to be looked at, and nothing leaves this machine.
+RUN is a run folder of training/train.py, or model_cards/psam-lidc. A README.md in RUN becomes the card. Otherwise the
+card is generated from the files of the run, with a table for each results file of training/evaluate.py in RUN/results.
+With --dry-run the folder is only written to --output, for inspection.
 """
 
 import argparse
@@ -17,22 +17,22 @@ from probabilistic_sam.inference import quiet_transformers
 
 
 def parse_args() -> argparse.Namespace:
-    """Command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="run folder of training/train.py")
-    parser.add_argument("--repo-id", required=True, metavar="ORG/NAME", help="the repository; made when there is none")
+    parser.add_argument("--repo-id", required=True, metavar="ORG/NAME", help="repository, created if necessary")
     parser.add_argument("--private", action="store_true", help="make the repository private")
-    parser.add_argument("--revision", help="push to this branch, made when there is none; without it to main")
-    parser.add_argument("--dry-run", action="store_true", help="write the folder to --output and push nothing")
-    parser.add_argument("--output", type=Path, help="new or empty directory, with --dry-run")
+    parser.add_argument("--revision", help="branch, created if necessary; default main")
+    parser.add_argument("--dry-run", action="store_true", help="write the folder to --output, do not push")
+    parser.add_argument("--output", type=Path, help="new or empty directory for --dry-run")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Stage, then list or push."""
+    """Stage the folder, then list or push it."""
     arguments = parse_args()
     if arguments.dry_run != (arguments.output is not None):
-        raise UserError("--dry-run writes the folder to --output; accepted: both or none")
+        raise UserError("--dry-run writes the folder to --output; accepted: both options or neither")
     quiet_transformers()
     if arguments.dry_run:
         stage_model(arguments.model, arguments.output, arguments.repo_id)

@@ -1,1 +1,1 @@
-"""The Hub: staging a model's folder, its card, and pushing in one commit."""
+"""The Hub: staging the folder of a model, its card, and pushing it in one commit."""

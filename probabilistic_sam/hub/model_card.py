@@ -1,4 +1,7 @@
-"""What a model's card says: its results in tables and words, how the model is used, and the card of a training run."""
+"""Model cards: tables of results, instructions for use, and the card of a training run.
+
+Cards are Jinja templates for `ModelCard.from_template`. Every number in them comes from a results file.
+"""
 
 import json
 from collections.abc import Mapping
@@ -9,33 +12,41 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..errors import UserError
 
-HUB_NAME = "org/psam-lidc"  # stands in a card for the name that a push puts in its place
+HUB_NAME = "org/psam-lidc"  # placeholder in a card, replaced by the repository name in a push
 TAGS = ["uncertainty", "segment-anything", "probabilistic-segmentation"]
-TABLE = {  # metric -> how a reader of the table knows it
+USAGE = Path(__file__).with_name("usage.md")
+RUN_CARD = Path(__file__).with_name("run_card_template.md")
+TABLE = {  # metric -> row title
     "ged": "GED ↓", "cross_distance": "cross distance ↓", "sample_diversity": "sample diversity",
-    "reader_diversity": "reader diversity", "hm_iou": "HM-IoU ↑", "dice_max_per_reader": "best Dice a reader ↑",
-    "dice_mean": "Dice of the mean ↑", "ece": "ECE ↓", "empty_ece": "ECE of emptiness ↓",
-    "empty_correlation": "correlation of emptiness ↑",
+    "reader_diversity": "reader diversity", "hm_iou": "HM-IoU ↑", "dice_max_per_reader": "best Dice per reader ↑",
+    "dice_mean": "Dice of the mean ↑", "ece": "ECE ↓", "empty_ece": "ECE of empty masks ↓",
+    "empty_correlation": "correlation of empty masks ↑",
 }  # fmt: skip
 COLUMNS = ("all", "four_readers", "shape")
-BREAKDOWN = {  # of `metrics.breakdown`: (column, metric) -> title
-    ("all", "ged"): "GED `all`", ("all", "ged_share"): "share of it", ("all", "cross_distance"): "cross distance",
+BREAKDOWN = {  # (column, metric) of `metrics.breakdown` -> column title
+    ("all", "ged"): "GED `all`", ("all", "ged_share"): "share of total", ("all", "cross_distance"): "cross distance",
     ("all", "sample_diversity"): "sample diversity", ("all", "reader_diversity"): "reader diversity",
-    ("shape", "ged"): "GED `shape`", ("shape", "ged_share"): "share of it",
+    ("shape", "ged"): "GED `shape`", ("shape", "ged_share"): "share of total",
     ("all", "empty_rate_samples"): "empty samples", ("all", "empty_rate_readers"): "empty readers",
 }  # fmt: skip
+GROUPS = {  # grouping in `metrics.breakdown` -> row title
+    "readers_annotated": "readers who annotated: {}",
+    "readers_drew": "readers who annotated: {}",  # the name in files of version 0.1
+    "reader_area": "mean area in pixels: {}",
+}
 
 SPLIT = """\
-Patients are split by
-`int(sha256(patient_id).hexdigest(), 16) % 100`: below 70 train, 70-79 validation, 80 and above test."""
+The split is by patient, from `int(sha256(patient_id).hexdigest(), 16) % 100`: below 70 train, 70 to 79 validation, 80
+and above test."""
 
 PROTOCOL = """\
-A slice is scored when at least one reader drew on it. The prompt comes from the readers' masks by rule, never from the
-one that is scored: `union_box` is the box around all of them, each side moved by up to 10 % and 1.5 pixels, seeded by
-the slice, so that every model is given the same box. The samples are compared with the masks of all readers at the
-slice's own size, empty masks included. GED is the squared generalised energy distance with d = 1 - IoU (two empty
-masks: 0), HM-IoU the IoU of the best balanced matching. Even an exact model does not reach 0 with finitely many
-samples and readers."""
+A slice is scored if at least one reader annotated it. Prompts are derived from the masks of all readers by a fixed
+rule. `union_box` is the bounding box of the union of all masks, with each side moved by up to 10 % of the side length
+plus 1.5 pixels. The offsets are seeded by slice, so every model gets the same box. Samples are compared with the masks
+of all readers at the original resolution, empty masks included. GED is the squared generalised energy distance with
+d = 1 - IoU (0 for two empty masks). HM-IoU is the IoU under the best balanced matching. "Correlation of empty masks"
+is the correlation over slices between the shares of empty samples and of empty readers. With finitely many samples and
+readers, GED is above 0 even for a perfect model."""
 
 CITATION = """\
 ```bibtex
@@ -47,125 +58,30 @@ CITATION = """\
 }
 ```"""
 
-RUN_CARD = """\
-# {title}: a Probabilistic SAM
 
-One image and one prompt (box, points or mask) give a *distribution* of masks: each sample is the outline that one more
-expert might have drawn, or no outline at all. The model is Segment Anything with a latent space after Ward and Imran
-(arXiv 2509.05809).
-
-**For research only. It is no medical device and must not be used for diagnosis.**
-
-This card was made by `training/push_to_hub.py` from the files of a training run. It says what they say; intended use,
-limits, the origin of the data and the licence of the weights are for the owner of the run to add.
-
-## Use
-
-{usage}
-
-## Training data
-
-{data}
-
-## Training
-
-```yaml
-{training}
-```
-
-## Results
-
-{results}
-
-## Licence and citation
-
-The code in this repository is Apache-2.0 (`LICENSE`). The licence of the weights is what their owner says it is. The
-images in `examples` are phantom: real readers' contours from LIDC-IDRI (Armato et al. 2011, CC BY 3.0) on simulated
-pixels.
-
-{citation}
-"""
-
-
-def usage(example: Mapping[str, Any], name: str = HUB_NAME) -> str:
-    """How the model is used in each of its four ways, on an image of its own folder.
+def render_card(
+    template: Path, data: ModelCardData, example: Mapping[str, Any], name: str = HUB_NAME, **texts: str
+) -> ModelCard:
+    """Render a card template; `{{ usage }}` in it is replaced by the instructions that all cards share.
 
     Args:
-        example: an entry of `examples/examples.json`.
-        name: of the repository on the Hub.
+        template: Markdown file with the front matter `{{ card_data }}`.
+        data: front matter.
+        example: entry of `examples/examples.json`, shown in the instructions.
+        name: repository name on the Hub.
+        texts: other variables of the template.
     """
-    image, box = f"examples/{example['image']}", [round(value, 1) for value in example["box"]]
-    return f"""\
-An image to begin with, one of `examples`:
-
-```python
-from huggingface_hub import hf_hub_download
-from PIL import Image
-
-image = Image.open(hf_hub_download("{name}", "{image}"))
-box = {box}  # x1, y1, x2, y2 in pixels
-```
-
-With the package `probabilistic_sam` no code of this repository runs. After `import probabilistic_sam`, `AutoModel`,
-`AutoModelForMaskGeneration` and `AutoProcessor` know the classes as well.
-
-```python
-from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamProcessor
-
-model = ProbabilisticSamModel.from_pretrained("{name}")
-processor = ProbabilisticSamProcessor.from_pretrained("{name}")
-```
-
-Without the package, with transformers alone, the code in this repository does the same:
-
-```python
-from transformers import AutoModel, AutoProcessor
-
-model = AutoModel.from_pretrained("{name}", trust_remote_code=True)
-processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
-```
-
-`trust_remote_code=True` downloads the Python files of this repository and runs them on your machine, with your rights.
-Read them first (they import torch, numpy, transformers and, to open image files, Pillow), and pin the commit that you
-have read with `revision="..."`: otherwise the next call runs whatever is here then. With the package the argument is
-never needed. Samples, in either case:
-
-```python
-import torch
-
-inputs = processor(image, input_boxes=[[box]])
-samples = model.sample(**inputs, num_samples=16, generator=torch.Generator().manual_seed(0))
-result = processor.post_process_samples(samples.pred_masks, inputs["windows"], inputs["original_sizes"])[0]
-print(result["area_quantiles"], result["empty_share"])  # result["masks"], ["mean"], ["entropy"] are maps
-```
-
-As a pipeline, from image and box to masks; after `import probabilistic_sam` leave `trust_remote_code` out. The task is
-`probabilistic-mask-generation`; transformers' own `mask-generation` pipeline is not supported.
-
-```python
-from transformers import pipeline
-
-pipe = pipeline("probabilistic-mask-generation", model="{name}", trust_remote_code=True)
-(result,) = pipe(image, boxes=[box], num_samples=16, seed=0)  # "masks", "mean", "uncertainty", "areas"
-```
-
-As an Inference Endpoint, which runs `handler.py` (Hugging Face's serverless inference runs no repository with code of
-its own); `ENDPOINT` is its address:
-
-```python
-from huggingface_hub import InferenceClient
-
-client = InferenceClient(model=ENDPOINT, headers={{"Content-Type": "image/png"}})
-for item in client.image_segmentation("slice.png"):  # the prompt is the image's centre
-    print(item.label, item.score, item.mask)  # "mean", "uncertainty", "sample 0", ...
-```
-
-A prompt of your own goes in JSON: `{{"inputs": "base64 of the image file", "parameters": {{"boxes": [{box}],
-"num_samples": 16, "seed": 0}}}}`."""
+    usage = USAGE.read_text(encoding="utf-8").rstrip()
+    text = template.read_text(encoding="utf-8").replace("{{ usage }}", usage)
+    image, box = example["image"], [round(value, 1) for value in example["box"]]
+    shared = {"split": SPLIT, "protocol": PROTOCOL, "citation": CITATION}
+    card = ModelCard.from_template(data, template_str=text, name=name, image=image, box=box, **shared, **texts)
+    card.text += "\n"  # Jinja removes the newline at the end of the file
+    return card
 
 
 def results_table(result: dict) -> str:
-    """Markdown table of one results file, means with 95 % intervals."""
+    """Markdown table of one results file: means with 95 % intervals."""
     columns = result["results"]
     lines = ["| | " + " | ".join(f"`{name}` ({columns[name]['count']:,})" for name in COLUMNS) + " |"]
     lines.append("|---" * (len(COLUMNS) + 1) + "|")
@@ -179,41 +95,42 @@ def results_table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def results_section(result: dict, name: str) -> str:
-    """Table and the words without which its numbers mean nothing."""
-    spread = " drawn together (Latin hypercube)" if result["sampling"] == "together" else ", independent"
-    seeds = result["seed"] if isinstance(result["seed"], list) else [result["seed"]]
-    chose = " These patients chose the checkpoint; they were not trained on."
+def conditions(result: dict) -> str:
+    """Split, slices, prompt and number of samples of one results file."""
+    sampled = "sampled together (Latin hypercube)" if result["sampling"] == "together" else "sampled independently"
     return (
         f"{result['split'].capitalize()} split, {result['num_slices']:,} slices of {result['num_patients']} patients, "
-        f"prompt `{result['prompt']}`, {result['num_samples']} samples{spread}, mean over evaluation seeds "
-        f"{', '.join(map(str, seeds))}; in brackets 95 % intervals from a bootstrap over patients."
-        f"{chose if result['split'] == 'validation' else ''}\n\n"
+        f"prompt `{result['prompt']}`, {result['num_samples']} samples per slice, {sampled}"
+    )
+
+
+def results_section(result: dict, name: str) -> str:
+    """Table of one results file with the conditions under which its numbers hold."""
+    seeds = result["seed"] if isinstance(result["seed"], list) else [result["seed"]]
+    selected = " The checkpoint was selected on these patients; the model was not trained on them."
+    return (
+        f"{conditions(result)}. Mean over evaluation seeds {', '.join(map(str, seeds))}; in brackets, 95 % intervals "
+        f"from a bootstrap over patients.{selected if result['split'] == 'validation' else ''}\n\n"
         f"{results_table(result)}\n\n"
-        "`all`: at least one reader drew. `four_readers`: all four drew. `shape`: at least two drew, non-empty masks "
-        "only. "
-        f"From `{name}`, commit `{result['commit'][:12]}`, written by\n\n```\n{result['command']}\n```"
+        "`all`: at least one reader annotated. `four_readers`: all four annotated. `shape`: at least two annotated; "
+        "only non-empty masks are compared.\n\n"
+        f"Source: `{name}`, commit `{result['commit'][:12]}`, written by\n\n```\n{result['command']}\n```"
     )
 
 
 def breakdown_section(result: dict, name: str) -> str:
-    """Where the error of one results file lies: `metrics.breakdown` as a table, a row a group of slices."""
-    titles = {
-        "readers_annotated": "readers who annotated: {}",
-        "readers_drew": "readers who annotated: {}",  # the name in files of version 0.1
-        "reader_area": "mean area in pixels: {}",
-    }
+    """`metrics.breakdown` of one results file as a table with one row per group of slices."""
     lines = ["| | slices | " + " | ".join(BREAKDOWN.values()) + " |", "|---" * (len(BREAKDOWN) + 2) + "|"]
-    for way, groups in result["breakdown"].items():
+    for grouping, groups in result["breakdown"].items():
         for label, group in groups.items():
             values = [(metric, group[column][metric]) for column, metric in BREAKDOWN]
             cells = ["" if x is None else f"{x:.0%}" if metric == "ged_share" else f"{x:.3f}" for metric, x in values]
-            lines.append(f"| {titles[way].format(label)} | {group['all']['count']:,} | {' | '.join(cells)} |")
-    return f"Where the error of `{name}` lies, its slices grouped in two ways:\n\n" + "\n".join(lines)
+            lines.append(f"| {GROUPS[grouping].format(label)} | {group['all']['count']:,} | {' | '.join(cells)} |")
+    return f"Error by number of readers and by lesion size (`{name}`):\n\n" + "\n".join(lines)
 
 
 def eval_results(result: dict, dataset_name: str, dataset_type: str) -> list[EvalResult]:
-    """The main numbers of one results file, for the card's model-index."""
+    """The main numbers of one results file for the model-index of a card."""
     shown = (("GED, all", "ged", "all"), ("GED, shape", "ged", "shape"), ("HM-IoU, all", "hm_iou", "all"))
     return [
         EvalResult(
@@ -232,16 +149,16 @@ def eval_results(result: dict, dataset_name: str, dataset_type: str) -> list[Eva
 
 
 def run_card(run: Path, name: str, example: Mapping[str, Any]) -> ModelCard:
-    """The card of a run folder of `training/train.py`: nothing that its files do not say.
+    """The card of a run folder of `training/train.py`. It contains only what the files of the run state.
 
     Args:
-        run: with `training_config.yaml`, `data.json`, `best.json` and `results/*.json` of `training/evaluate.py`, each
-            as far as it is there.
-        name: of the repository on the Hub.
-        example: an entry of `examples/examples.json`.
+        run: folder with any of `training_config.yaml`, `data.json`, `best.json` and `results/*.json` (written by
+            `training/evaluate.py`).
+        name: repository name on the Hub.
+        example: entry of `examples/examples.json`.
 
     Raises:
-        UserError: a file of the run does not hold what it should.
+        UserError: a file of the run lacks expected entries.
     """
     sections: list[str] = []
     evaluated: list[EvalResult] = []
@@ -249,18 +166,19 @@ def run_card(run: Path, name: str, example: Mapping[str, Any]) -> ModelCard:
         result = read_json(path)
         try:
             sections.append(results_section(result, f"results/{path.name}"))
-            if "breakdown" in result:  # files of earlier versions have none
+            if "breakdown" in result:  # absent from files of earlier versions
                 sections.append(breakdown_section(result, f"results/{path.name}"))
             evaluated += eval_results(result, Path(result["dataset"]).name, Path(result["dataset"]).name)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise UserError(f"{path} is no results file of training/evaluate.py ({error!r})") from error
+            raise UserError(f"{path} is not a results file of training/evaluate.py ({error!r})") from error
     best = read_json(run / "best.json")
     if sections:
         sections.append(PROTOCOL)
     elif "all/ged" in best:
         sections.append(
-            f"No results of `training/evaluate.py` came with these weights. On the validation slices that chose them "
-            f"their GED was {best['all/ged']:.3f}: too good by what the choice made of chance."
+            "The run contains no results of `training/evaluate.py`. On the validation slices that selected the "
+            f"checkpoint, GED was {best['all/ged']:.3f}. This is optimistic, because these slices selected the "
+            "checkpoint."
         )
     counts = [
         f"- {split}: {item['slices']:,} slices of {item['patients']:,} patients, source {', '.join(item['sources'])}"
@@ -275,27 +193,28 @@ def run_card(run: Path, name: str, example: Mapping[str, Any]) -> ModelCard:
         model_name=title,
         eval_results=evaluated or None,
     )
-    text = RUN_CARD.format(
+    return render_card(
+        RUN_CARD,
+        data,
+        example,
+        name,
         title=title,
-        usage=usage(example, name),
-        data="\n".join([*counts, "", SPLIT] if counts else ["The run does not say on what it was trained."]),
-        training=config.read_text().strip() if config.is_file() else "# the run holds no training_config.yaml",
-        results="\n\n".join(sections) or "None came with these weights.",
-        citation=CITATION,
+        training_data="\n".join([*counts, "", SPLIT] if counts else ["The run does not state its training data."]),
+        training=config.read_text().strip() if config.is_file() else "# the run contains no training_config.yaml",
+        results="\n\n".join(sections) or "The run contains no results.",
     )
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
 
 def read_json(path: Path) -> dict:
-    """A file of a run; an empty dictionary when it is not there.
+    """Read a JSON file of a run. A missing file gives an empty dictionary.
 
     Raises:
-        UserError: the file does not hold a JSON object.
+        UserError: the file does not contain a JSON object.
     """
     try:
         content = json.loads(path.read_text()) if path.is_file() else {}
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} does not open as JSON: {error}") from error
+        raise UserError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object; accepted: what training/train.py and evaluate.py write")
+        raise UserError(f"{path} is not a JSON object; accepted: files of training/train.py and training/evaluate.py")
     return content

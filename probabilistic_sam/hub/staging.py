@@ -1,6 +1,7 @@
-"""A model's folder as it goes to the Hub: one that a stranger can open, try and read about.
+"""Stage the folder of a model as it goes to the Hub: weights, configuration, remote code, handler, examples, card.
 
-Nothing of this is committed twice: the remote code is copied from the package when a model is staged.
+The remote code is copied from the package when a model is staged. The files that are the same for every model
+(`handler.py`, `requirements.txt`, `LICENSE` and the example images) are package data beside this module.
 """
 
 import os
@@ -13,22 +14,24 @@ from huggingface_hub import ModelCard
 
 from ..errors import UserError
 from ..files import replaced_directory
-from ..inference import DEFAULT_MODEL, load_model
+from ..inference import load_model
 from .model_card import HUB_NAME, read_json, run_card
 from .push import check_repo_name, push_folder
 
+PACKAGE_DATA = Path(__file__).resolve().parent
+EXAMPLES = PACKAGE_DATA / "examples"
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-SERVING = ("handler.py", "requirements.txt", "examples/*")  # the same for every model
+OF_EVERY_MODEL = ("handler.py", "requirements.txt", "LICENSE", "examples/*")
 OF_THE_MODEL = (*WEIGHTS, "*.png", "figures/*.png", "results/*.json")
-# Files of an earlier push that this one does not bring: shards, modules, results of other weights
-REPLACED = [*OF_THE_MODEL, *SERVING, "*.py"]
+# Deleted by a push that does not bring them: shards, modules and results of earlier weights
+REPLACED = [*OF_THE_MODEL, *OF_EVERY_MODEL, "*.py"]
 
 
 def stage_model(source: str | os.PathLike[str], output: str | os.PathLike[str], name: str) -> None:
-    """Write the folder of a model: weights as they are, configuration that names the remote code, that code, a card.
+    """Write the Hub folder of a model.
 
-    A `README.md` in `source` is the card, with the name on the Hub put in place of `HUB_NAME`; otherwise one is made
-    of what the run's files say.
+    A `README.md` in `source` becomes the card, with `HUB_NAME` replaced by `name`. Otherwise the card is generated
+    from the files of the run.
 
     Args:
         source: run folder of `training/train.py`, or `model_cards/psam-lidc`.
@@ -36,7 +39,8 @@ def stage_model(source: str | os.PathLike[str], output: str | os.PathLike[str], 
         name: `organisation/name` on the Hub.
 
     Raises:
-        UserError: a bad name, no model that opens, weights that are not safetensors, an output that holds files.
+        UserError: a bad name, a model that does not load, weights that are not safetensors, an output directory that
+            is not empty.
     """
     check_repo_name(name)
     source = Path(source)
@@ -44,20 +48,18 @@ def stage_model(source: str | os.PathLike[str], output: str | os.PathLike[str], 
         raise UserError(f"no model directory at {source}; accepted: a run of training/train.py")
     model, processor = load_model(source)
     if not any(source.glob("*.safetensors")):
-        raise UserError(f"the weights of {source} are not safetensors, and nothing else is pushed")
+        raise UserError(f"the weights in {source} are not safetensors; accepted: *.safetensors")
     readme = source / "README.md"
     with replaced_directory(output, ()) as folder:
         for part in (model.config, processor):
             part.include_code()
             part.save_pretrained(folder)
-        # The weights go as they are, in their own precision and shards
-        copy(source, folder, *OF_THE_MODEL)
-        copy(DEFAULT_MODEL, folder, *SERVING)
-        shutil.copyfile(DEFAULT_MODEL.parent.parent / "LICENSE", folder / "LICENSE")
+        copy_files(source, folder, *OF_THE_MODEL)  # weights keep their precision and shards
+        copy_files(PACKAGE_DATA, folder, *OF_EVERY_MODEL)
         if readme.is_file():
             card = own_card(readme, name)
         else:
-            card = run_card(source, name, read_json(folder / "examples" / "examples.json")["images"][0])
+            card = run_card(source, name, read_json(EXAMPLES / "examples.json")["images"][0])
         (folder / "README.md").write_text(card.content, encoding="utf-8")
 
 
@@ -68,13 +70,13 @@ def push_model(source: str | os.PathLike[str], name: str, private: bool = False,
         source: as for `stage_model`.
         name: `organisation/name` on the Hub.
         private: make the repository private.
-        revision: the branch, `main` without it.
+        revision: branch to push to, `main` by default.
 
     Returns:
-        The address of the commit.
+        The URL of the commit.
 
     Raises:
-        UserError: of `stage_model` and `push_folder`.
+        UserError: see `stage_model` and `push_folder`.
     """
     again = f"python training/push_to_hub.py --model {source} --repo-id {name}"
     again += " --private" * private + (f" --revision {revision}" if revision else "")
@@ -85,15 +87,19 @@ def push_model(source: str | os.PathLike[str], name: str, private: bool = False,
 
 
 def own_card(path: Path, name: str) -> ModelCard:
-    """A card from a file, checked, with the name on the Hub."""
+    """Read a card from a file, with `HUB_NAME` replaced by the name on the Hub.
+
+    Raises:
+        UserError: the file is not a model card.
+    """
     try:
         return ModelCard(path.read_text(encoding="utf-8").replace(HUB_NAME, name))
     except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is no model card: {error}") from error
+        raise UserError(f"{path} is not a model card: {error}") from error
 
 
-def copy(source: Path, output: Path, *patterns: str) -> None:
-    """Copy the files that match, at their places."""
+def copy_files(source: Path, output: Path, *patterns: str) -> None:
+    """Copy the files that match the patterns, keeping their paths relative to `source`."""
     for pattern in patterns:
         for path in sorted(source.glob(pattern)):
             target = output / path.relative_to(source)

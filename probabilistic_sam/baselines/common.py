@@ -7,12 +7,12 @@ from collections.abc import Callable
 from typing import Self
 
 import torch
-import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
+from ..loss_probabilistic_sam import dice_loss, summed_bce
 from ..modeling_probabilistic_sam import (
     PROMPT_CHANNELS,
     ProbabilisticSamModel,
@@ -46,28 +46,21 @@ def to_embeddings(
 def reconstruction_loss(
     logits: torch.Tensor, targets: torch.Tensor, bce_weight: float, dice_weight: float
 ) -> torch.Tensor:
-    """BCE summed over pixels and soft Dice loss, weighted: logits (B, P, 1 or R, h, w) to (B, P, R).
+    """Weighted sum of BCE (summed over pixels) and Dice loss: logits (B, P, 1 or R, h, w) to (B, P, R).
 
-    An empty target counts like any other: its Dice loss is 1 - 1 / (1 + area that was drawn).
+    Empty targets count like any other.
     """
     logits = logits.expand_as(targets)
-    bce = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(dim=(-2, -1))
-    probabilities = logits.sigmoid()
-    overlap = (probabilities * targets).sum(dim=(-2, -1))
-    total = probabilities.sum(dim=(-2, -1)) + targets.sum(dim=(-2, -1))
-    return bce_weight * bce + dice_weight * (1 - (2 * overlap + 1) / (total + 1))
+    return bce_weight * summed_bce(logits, targets) + dice_weight * dice_loss(logits.sigmoid(), targets)
 
 
-def known_readers(readers: Readers) -> torch.Tensor | None:
-    """Readers (B, P, R) whose masks a model without presence can learn from; None for all of them.
+def known_readers(readers: Readers) -> torch.Tensor:
+    """Which readers a model without presence can learn from: (B, P, R) bool.
 
-    Those who are absent do not count, nor those who annotated but whose pixels vanished when the labels were resized:
-    their mask is not empty, and its outline is unknown.
+    Absent readers do not count, nor readers whose pixels vanished when the labels were resized: their mask is not
+    empty, but its outline is unknown.
     """
-    if readers.mask is None and readers.annotated is readers.outlined:
-        return None
-    known = readers.outlined | ~readers.annotated
-    return known if readers.mask is None else known & readers.mask
+    return readers.present & (readers.outlined | ~readers.annotated)
 
 
 def drop_channels(features: torch.Tensor, share: float, generator: torch.Generator | None) -> torch.Tensor:

@@ -5,12 +5,12 @@ from huggingface_hub.dataclasses import strict
 from transformers.utils import can_return_tuple
 
 from ..configuration_probabilistic_sam import ProbabilisticSamConfig
+from ..loss_probabilistic_sam import masked_mean
 from ..modeling_probabilistic_sam import (
     MAX_DECODED,
     ProbabilisticSamOutput,
     Readers,
     check_other_arguments,
-    masked_mean,
     spread_noise,
 )
 from .common import SamVariant, check_dropout, drop_channels, known_readers, reconstruction_loss, to_embeddings

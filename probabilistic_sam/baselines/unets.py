@@ -4,19 +4,17 @@ They have the blocks and the size of Probabilistic SAM's detail network, so that
 """
 
 import torch
-import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers.utils import can_return_tuple
 
-from ..loss_probabilistic_sam import gaussian_kl
+from ..loss_probabilistic_sam import gaussian_kl, masked_mean, summed_bce
 from ..modeling_probabilistic_sam import (
     MAX_DECODED,
     DetailBlock,
     ProbabilisticSamOutput,
     Readers,
     check_other_arguments,
-    masked_mean,
     normal_noise,
     spread_noise,
 )
@@ -292,11 +290,8 @@ class ProbabilisticUNetModel(PixelModel):
         mean, log_std = (item.unflatten(0, targets.shape[:3]) for item in self.posterior(seen.flatten(0, 2)))
         latents = mean + torch.exp(log_std) * normal_noise(tuple(mean.shape), generator, self.device)
         masks = self.decode(features, latents.flatten(0, 1)).unflatten(0, lead)  # (B, P, R, h, w)
-        bce = F.binary_cross_entropy_with_logits(masks, targets, reduction="none").sum(dim=(-2, -1))
-        kl = gaussian_kl(mean, log_std, prior_mean[:, :, None], prior_log_std[:, :, None])
-        if known is not None:
-            kl = kl * known[..., None]
-        reconstruction = masked_mean(self.config.bce_weight * bce, known)
+        kl = gaussian_kl(mean, log_std, prior_mean[:, :, None], prior_log_std[:, :, None]) * known[..., None]
+        reconstruction = masked_mean(self.config.bce_weight * summed_bce(masks, targets), known)
         return {
             "loss": reconstruction + self.config.kl_weight * masked_mean(kl.sum(dim=-1), known),
             "reconstruction_loss": reconstruction,

@@ -13,7 +13,8 @@ from transformers import Pipeline
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
 from .modeling_probabilistic_sam import ProbabilisticSamModel
-from .processing_probabilistic_sam import ProbabilisticSamProcessor, open_image, shorten
+from .processing_image_files import open_image, shorten
+from .processing_probabilistic_sam import ProbabilisticSamProcessor
 
 OF_AN_IMAGE = ("boxes", "points", "labels", "pixel_spacing_mm")  # what an image may bring with it
 OF_A_CALL = ("num_samples", "seed", "threshold", "batch_size", "num_workers")

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .processing_probabilistic_sam import PADDING_LABEL, ProbabilisticSamProcessor, open_image
+from .processing_image_files import open_image
+from .processing_probabilistic_sam import ProbabilisticSamProcessor, pad_points
 
 PROMPTS = ("input_boxes", "input_points", "input_labels")
 
@@ -57,12 +58,7 @@ class ProbabilisticSamCollator:
         if len({frozenset(item) for item in items}) > 1:
             kinds = sorted({" and ".join(name for name in PROMPTS[:2] if name in item) for item in items})
             raise ValueError(f"the rows of a batch need prompts of one kind, got {', '.join(kinds)}")
-        if "input_points" in items[0]:
-            most = max(item["input_points"].shape[1] for item in items)
-            for item in items:
-                missing = most - item["input_points"].shape[1]
-                item["input_points"] = F.pad(item["input_points"], (0, 0, 0, missing), value=PADDING_LABEL)
-                item["input_labels"] = F.pad(item["input_labels"], (0, missing), value=PADDING_LABEL)
+        pad_points(items)
         batch: dict[str, Any] = {name: torch.stack([item[name] for item in items]) for name in items[0]}
         return batch | {"num_samples": self.num_samples}
 

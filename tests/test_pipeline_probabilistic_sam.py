@@ -213,7 +213,7 @@ def test_model_in_bfloat16_takes_images():
     ("image", "arguments", "message"),
     [
         (make_image(), {}, "a prompt must be given"),
-        (make_image(), {"boxes": [10, 10, 61, 20]}, "outside of the image of 60 x 48"),
+        (make_image(), {"boxes": [10, 10, 61, 20]}, "outside the image of 60 x 48"),
         (make_image(), {"boxes": [float("nan"), 10, 20, 20]}, "four finite numbers"),
         (make_image(), {"boxes": BOX, "num_samples": 0}, "num_samples must be at least 1"),
         (make_image(), {"boxes": BOX, "pixel_spacing_mm": -1}, "pixel_spacing_mm must be one positive number"),
@@ -281,7 +281,7 @@ def test_pipeline_is_saved_with_the_code_of_all_its_parts(tmp_path):
     assert names == {
         "config.json", "model.safetensors", "processor_config.json", "configuration_probabilistic_sam.py",
         "loss_probabilistic_sam.py", "modeling_mask_decoder.py", "modeling_probabilistic_sam.py",
-        "modeling_tiny_vit.py", "pipeline_probabilistic_sam.py",
+        "modeling_tiny_vit.py", "pipeline_probabilistic_sam.py", "processing_image_files.py",
         "processing_probabilistic_sam.py",
     }  # fmt: skip
     config = json.loads((folder / "config.json").read_text())

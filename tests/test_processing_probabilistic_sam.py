@@ -182,7 +182,7 @@ def test_boxes_are_clipped_by_less_than_a_pixel(processor, image):
     expected = processor(image, input_boxes=[[[0, 0, 128, 100]]])
     assert equal(processor(image, input_boxes=[[[-0.3, -0.99, 128.6, 100.5]]]), expected)
     for outside in ([-1, 0, 9, 9], [0, 0, 129, 9], [0, 0, 9, 101]):
-        with pytest.raises(ValueError, match="lies outside of the image of 128 x 100"):
+        with pytest.raises(ValueError, match="lies outside the image of 128 x 100"):
             processor(image, input_boxes=[[outside]])
     with pytest.raises(ValueError, match="has no area"):
         processor(image, input_boxes=[[[128.1, 0, 128.9, 9]]])
@@ -719,7 +719,7 @@ def test_an_image_without_a_prompt_has_no_window_but_the_whole(processor, image)
         ({"input_boxes": [[[40, 30, 60, 30]]]}, "has no area"),
         (
             {"input_boxes": [[[-1, 30, 60, 44]]]},
-            "x -1, y 30 of a prompt lies outside of the image of 128 x 100 pixels",
+            "x -1, y 30 of a prompt lies outside the image of 128 x 100 pixels",
         ),
         ({"input_boxes": [[[40, 30, 60, 101]]]}, "x 60, y 101 of a prompt lies outside"),
         ({"input_points": [[[[200, 30]]]]}, "x 200, y 30 of a prompt lies outside"),
@@ -764,7 +764,7 @@ def test_wrong_images_are_named(processor, wrong, message):
 
 def test_whole_images_need_prompts_that_fit_each_other(image):
     processor = ProbabilisticSamProcessor(256, crop_size=None)
-    with pytest.raises(ValueError, match="as many input_boxes as the others, got 1, 2"):
+    with pytest.raises(ValueError, match="same number of input_boxes, got 1, 2"):
         processor([image, image], input_boxes=[[BOX], [BOX, BOX]])
     with pytest.raises(ValueError, match="a window takes one mask prompt"):
         processor(image, input_masks=[np.ones((2, 100, 128))])

@@ -239,7 +239,7 @@ EXAMPLE_BOX = json.loads((CARD / "examples" / "examples.json").read_text())["ima
 CODE = {
     "configuration_probabilistic_sam.py", "loss_probabilistic_sam.py", "modeling_mask_decoder.py",
     "modeling_probabilistic_sam.py", "modeling_tiny_vit.py",
-    "pipeline_probabilistic_sam.py", "processing_probabilistic_sam.py",
+    "pipeline_probabilistic_sam.py", "processing_image_files.py", "processing_probabilistic_sam.py",
 }  # fmt: skip
 WAYS = """
 import copy, json, os, sys

@@ -1,6 +1,6 @@
-"""What the baselines share: pixels and prompts as maps, readers as targets, and noise from a generator.
+"""Shared code of the baselines: reconstruction loss, dropout with a generator, and two base classes.
 
-Shapes as in the model: B images, P prompts an image, S samples, R readers, h = w = image_size / 4.
+Shapes as in the model: B images, P prompts per image, S samples, R readers, h = w = image_size / 4.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from ..modeling_probabilistic_sam import (
     to_device,
 )
 
-MAP_CHANNELS = 2 + PROMPT_CHANNELS  # pixels as they are and relative to their window, and the prompt
+MAP_CHANNELS = 2 + PROMPT_CHANNELS  # of `pixels_and_contrast` and `prompt_maps`
 
 
 def to_embeddings(
@@ -31,7 +31,7 @@ def to_embeddings(
     pixel_values: torch.Tensor | None,
     image_embeddings: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The embeddings that are given, or those of the image that is.
+    """The image embeddings, encoded from the image if they are not given.
 
     Raises:
         ValueError: neither or both of image and embeddings.
@@ -64,9 +64,9 @@ def known_readers(readers: Readers) -> torch.Tensor:
 
 
 def drop_channels(features: torch.Tensor, share: float, generator: torch.Generator | None) -> torch.Tensor:
-    """Dropout of whole channels, (N, C, ...) with a choice for each of N x C, that takes a generator.
+    """Dropout of whole channels of (N, C, ...), with random numbers from a generator.
 
-    Whole channels, since neighbours in a map say nearly the same: dropping single values would hardly change a mask
+    Neighbouring values in a map are strongly correlated, so dropping single values would hardly change a mask
     (Tompson et al. 2015, arXiv 1411.4280).
     """
     if share == 0:
@@ -78,18 +78,18 @@ def drop_channels(features: torch.Tensor, share: float, generator: torch.Generat
 
 
 def check_dropout(dropout: float, sampling_dropout: float) -> None:
-    """Raise ValueError for a share that is none."""
+    """Raise ValueError for a share outside [0, 1)."""
     for name, share in {"dropout": dropout, "sampling_dropout": sampling_dropout}.items():
         if not 0 <= share < 1:
             raise ValueError(f"{name} must be at least 0 and less than 1, got {share}")
 
 
 class SamVariant(ProbabilisticSamModel):
-    """Of a model that begins with a SAM's weights."""
+    """Base class of models that start from the weights of a SAM."""
 
     @classmethod
     def from_sam(cls, sam: ProbabilisticSamModel, **fields) -> Self:
-        """With the weights of a converted SAM, as far as names agree; `fields` of the configuration."""
+        """A model with all weights of a converted SAM whose names match; `fields` change its configuration."""
         others = ("model_type", "architectures", "transformers_version")
         values = {name: value for name, value in sam.config.to_dict().items() if name not in others}
         model = cls(cls.config_class(**(values | fields)))
@@ -99,11 +99,11 @@ class SamVariant(ProbabilisticSamModel):
 
 @strict
 class PixelConfig(PreTrainedConfig):
-    r"""Of a model that sees the pixels without SAM.
+    r"""Configuration of a model that uses pixels without SAM.
 
     Args:
-        image_size (`int`, defaults to 256): side of the model's input in pixels, a multiple of 16; the model sees it,
-            and draws masks, at a quarter of that.
+        image_size (`int`, defaults to 256): side of the model's input in pixels, a multiple of 16; the model reduces
+            it to a quarter, the size of its masks.
     """
 
     image_size: int = 256
@@ -115,7 +115,7 @@ class PixelConfig(PreTrainedConfig):
 
 
 class PixelModel(PreTrainedModel):
-    """A model whose image embeddings are just the packed pixels (B, 16, g, g)."""
+    """Base class of models whose image embeddings are the packed pixels (B, 16, g, g)."""
 
     config: PixelConfig
     config_class = PixelConfig
@@ -132,13 +132,13 @@ class PixelModel(PreTrainedModel):
 
     @torch.no_grad()
     def get_image_embeddings(self, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
-        """Grey values in the resolution of the masks: (B, 16, g, g), see `pack_pixels`."""
+        """Grey values at the resolution of the masks: (B, 16, g, g), see `pack_pixels`."""
         return pack_pixels(pixel_values)
 
     def get_maps(
         self, pixel_values: torch.Tensor | None, image_embeddings: torch.Tensor | None, **prompts
     ) -> torch.Tensor:
-        """What a U-Net reads, pixels and prompts: (B, P, 6, h, w).
+        """Input of a U-Net, pixels and prompts as maps: (B, P, 6, h, w).
 
         Raises:
             ValueError: neither or both of image and embeddings, or no prompt.

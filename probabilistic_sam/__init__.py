@@ -1,4 +1,7 @@
-"""Probabilistic SAM: one image and one prompt give a distribution of masks."""
+"""Probabilistic SAM: a distribution of masks for one image and one prompt.
+
+Importing the package registers its classes with transformers' auto classes and its pipeline.
+"""
 
 from transformers import AutoConfig, AutoModel, AutoModelForMaskGeneration, AutoProcessor
 from transformers.pipelines import PIPELINE_REGISTRY
@@ -20,8 +23,8 @@ PIPELINE_REGISTRY.register_pipeline(
     "probabilistic-mask-generation", ProbabilisticMaskGenerationPipeline, pt_model=AutoModel, type="image"
 )
 
-# A repository names the pipeline's code that lies in it. The package has its own, which needs no trust in a
-# repository: `pipeline` shall not see that entry. It stays in `__dict__`, from which a configuration is saved.
+# The configuration in a repository refers to the pipeline's code in that repository, which `pipeline` would run. Hide
+# the entry, since the package has the code. It remains in `__dict__`, from which the configuration is saved.
 ProbabilisticSamConfig.custom_pipelines = property(
     lambda config: {}, lambda config, value: config.__dict__.update(custom_pipelines=value)
 )

@@ -23,7 +23,8 @@ from .images import load_slice, luminance
 from .inference import check_num_samples, check_prompt, result_words, sample_image, write_result
 from .modeling_probabilistic_sam import ProbabilisticSamModel
 from .plotting import area_figure, contour_figure, figure_pixels, map_figure, zoom_window
-from .processing_probabilistic_sam import IMAGE_FORMATS, ProbabilisticSamProcessor
+from .processing_image_files import IMAGE_FORMATS
+from .processing_probabilistic_sam import ProbabilisticSamProcessor
 
 HOST = "127.0.0.1"
 MAX_SAMPLES = 64  # each is drawn in the gallery

@@ -29,7 +29,7 @@ from .inference import (
     sample_image,
     write_result,
 )
-from .processing_probabilistic_sam import IMAGE_FORMATS
+from .processing_image_files import IMAGE_FORMATS
 
 MODEL_HELP = "directory or owner/name; default model_cards/psam-lidc"
 

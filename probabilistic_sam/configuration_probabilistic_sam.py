@@ -1,4 +1,4 @@
-"""Configuration of Probabilistic SAM and of its light vision encoder."""
+"""Configurations of Probabilistic SAM and of MobileSAM's vision encoder."""
 
 import os
 from typing import Any
@@ -48,13 +48,13 @@ class TinyViTVisionConfig(PreTrainedConfig):
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size must be a multiple of {self.patch_size}, got {self.image_size}")
         self.hidden_size = self.embed_dims[-1]
-        self.scale = 128  # SAM's positional encoding is drawn with this standard deviation when it is not loaded
+        self.scale = 128  # standard deviation with which SAM's positional encoding is initialised
         super().__post_init__(**kwargs)
 
 
 @strict
 class ProbabilisticSamConfig(SamConfig):
-    r"""SAM's configuration and the latent space's.
+    r"""SAM's configuration with fields for the detail network, the latent space and the loss.
 
     The latent of one sample has `latent_dim` coordinates. The first one is the presence: the reader is predicted to
     annotate if it is positive. The others shape the outline and are added to SAM's sparse prompt embeddings.
@@ -62,26 +62,26 @@ class ProbabilisticSamConfig(SamConfig):
     Args:
         vision_config: SAM's own ViT (`SamVisionConfig`) or MobileSAM's TinyViT (`TinyViTVisionConfig`); a dictionary
             is read by its `model_type`.
-        latent_dim (`int`, defaults to 9): coordinates of the latent, the presence included; at least 2.
+        latent_dim (`int`, defaults to 9): coordinates of the latent including the presence; at least 2.
         latent_hidden_size (`int`, defaults to 128): width of the prior and posterior networks.
-        detail_hidden_size (`int`, defaults to 32): channels of the detail network at the resolution of the masks,
-            twice and four times as many at half and a quarter of it.
-        detail_num_blocks (`int`, defaults to 3): its blocks at the lowest resolution.
+        detail_hidden_size (`int`, defaults to 32): channels of the detail network at the resolution of the masks;
+            twice as many at half that resolution, four times as many at a quarter.
+        detail_num_blocks (`int`, defaults to 3): blocks of the detail network at its lowest resolution.
         latent_dropout (`float`, defaults to 0.1): dropout in the heads of the prior and posterior networks.
-        bce_weight, dice_weight (`float`): weights of the reconstruction: binary cross-entropy **summed over the pixels
-            of the low-resolution mask** and soft Dice loss (between 0 and 1).
-        kl_weight (`float`, defaults to 1): weight of the KL divergence (nats, summed over latent coordinates) against
-            that sum. Against a mean over pixels the same number would weigh some 4,000 times as much and the
-            posterior would collapse.
-        presence_weight (`float`, defaults to 1): weight of -log P(presence), the KL divergence of the presence
-            coordinate: 1 in the evidence lower bound, more when the energy distance has a large weight, since both
+        bce_weight, dice_weight (`float`): weights of the two reconstruction terms: binary cross-entropy **summed over
+            the pixels of the low-resolution mask**, and soft Dice loss (0 to 1).
+        kl_weight (`float`, defaults to 1): weight of the KL divergence of the outline, in nats, summed over latent
+            coordinates. It is relative to a sum over pixels: with a mean over pixels the same weight would count some
+            4,000 times as much, and the posterior would collapse.
+        presence_weight (`float`, defaults to 1): weight of the KL divergence of the presence, -log P(annotated or
+            empty). It is 1 in the evidence lower bound; choose more if `energy_weight` is large, since both terms
             train the prior.
         energy_weight (`float`, defaults to 0): weight of the energy distance between samples of the prior and readers.
-        num_energy_samples (`int`, defaults to 4): samples of the prior decoded in a training step for that distance.
+        num_energy_samples (`int`, defaults to 4): samples of the prior per training step for the energy distance.
     """
 
     model_type = "probabilistic_sam"
-    # `Trainer` hands the other outputs to compute_metrics: samples alone
+    # Outputs that `Trainer` does not pass to compute_metrics, so that it gets `pred_masks` only
     keys_to_ignore_at_inference = [
         "reconstruction_loss", "energy_distance", "kl_divergence", "reconstructed_masks", "iou_scores", "latents",
         "prior_mean", "prior_log_std", "posterior_mean", "posterior_log_std",
@@ -101,7 +101,7 @@ class ProbabilisticSamConfig(SamConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        """Read a dictionary; that of a plain SAM becomes a Probabilistic SAM with default latent fields."""
+        """Read a dictionary; the configuration of a plain SAM is completed with default values."""
         if config_dict.get("model_type") == SamConfig.model_type:
             others = ("model_type", "architectures")
             config_dict = {key: value for key, value in config_dict.items() if key not in others}
@@ -121,17 +121,17 @@ class ProbabilisticSamConfig(SamConfig):
         super().__post_init__(**kwargs)
 
     def include_code(self) -> None:
-        """Let `save_pretrained` write the code of model, processor and pipeline too, and name it in `config.json`.
+        """Let `save_pretrained` also write the code of model and pipeline and refer to it in `config.json`.
 
         Raises:
-            ValueError: a subclass for another model, whose code is not among the files that are written.
+            ValueError: the configuration is that of another model, such as a baseline.
         """
         if self.model_type != ProbabilisticSamConfig.model_type:
             raise ValueError(
                 f"the code of a {self.model_type} cannot be saved with it, only that of a "
                 f"{ProbabilisticSamConfig.model_type}; save model and processor, and open them with the package"
             )
-        # Imported here, since they import this module; transformers copies what a module imports, wherever it does so
+        # Imported here because these modules import this one; transformers copies them all the same
         from .modeling_probabilistic_sam import ProbabilisticSamModel
         from .pipeline_probabilistic_sam import ProbabilisticMaskGenerationPipeline
 
@@ -145,16 +145,16 @@ class ProbabilisticSamConfig(SamConfig):
         }
         pipeline = {"impl": reference(ProbabilisticMaskGenerationPipeline), "pt": ["AutoModel"], "type": "image"}
         self.custom_pipelines: Any = {"probabilistic-mask-generation": pipeline}
-        self._auto_class = "AutoConfig"  # of this object only: not every configuration is to be saved with code
+        self._auto_class = "AutoConfig"  # of this object only, not of the class
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """Save the configuration, with the code if it came with code.
+        """Save the configuration; if it was loaded with its code, save the code as well.
 
-        The folder then opens without this package and without the repository that the configuration came from.
-        transformers alone would copy only the modules of the class that is saved, and keep references to the others
-        as they are: to files that are not there, or to a repository on the Hub.
+        The folder can then be opened without this package and without the original repository. transformers alone
+        would copy only the modules of the class that is saved, and keep references to missing files or to a
+        repository on the Hub.
         """
-        if self.model_type != ProbabilisticSamConfig.model_type:  # what it was made from may have come with code
+        if self.model_type != ProbabilisticSamConfig.model_type:  # fields copied from a model with code
             for name in ("auto_map", "custom_pipelines"):
                 self.__dict__.pop(name, None)
         elif hasattr(self, "auto_map"):

@@ -1,6 +1,6 @@
-"""Other people's checkpoints to ours: MobileSAM's original state dict, and SAM at another image size.
+"""Conversion of checkpoints: MobileSAM's original state dict, and SAM at another image size.
 
-From the command line, for MobileSAM:
+For MobileSAM on the command line:
 
     python -m probabilistic_sam.conversion mobile_sam.pt OUTPUT_DIR --image_size 256
 """
@@ -28,7 +28,7 @@ logger = logging.get_logger(__name__)
 
 BATCH_NORM_EPS = 1e-5  # torch's default, which TinyViT keeps
 
-# TinyViT's classifier, which MobileSAM's file still carries, and indices that follow from the window size
+# TinyViT's classifier, which is left over in MobileSAM's file, and indices that follow from the window size
 MOBILE_SAM_UNUSED = re.compile(r"image_encoder\.(norm_head|head)\.|.*\.attention_bias_idxs$")
 # Regular expressions over MobileSAM's keys, applied in order.
 MOBILE_SAM_KEYS = [
@@ -61,7 +61,7 @@ MOBILE_SAM_KEYS = [
 
 
 def load_torch_file(path: str | Path) -> Any:
-    """What `torch.save` wrote: tensors, containers and numbers; code in the file is refused, never run.
+    """Read a file of `torch.save` with tensors, containers and numbers only; code in the file is never run.
 
     Raises:
         UserError: the file cannot be read.
@@ -73,10 +73,10 @@ def load_torch_file(path: str | Path) -> Any:
 
 
 def load_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
-    """Tensors of a `.safetensors` file or of a torch file.
+    """Read the state dict in a `.safetensors` file or a torch file.
 
     Raises:
-        UserError: there is no such file, it cannot be read, or it holds something else.
+        UserError: there is no such file, it cannot be read, or it does not contain a state dict.
     """
     path = Path(path)
     if not path.is_file():
@@ -86,12 +86,15 @@ def load_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not a readable safetensors file ({error})") from error
     if not isinstance(state_dict, dict) or not all(isinstance(value, torch.Tensor) for value in state_dict.values()):
-        raise UserError(f"{path} holds no plain state dict (names to tensors)")
+        raise UserError(f"{path} does not contain a plain state dict (names to tensors)")
     return state_dict
 
 
 def fold_batch_norm(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Replace each `x.c.weight` and its `x.bn.*` by one convolution: w g / s and b - m g / s, s = sqrt(var + eps)."""
+    """Fold batch norms into convolutions: weight w g / s and bias b - m g / s with s = sqrt(var + eps).
+
+    `x.c.weight` and `x.bn.*` become `x.c.weight` and `x.c.bias`.
+    """
     folded = {key: value for key, value in state_dict.items() if ".bn." not in key}
     for name in (key.removesuffix(".bn.weight") for key in state_dict if key.endswith(".bn.weight")):
         parts = ("weight", "bias", "running_mean", "running_var")
@@ -103,7 +106,7 @@ def fold_batch_norm(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tens
 
 
 def convert_mobile_sam_state_dict(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """MobileSAM's original keys to those of `ProbabilisticSamModel` (float32), the latent networks not among them."""
+    """MobileSAM's original state dict with the keys of `ProbabilisticSamModel`, in float32."""
     converted = {}
     for key, value in fold_batch_norm(state_dict).items():
         if MOBILE_SAM_UNUSED.match(key):
@@ -111,7 +114,7 @@ def convert_mobile_sam_state_dict(state_dict: dict[str, torch.Tensor]) -> dict[s
         for pattern, replacement in MOBILE_SAM_KEYS:
             key = re.sub(pattern, replacement, key)
         converted[key] = value.float()
-    # SAM's positional matrix is one tensor under two names
+    # SAM's positional matrix is stored under two names
     positions = converted.get("shared_image_embedding.positional_embedding")
     if positions is not None:
         converted["prompt_encoder.shared_embedding.positional_embedding"] = positions
@@ -129,13 +132,13 @@ def mobile_sam_config(image_size: int = 1024, **kwargs) -> ProbabilisticSamConfi
 
 
 def with_new_latents(config: ProbabilisticSamConfig, state_dict: dict, origin: str) -> ProbabilisticSamModel:
-    """A float32 model with the weights of `state_dict`, which lacks the detail and latent networks and nothing else.
+    """A float32 model with the weights of `state_dict`; the detail and latent networks are new.
 
     Raises:
-        UserError: other weights are missing, left over or of another shape; the message names them.
+        UserError: other weights are missing, unexpected or of another shape; the message names them.
     """
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # the report of missing weights would tell what is known, at length
+    logging.set_verbosity_error()  # suppresses a long report of missing weights, which are expected
     try:
         model, info = ProbabilisticSamModel.from_pretrained(
             None, config=config, state_dict=state_dict, dtype=torch.float32, output_loading_info=True,
@@ -152,12 +155,12 @@ def with_new_latents(config: ProbabilisticSamConfig, state_dict: dict, origin: s
     if any(wrong.values()):
         named = "; ".join(f"{len(keys)} {kind}, such as {keys[0]}" for kind, keys in wrong.items() if keys)
         raise UserError(f"{origin} does not fit: tensors {named}")
-    logger.warning(f"{origin}: all weights are taken over; new, to be trained: {', '.join(new)}")
+    logger.warning(f"{origin}: all weights were loaded; new and untrained: {', '.join(new)}")
     return model
 
 
 def convert_mobile_sam(path: str | Path, image_size: int = 1024, **kwargs) -> ProbabilisticSamModel:
-    """A `ProbabilisticSamModel` with MobileSAM's weights and fresh detail and latent networks.
+    """A `ProbabilisticSamModel` with MobileSAM's weights and new detail and latent networks.
 
     Raises:
         UserError: the file is not a MobileSAM checkpoint; the message names the keys.
@@ -169,9 +172,9 @@ def convert_mobile_sam(path: str | Path, image_size: int = 1024, **kwargs) -> Pr
 def interpolate_vit_positions(
     state_dict: dict[str, torch.Tensor], grid: int, global_layers: Collection[int]
 ) -> dict[str, torch.Tensor]:
-    """SAM's ViT for a `grid` x `grid` patch map: absolute positions bicubic, relative positions linear.
+    """Interpolate SAM's ViT to `grid` x `grid` patches: absolute positions bicubically, relative ones linearly.
 
-    Layers other than `global_layers` attend in windows and keep their positions, for the window does not change.
+    Layers other than `global_layers` keep their positions, since they attend in windows of the same size.
     """
     result = dict(state_dict)
     for key, value in state_dict.items():
@@ -191,10 +194,10 @@ def interpolate_vit_positions(
 def convert_sam(directory: str | Path, image_size: int | None = None, **kwargs) -> ProbabilisticSamModel:
     """A `ProbabilisticSamModel` with the weights of a `SamModel` (directory or Hub name) at `image_size`, in float32.
 
-    Only the detail and latent networks are new. Without `image_size` the checkpoint's own is kept.
+    Only the detail and latent networks are new. By default the image size is that of the checkpoint.
 
     Raises:
-        OSError: transformers finds no model there.
+        OSError: transformers finds no model.
         UserError: the weights are not those of a SAM.
     """
     config_dict = SamConfig.from_pretrained(directory).to_dict()
@@ -213,7 +216,7 @@ def convert_sam(directory: str | Path, image_size: int | None = None, **kwargs) 
 
 
 def save_model(model: ProbabilisticSamModel, processor: ProbabilisticSamProcessor, directory: str | Path) -> None:
-    """Write model and processor; each file takes its place when all are written.
+    """Write model and processor: first all files to a temporary folder, then each to its place.
 
     Raises:
         UserError: the directory cannot be written.
@@ -224,7 +227,7 @@ def save_model(model: ProbabilisticSamModel, processor: ProbabilisticSamProcesso
 
 
 def main() -> None:
-    """Command line: convert a MobileSAM checkpoint and write it with a processor."""
+    """Convert a MobileSAM checkpoint and write it with a processor."""
     parser = argparse.ArgumentParser(description="Convert MobileSAM's original checkpoint to a ProbabilisticSamModel.")
     parser.add_argument("checkpoint", help="mobile_sam.pt, or the same tensors as .safetensors")
     parser.add_argument("output", help="directory to write")

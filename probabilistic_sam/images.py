@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from .errors import UserError
-from .processing_probabilistic_sam import IMAGE_FORMATS, MAX_PIXELS, open_image
+from .processing_image_files import IMAGE_FORMATS, MAX_PIXELS, open_image
 
 
 def load_image(path: str | os.PathLike) -> np.ndarray:

@@ -1,19 +1,17 @@
-"""SAM's mask decoder, same weights and same masks, for many prompts of one image at half the cost."""
+"""SAM's mask decoder with the same weights and masks, at half the cost for many prompts of one image."""
 
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.models.sam.modeling_sam import (
-    SamMaskDecoder,
-)
+from transformers.models.sam.modeling_sam import SamMaskDecoder
 
 
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Multi-head attention of (B, N, length, C) tensors that are projected already.
+    """Multi-head attention of projected tensors (B, N, length, C).
 
-    One side is a handful of tokens, so the scores are small and plain matrix products do; the fused kernel's backward
+    The scores are small because there are few tokens. Plain matrix products avoid the fused kernel, whose backward
     pass is slow in bfloat16 on a CPU.
     """
     query, key, value = (item.unflatten(-1, (num_heads, -1)).transpose(2, 3) for item in (query, key, value))
@@ -23,9 +21,10 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, num_head
 
 
 def weight_and_bias(layer: Any, given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight (out, in) and bias (out,) of a linear layer that takes tensors like `given`.
+    """Weight (out, in) and bias (out,) of a linear layer, with dtype and device of `given`.
 
-    Of one that is more, such as with a LoRA adapter, or quantised, what it does to the unit vectors.
+    For other linear maps, such as quantised layers or layers with a LoRA adapter, they are computed from the outputs
+    for unit vectors.
     """
     if type(layer) is nn.Linear:
         return layer.weight, layer.bias
@@ -35,16 +34,17 @@ def weight_and_bias(layer: Any, given: torch.Tensor) -> tuple[torch.Tensor, torc
 
 
 class ProbabilisticSamMaskDecoder(SamMaskDecoder):
-    """SAM's mask decoder, same weights and same masks, for many prompts of one image at half the cost.
+    """SAM's mask decoder with the same weights and masks, at half the cost for many prompts of one image.
 
-    - What all prompts of an image share is computed once: until the end of the first layer the image is the same for
-      each of them.
-    - Afterwards each prompt has an image of its own, and projecting its G cells costs more than all the rest of an
-      attention. The products are taken in another order, (q W) x^T for q (x W^T)^T: a head's weights go to the few
-      tokens, and the cells meet heads x T vectors (8 x 7 with a box) where the projection has C / 2 = 128.
-    - The transposed convolutions of stride 2 are matrix products, and only the mask token that is used is upscaled.
+    - Up to the end of the first layer the image tokens are the same for all prompts of an image, so they are computed
+      once.
+    - Afterwards each prompt has its own image tokens, and projecting these G cells is the most expensive part of an
+      attention. Therefore the products are reordered, (q W) x^T instead of q (x W^T)^T: the weights of each head are
+      applied to the few tokens, and the cells are multiplied with heads x T vectors (8 x 7 with a box) instead of
+      C / 2 = 128.
+    - The transposed convolutions of stride 2 are matrix products, and only the mask token in use is upscaled.
 
-    Its attention is the same for every `attn_implementation`, which is the vision encoder's.
+    `attn_implementation` applies to the vision encoder only.
     """
 
     def forward(
@@ -67,14 +67,14 @@ class ProbabilisticSamMaskDecoder(SamMaskDecoder):
             fine_details: `(B, C / 8, 4g, 4g)`, added after the second one.
 
         Returns:
-            Logits `(B, N, 4g, 4g)` of SAM's single-mask token, and its iou scores `(B, N)`.
+            Logits `(B, N, 4g, 4g)` of SAM's single-mask token, and the IoU scores `(B, N)` of its IoU head.
         """
         batch, prompts = sparse_prompt_embeddings.shape[:2]
         grid = image_embeddings.shape[-1]
         tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight]).expand(batch, prompts, -1, -1)
         prompt_tokens = torch.cat([tokens, sparse_prompt_embeddings], dim=2)  # (B, N, T, C)
         positions = image_positional_embeddings.flatten(2).transpose(1, 2)[:, None]  # (1, 1, G, C), G = g * g
-        # (B, K, G, C): K is 1 while the prompts of an image share it, N afterwards
+        # (B, K, G, C): K is 1 while the prompts of an image share its tokens, N afterwards
         image = (image_embeddings + dense_prompt_embeddings).flatten(2).transpose(1, 2)[:, None].contiguous()
 
         tokens = prompt_tokens
@@ -96,14 +96,14 @@ class ProbabilisticSamMaskDecoder(SamMaskDecoder):
         hidden += (details + self.upscale_conv2.bias)[:, None]
         hidden = self.activation(hidden)
         masks = (hidden.flatten(2, 4) @ hyper[..., None].to(hidden.dtype))[..., 0]  # (B, N, G * 16)
-        # y, x, then the rows and columns of both upscalings
+        # Axes: y, x, then rows and columns of the two upscalings
         masks = masks.view(batch, prompts, grid, grid, 2, 2, 2, 2)
         masks = masks.permute(0, 1, 2, 4, 6, 3, 5, 7).reshape(batch, prompts, 4 * grid, 4 * grid)
         return masks, self.iou_prediction_head(tokens[:, :, 0])[..., 0]
 
     @staticmethod
     def two_way_layer(layer, tokens, image, prompt_tokens, positions) -> tuple[torch.Tensor, torch.Tensor]:
-        """`SamTwoWayAttentionBlock` on tokens (B, N, T, C) and image (B, K, G, C); the image returns with K = N."""
+        """`SamTwoWayAttentionBlock` on tokens (B, N, T, C) and image (B, K, G, C); returns the image with K = N."""
         attention = layer.self_attn
         query = tokens if layer.skip_first_layer_pe else tokens + prompt_tokens
         context = attend(
@@ -157,12 +157,12 @@ class ProbabilisticSamMaskDecoder(SamMaskDecoder):
         weights = ProbabilisticSamMaskDecoder.scores(key, attention.q_proj, image, positions).softmax(dim=3)
         weight, bias = weight_and_bias(attention.out_proj, tokens)
         value = attention.v_proj(values).unflatten(-1, (heads, -1))
-        # A head's weights sum to 1, so the bias can be part of the values
+        # The attention weights of a head sum to 1, so the bias can be added to the values
         value = torch.einsum("bnthd,chd->bnhtc", value, weight.unflatten(-1, (heads, -1))) + bias / heads
         return weights.flatten(2, 3).transpose(-2, -1) @ value.flatten(2, 3)
 
     @staticmethod
     def upscale(hidden: torch.Tensor, conv: nn.ConvTranspose2d) -> torch.Tensor:
-        """A transposed convolution of kernel and stride 2 without its bias: (..., C) to (..., rows x columns, C')."""
+        """Transposed convolution with kernel and stride 2, without bias: (..., C) to (..., rows x columns, C')."""
         weight = conv.weight.permute(2, 3, 1, 0).reshape(-1, conv.in_channels)
         return F.linear(hidden, weight).unflatten(-1, (4, conv.out_channels))

@@ -1,13 +1,23 @@
-"""Probabilistic SAM: Segment Anything with a latent space, so that a prompt gives a distribution of masks.
+"""Probabilistic SAM: Segment Anything with a latent space, so that one prompt gives a distribution of masks.
 
-Shapes: B images, P prompts an image, S samples, R readers, L latent coordinates, g = image_size / 16 (grid of the
-image embeddings), h = w = image_size / 4 (low-resolution masks).
+The model is a conditional variational autoencoder around SAM (Ward and Imran, arXiv 2509.05809):
 
-SAM's encoder sees a lesion of ten pixels as two or three cells. The detail network, a small U-Net, adds what the
-pixels say between its image embeddings and the decoder. It has no weights of SAM's and starts at zero.
+1. SAM's image encoder and prompt encoder embed image and prompt.
+2. The detail network, a small U-Net on the pixels and the prompt, adds the resolution that image embeddings lack: in
+   them a lesion of ten pixels is two or three cells wide. Its outputs start at zero.
+3. The prior network predicts a Gaussian over a latent z. Its first coordinate is the presence: a sample is an empty
+   mask unless z_0 > 0. The other coordinates shape the outline.
+4. SAM's mask decoder turns each sample of z into a mask; z is added to the prompt's token embeddings.
 
-The latent of a sample is Gaussian. Its first coordinate decides whether the reader draws at all: a mask is empty when
-it is not positive. The others shape the outline and enter SAM's mask decoder with the prompt.
+In training the posterior network predicts the Gaussian from one reader's mask as well. The loss is the negative
+evidence lower bound (reconstruction and KL divergence), plus an energy distance between samples of the prior and the
+readers' masks.
+
+This file holds the prompt maps, the arguments about readers, the detail network, the latent networks, the noise and
+the model; mask decoder, TinyViT encoder and loss terms have files of their own.
+
+Shapes: B images, P prompts per image, N = B * P, S samples, R readers, L latent coordinates, C channels of SAM's
+image embeddings, g = image_size / 16 (grid of the image embeddings), h = w = image_size / 4 (low-resolution masks).
 """
 
 import math
@@ -20,28 +30,26 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import SamModel
 from transformers import initialization as init
-from transformers.models.sam.modeling_sam import (
-    SamPositionalEmbedding,
-    SamPromptEncoder,
-    SamVisionEncoder,
-)
+from transformers.models.sam.modeling_sam import SamPositionalEmbedding, SamPromptEncoder, SamVisionEncoder
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_probabilistic_sam import ProbabilisticSamConfig, TinyViTVisionConfig
-from .loss_probabilistic_sam import energy_distance, gaussian_kl, log_probability_of_presence, truncated_normal
+from .loss_probabilistic_sam import dice_loss, energy_distance, latent_kl, masked_mean, summed_bce
 from .modeling_mask_decoder import ProbabilisticSamMaskDecoder
 from .modeling_tiny_vit import TinyViTVisionEncoder
 
-EMPTY_LOGIT = -30.0  # every pixel of a mask that its reader does not draw
-PIXEL_CHANNELS = 16  # of the image embeddings: 4 x 4 grey values a cell of the grid
-POINT_LABELS = {1: "inside", 0: "outside", -1: "not a point", -10: "padding"}
+EMPTY_LOGIT = -30.0  # every pixel of an empty mask
+PIXEL_CHANNELS = 16  # last channels of the image embeddings: 4 x 4 grey values per cell of the grid
 PROMPT_CHANNELS = 4  # box, positive points, negative points, mask
-GROUPS = 8  # of a group norm
-MAX_DECODED = 16  # masks decoded in one call, so that memory does not grow with the number of samples
-EVALUATION_SEED = 0  # of the noise in evaluation mode with labels and without a generator
-# What processors return besides images, prompts and labels: accepted, so that `model(**inputs)` works, and not used
+GROUPS = 8  # of the group norms
+MAX_DECODED = 16  # masks per decoder call, so that memory does not grow with the number of samples
+EVALUATION_SEED = 0  # of the noise in evaluation mode with labels but without a generator
+# Accepted values of tensors and their meaning
+POINT_LABELS = {1: "inside", 0: "outside", -1: "not a point", -10: "padding"}
+MASK_VALUES = {0: "outside", 1: "inside"}
+# Keys of a processor's output that `model(**inputs)` passes and the model does not use
 NOT_USED = ("windows", "original_sizes", "reshaped_input_sizes")
-# Arguments of `SamModel.forward` that this model does not have, and why; None and False are accepted
+# Arguments of `SamModel.forward` that are refused unless they are None or False, with the reason
 NOT_SUPPORTED = {
     "multimask_output": "num_samples is the number of masks per prompt",
     "attention_similarity": "the mask decoder has no target-guided attention",
@@ -55,24 +63,28 @@ NOT_SUPPORTED = {
 class ProbabilisticSamOutput(ModelOutput):
     """Output of `ProbabilisticSamModel`.
 
+    Losses, KL divergence, reconstructions and posterior exist with labels only.
+
     Args:
         loss (`torch.Tensor`, a scalar): reconstruction + `kl_weight` KL of the outline + `presence_weight`
-            -log P(drew or not) + `energy_weight` energy distance; with labels.
-        reconstruction_loss (`torch.Tensor`, a scalar): BCE summed over pixels and Dice of the readers who drew, the
-            mean over all readers who are present; with labels.
-        energy_distance (`torch.Tensor`, a scalar): soft energy distance of prior samples to the readers who drew.
-        kl_divergence (`torch.Tensor` of shape `(B, P, R, L)`): nats by coordinate; coordinate 0 is
-            -log P(drew or not). 0 for an absent reader.
-        reconstructed_masks (`torch.Tensor` of shape `(B, P, R, h, w)`): logits decoded from the posterior, which reads
-            the labels; with labels.
-        pred_masks (`torch.Tensor` of shape `(B, P, S, h, w)`): logits of samples of the prior, which does not see
-            labels; none in training mode with labels.
-        iou_scores (`torch.Tensor` of shape `(B, P, S)`): SAM's own quality estimate of `pred_masks`, not trained
-            further.
+            -log P(annotated or empty) + `energy_weight` energy distance.
+        reconstruction_loss (`torch.Tensor`, a scalar): weighted BCE (summed over pixels) and Dice loss of the readers
+            who annotated, 0 for the others; the mean over all readers who are present.
+        energy_distance (`torch.Tensor`, a scalar): soft energy distance between samples of the prior and the readers
+            who annotated; None if its weight is 0.
+        kl_divergence (`torch.Tensor` of shape `(B, P, R, L)`): in nats; coordinate 0 is -log P(annotated or empty).
+            0 for an absent reader.
+        reconstructed_masks (`torch.Tensor` of shape `(B, P, R, h, w)`): logits decoded from the posterior, which has
+            seen the labels.
+        pred_masks (`torch.Tensor` of shape `(B, P, S, h, w)`): logits of samples of the prior, which has not seen the
+            labels; None in training mode with labels.
+        iou_scores (`torch.Tensor` of shape `(B, P, S)`): output of SAM's IoU head for `pred_masks`. Meaningless once
+            the model has been trained: the head is frozen while its input changes. Do not rank masks by it.
         latents (`torch.Tensor` of shape `(B, P, S, L)`): of `pred_masks`.
-        prior_mean, prior_log_std (`torch.Tensor` of shape `(B, P, L)`).
-        posterior_mean, posterior_log_std (`torch.Tensor` of shape `(B, P, R, L)`): with labels; the prior's for an
-            absent reader.
+        prior_mean, prior_log_std (`torch.Tensor` of shape `(B, P, L)`): of the Gaussian over z given image and prompt.
+        posterior_mean, posterior_log_std (`torch.Tensor` of shape `(B, P, R, L)`): given one reader's mask as well.
+            Equal to the prior in coordinate 0, whose exact posterior is not Gaussian (see `latent_kl`), and in all
+            coordinates for a reader without an outline: absent, empty, or with pixels that vanished in resizing.
     """
 
     loss: torch.Tensor | None = None
@@ -89,11 +101,11 @@ class ProbabilisticSamOutput(ModelOutput):
     posterior_log_std: torch.Tensor | None = None
 
 
-# ------------------------------------------------------------------------------------------- images, prompts as maps
+# --------------------------------------------------------------------------------------------- pixels and prompt maps
 
 
 def pack_pixels(pixel_values: torch.Tensor) -> torch.Tensor:
-    """Grey values in the resolution of the low-resolution masks, packed: (B, 3, 16g, 16g) to (B, 16, g, g)."""
+    """Grey values at the resolution of the low-resolution masks, packed: (B, 3, 16g, 16g) to (B, 16, g, g)."""
     return F.pixel_unshuffle(F.avg_pool2d(pixel_values.mean(dim=1, keepdim=True), 4), 4)
 
 
@@ -107,10 +119,10 @@ def box_map(boxes: torch.Tensor, image_size: int, grid: int) -> torch.Tensor:
 
 
 def point_maps(points: torch.Tensor, labels: torch.Tensor, image_size: int, grid: int) -> torch.Tensor:
-    """A bump of one cell's width at each point: points (B, P, K, 2), labels (B, P, K) to (B, P, 2, g, g).
+    """A Gaussian bump of one cell's width at each point: points (B, P, K, 2), labels (B, P, K) to (B, P, 2, g, g).
 
-    Channel 0 holds the positive points (label 1), channel 1 the negative ones (label 0). The two labels of padding
-    are left out: -1, with which SAM's prompt encoder marks what is not a point, and -10, which it embeds as zeros.
+    Channel 0 holds the positive points (label 1), channel 1 the negative ones (label 0). Points with SAM's padding
+    labels, -1 and -10, are left out.
     """
     centres = torch.arange(grid, device=points.device, dtype=points.dtype) + 0.5
     distance = points[..., None] * (grid / image_size) - centres  # (B, P, K, 2, g)
@@ -128,12 +140,12 @@ def prompt_maps(
     input_boxes: torch.Tensor | None = None,
     input_masks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Prompts of one kind or several as maps of `grid` x `grid` cells: (B, P, 4, grid, grid), zeros where absent.
+    """All prompts as maps of `grid` x `grid` cells: (B, P, 4, grid, grid), zeros for a kind that is not given.
 
     Arguments and shapes are those of `ProbabilisticSamModel.forward`.
 
     Raises:
-        ValueError: no prompt, or labels that are not SAM's (checked on the CPU only).
+        ValueError: no prompt, or point labels that SAM does not know (checked on the CPU only).
     """
     boxes = points = masks = None
     if input_boxes is not None:
@@ -157,24 +169,24 @@ def prompt_maps(
 
 
 def pixels_and_contrast(image_embeddings: torch.Tensor) -> torch.Tensor:
-    """The pixels that image embeddings end with, as they are and relative to their window: (B, 2, h, w).
+    """The pixels packed into image embeddings, as they are and standardised per window: (B, 2, h, w).
 
-    How bright a lesion is depends on what else is in the window, since its grey values are stretched.
+    The grey values of a window are stretched, so the brightness of a lesion depends on what else is in the window.
     """
     pixels = F.pixel_shuffle(image_embeddings[:, -PIXEL_CHANNELS:], 4)  # (B, 1, h, w)
     mean, std = pixels.mean(dim=(1, 2, 3), keepdim=True), pixels.std(dim=(1, 2, 3), keepdim=True)
     return torch.cat([pixels, (pixels - mean) / (std + 1e-3)], dim=1)
 
 
-# ------------------------------------------------------------------------------------------- arguments and readers
+# ------------------------------------------------------------------------------------------------ checks and readers
 
 
 def check_other_arguments(arguments: Mapping[str, Any]) -> None:
-    """Refuse keyword arguments that would change nothing.
+    """Refuse keyword arguments that would have no effect.
 
     Raises:
-        ValueError: one of `SamModel.forward` that this model does not support.
-        TypeError: an unknown one.
+        ValueError: an argument of `SamModel.forward` that this model does not support.
+        TypeError: an unknown argument.
     """
     for name, value in arguments.items():
         if name in NOT_SUPPORTED:
@@ -184,8 +196,41 @@ def check_other_arguments(arguments: Mapping[str, Any]) -> None:
             raise TypeError(f"got an unexpected keyword argument {name!r}.")
 
 
+def check_image_and_prompts(
+    pixel_values: torch.Tensor | None,
+    image_embeddings: torch.Tensor | None,
+    input_points: torch.Tensor | None,
+    input_boxes: torch.Tensor | None,
+    input_masks: torch.Tensor | None,
+) -> None:
+    """Check that arguments of `ProbabilisticSamModel.forward` fit together.
+
+    Raises:
+        ValueError: neither or both of image and embeddings, no prompt, or shapes that do not fit.
+    """
+    if (pixel_values is None) == (image_embeddings is None):
+        raise ValueError("Exactly one of pixel_values and image_embeddings must be provided.")
+    prompts = {"input_points": input_points, "input_boxes": input_boxes, "input_masks": input_masks}
+    if all(prompt is None for prompt in prompts.values()):
+        raise ValueError("A prompt must be provided: input_boxes, input_points or input_masks.")
+    if input_points is not None and input_points.ndim != 4:
+        raise ValueError(f"input_points must have the shape (B, P, K, 2), got {tuple(input_points.shape)}.")
+    if input_boxes is not None and input_boxes.ndim != 3:
+        raise ValueError(f"input_boxes must have the shape (B, P, 4), got {tuple(input_boxes.shape)}.")
+    images = pixel_values if image_embeddings is None else image_embeddings
+    assert images is not None
+    for name, prompt in prompts.items():
+        if prompt is not None and prompt.shape[0] != images.shape[0]:
+            raise ValueError(f"{name} are for {prompt.shape[0]} images, but there are {images.shape[0]}.")
+    if input_points is not None and input_boxes is not None and input_points.shape[1] != input_boxes.shape[1]:
+        raise ValueError(
+            "input_points and input_boxes must have the same number of prompts per image, got "
+            f"{input_points.shape[1]} and {input_boxes.shape[1]}."
+        )
+
+
 def check_values(name: str, values: torch.Tensor, accepted: Mapping[int, str]) -> None:
-    """Check that a tensor on the CPU holds only the `accepted` values; reading one on a GPU would stall it.
+    """Check that a tensor holds only the `accepted` values; on the CPU only, since reading a GPU would stall it.
 
     Raises:
         ValueError: another value.
@@ -202,17 +247,17 @@ def check_values(name: str, values: torch.Tensor, accepted: Mapping[int, str]) -
 
 
 class Readers(NamedTuple):
-    """What `labels`, `reader_mask` and `annotated` say about the readers of a batch.
+    """Masks of a batch and what is known of each reader.
 
     Args:
         targets: (B, P, R, h, w), 0 or 1; 0 for an absent reader.
-        mask: (B, P, R) bool, who is present; None when everybody is.
-        annotated: (B, P, R) bool, whose mask has pixels at the image's own size.
-        outlined: (B, P, R) bool, whose mask still has pixels at h x w. The outline of the others is unknown.
+        present: (B, P, R) bool, readers who looked at the image.
+        annotated: (B, P, R) bool, readers whose mask has pixels at the image's own size.
+        outlined: (B, P, R) bool, readers whose mask still has pixels at h x w; the outline of the others is unknown.
     """
 
     targets: torch.Tensor
-    mask: torch.Tensor | None
+    present: torch.Tensor
     annotated: torch.Tensor
     outlined: torch.Tensor
 
@@ -225,11 +270,11 @@ class Readers(NamedTuple):
         lead: tuple[int, ...],
         size: int,
     ) -> "Readers":
-        """Check the arguments of `ProbabilisticSamModel.forward` and resize the labels, for `lead` = (B, P).
+        """Check arguments of `ProbabilisticSamModel.forward` and resize the labels to (size, size); `lead` is (B, P).
 
         Raises:
-            ValueError: another shape or type; on the CPU also labels other than 0 and 1, and readers who are said not
-                to have annotated although their labels have pixels.
+            ValueError: wrong shapes or types; on the CPU also labels other than 0 and 1, and `annotated` false for a
+                reader whose labels have pixels.
         """
         if labels.ndim != 5 or labels.shape[:2] != lead:
             raise ValueError(f"labels must have the shape {(*lead, 'R', 'H', 'W')}, got {tuple(labels.shape)}.")
@@ -239,9 +284,11 @@ class Readers(NamedTuple):
                     f"{name} must be boolean and have the shape {tuple(labels.shape[:3])}, got {given.dtype} and "
                     f"{tuple(given.shape)}."
                 )
-        if reader_mask is not None:  # what stands in the place of an absent reader is not looked at
+        if reader_mask is None:
+            reader_mask = torch.ones(labels.shape[:3], dtype=torch.bool, device=labels.device)
+        else:
             labels = labels.masked_fill(~reader_mask[..., None, None], 0)
-        check_values("labels", labels, {0: "outside", 1: "inside"})
+        check_values("labels", labels, MASK_VALUES)
         targets = labels.float()
         if targets.shape[-2:] != (size, size):
             targets = F.interpolate(targets.flatten(0, 1), size=(size, size), mode="area")
@@ -249,21 +296,11 @@ class Readers(NamedTuple):
         outlined = targets.flatten(3).any(dim=-1)
         if annotated is None:
             return cls(targets, reader_mask, outlined, outlined)
-        if reader_mask is not None:
-            annotated = annotated & reader_mask
-        looks = targets.device.type == "cpu" and not torch.compiler.is_compiling()
-        if looks and (outlined & ~annotated).any():
+        annotated = annotated & reader_mask
+        on_cpu = targets.device.type == "cpu" and not torch.compiler.is_compiling()
+        if on_cpu and (outlined & ~annotated).any():
             raise ValueError("annotated must be true for every reader whose labels have pixels, but is false for one.")
         return cls(targets, reader_mask, annotated, outlined & annotated)
-
-    def mean(self, values: torch.Tensor) -> torch.Tensor:
-        """Mean of values (B, P, R) over the readers who are present."""
-        return masked_mean(values, self.mask)
-
-
-def masked_mean(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Mean of the values where a boolean mask of the same shape is true; of all of them without a mask."""
-    return values.mean() if mask is None else (values * mask).sum() / mask.sum().clamp(min=1)
 
 
 # -------------------------------------------------------------------------------------------------- detail network
@@ -287,10 +324,10 @@ class DetailProjection(nn.Conv2d):
 
 
 class DetailNetwork(nn.Module):
-    """A small U-Net on pixels and prompt, with SAM's image embeddings at its bottom: what a cell of 16 pixels hides.
+    """A small U-Net on pixels and prompt, with SAM's image embeddings at its lowest resolution.
 
-    A lesion of ten pixels is two or three cells wide in SAM's image embeddings. The outputs join SAM's mask decoder
-    at its three resolutions; they start at zero, so that a new model draws SAM's own masks.
+    It recovers detail that is lost in cells of 16 x 16 pixels. The outputs are added in SAM's mask decoder at its
+    three resolutions. They start at zero, so an untrained model gives SAM's own masks.
     """
 
     def __init__(self, config: ProbabilisticSamConfig):
@@ -316,8 +353,8 @@ class DetailNetwork(nn.Module):
         """Image embeddings with pixels (N, C + 16, g, g) and prompt maps (N, 4, h, w), N prompts.
 
         Returns:
-            Features (N, W, g, g) for the latent networks, and what is added in the decoder at its three resolutions:
-            (N, D, g, g), (N, D / 4, 2g, 2g), (N, D / 8, 4g, 4g).
+            Features (N, W, g, g) for the latent networks, and the terms added in the decoder at its three
+            resolutions: (N, D, g, g), (N, D / 4, 2g, 2g), (N, D / 8, 4g, 4g).
         """
         fine = self.stem(torch.cat([pixels_and_contrast(image_embeddings), prompt_maps], dim=1))
         fine = self.fine_down(fine)
@@ -349,7 +386,7 @@ class LatentBlock(nn.Module):
 class LatentNetwork(nn.Module):
     """Prior or posterior: image features, prompt maps and (posterior only) readers' masks to Gaussian parameters."""
 
-    PATCH = 4  # side, in pixels of a low-resolution mask, of a cell of the grid
+    PATCH = 4  # side of a cell of the grid in pixels of a low-resolution mask
 
     def __init__(self, config: ProbabilisticSamConfig, reads_masks: bool):
         super().__init__()
@@ -368,9 +405,13 @@ class LatentNetwork(nn.Module):
     def forward(
         self, features: torch.Tensor, prompt_maps: torch.Tensor, masks: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(N, W, g, g), (N, 4, g, g), masks (N, R, h, w) in 0..1 to mean, log std (N, L) or (N, R, L)."""
+        """Features (N, W, g, g), prompt maps (N, 4, g, g) and masks (N, R, h, w) in 0..1 to a Gaussian over z.
+
+        Returns:
+            Mean and log standard deviation: (N, L), with masks (N, R, L).
+        """
         hidden = self.image_proj(features) + self.prompt_proj(prompt_maps)  # (N, H, g, g)
-        inside = prompt_maps[:, (0, 1, 3)].amax(dim=1)  # (N, g, g): what the prompt points at
+        inside = prompt_maps[:, (0, 1, 3)].amax(dim=1)  # (N, g, g): cells inside the prompt
         extents = prompt_maps.sum(dim=(-2, -1))  # (N, 4) in cells
         lead = hidden.shape[:1]
         if masks is not None:
@@ -391,18 +432,18 @@ class LatentNetwork(nn.Module):
         return mean, 4.0 * torch.tanh(log_std / 4.0)  # bounded, so that neither exp nor the KL can overflow
 
 
-# --------------------------------------------------------------------------------------------------- distributions
+# ----------------------------------------------------------------------------------------------------------- noise
 
 
 def to_device(noise: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """Move noise without waiting for a GPU; other devices read the memory of the CPU later, so they wait."""
+    """Move noise to a device without blocking on CUDA; a copy to another device could still be in progress."""
     return noise.to(device, non_blocking=torch.device(device).type == "cuda")
 
 
 def normal_noise(
     shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device | str
 ) -> torch.Tensor:
-    """Standard normal noise from the generator, the CPU's when there is none: one seed, one noise on any device."""
+    """Standard normal noise of the generator, by default the CPU's: one seed gives the same noise on any device."""
     source = "cpu" if generator is None else generator.device
     return to_device(torch.empty(shape, device=source).normal_(generator=generator), device)
 
@@ -412,52 +453,49 @@ def spread_noise(
     generator: torch.Generator | Sequence[torch.Generator] | None,
     device: torch.device | str,
 ) -> torch.Tensor:
-    """Standard normal noise (B, P, S, L) whose S samples spread evenly: Latin hypercube sampling.
+    """Standard normal noise (B, P, S, L) with evenly spread samples: Latin hypercube sampling.
 
-    Each coordinate has one sample in each of S intervals of equal probability (McKay, Beckman and Conover 1979). Every
-    single sample is distributed as with `normal_noise`; together they stand for the distribution with less chance, so
-    that, say, a quarter of 16 samples is empty when the probability of drawing nothing is 1/4.
+    In each coordinate one sample lies in each of S intervals of equal probability (McKay, Beckman and Conover 1979).
+    Each sample keeps its marginal distribution; together the samples cover it more evenly (lower variance). If the
+    probability of an empty mask is 1/4, for example, 4 of 16 samples are empty.
 
     Raises:
-        ValueError: generators that are not one an image.
+        ValueError: a number of generators other than the number of images.
     """
     if isinstance(generator, Sequence):
         if len(generator) != shape[0]:
             raise ValueError(f"{len(generator)} generators are for as many images, but there are {shape[0]}.")
         return torch.cat([spread_noise((1, *shape[1:]), item, device) for item in generator])
     source = "cpu" if generator is None else generator.device
-    # On the CPU from here: float32 has no numbers close to 1, and Apple's GPU has no float64
+    # On the CPU from here on: float32 cannot resolve levels close to 1, and Apple's GPU has no float64
     order, inside = (torch.empty(shape, device=source).uniform_(generator=generator).cpu() for _ in range(2))
     level = ((order.argsort(dim=2) + inside.double()) / shape[2]).clamp(1e-9, 1 - 1e-9)
     return to_device(torch.special.ndtri(level).float(), device)
-
-
-# -------------------------------------------------------------------------------------------------------- decoder
 
 
 # ----------------------------------------------------------------------------------------------------------- model
 
 
 class ProbabilisticSamModel(SamModel):
-    """SAM with a Gaussian latent space: one image and one prompt give as many different masks as asked for.
+    """SAM with a Gaussian latent space: any number of different masks for one image and one prompt.
 
-    `from_pretrained` on the directory of a `SamModel` warm-starts: only the detail and latent networks are new.
+    `from_pretrained` also opens a plain `SamModel`; then only the detail and latent networks are new.
 
-    The prompt encoder, its positional matrix, and the heads of the mask decoder that no loss reaches are frozen in
-    every new or loaded model: in distributed training every trainable weight needs a gradient.
+    The prompt encoder, its positional matrix and the unused heads of the mask decoder are frozen in every new or
+    loaded model, because distributed training needs a gradient for every trainable weight.
     """
 
-    accepts_loss_kwargs = False  # `Trainer` takes any **kwargs for those of a loss
+    accepts_loss_kwargs = False  # `Trainer` would otherwise pass arguments of a loss to **kwargs
     config: ProbabilisticSamConfig
     config_class = ProbabilisticSamConfig
     _no_split_modules = ["SamVisionLayer", "TinyViTStage"]
     new_modules = ("detail_network", "prior", "posterior", "latent_proj")
 
     def __init__(self, config: ProbabilisticSamConfig):
-        super(SamModel, self).__init__(config)  # SamModel's own would build a ViT whatever the vision configuration is
+        super(SamModel, self).__init__(config)  # SamModel.__init__ builds a ViT for every vision configuration
         self.shared_image_embedding = SamPositionalEmbedding(config.vision_config)
-        # Not isinstance: as remote code from a local folder, the configuration's class comes from another copy of its
-        # module than the one that this module imports
+        # Not isinstance: transformers imports remote code from a local folder twice, so there are two copies of the
+        # configuration's class
         is_tiny_vit = config.vision_config.model_type == TinyViTVisionConfig.model_type
         encoder = TinyViTVisionEncoder if is_tiny_vit else SamVisionEncoder
         self.vision_encoder = encoder(config.vision_config)
@@ -476,14 +514,14 @@ class ProbabilisticSamModel(SamModel):
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """As in `PreTrainedModel`, which makes every weight trainable; those of `freeze_unused` stay frozen."""
+        """As in `PreTrainedModel`, but unused weights stay frozen."""
         loaded = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info
         model.freeze_unused()
         return loaded
 
     def freeze_unused(self) -> None:
-        """Freeze the prompt encoder, and what the loss does not depend on: SAM's iou head and multimask heads."""
+        """Freeze the prompt encoder and the heads that the loss does not depend on: IoU and multimask heads."""
         decoder = self.mask_decoder
         unused = decoder.iou_prediction_head, decoder.output_hypernetworks_mlps[1:]
         for module in (self.shared_image_embedding, self.prompt_encoder, *unused):
@@ -497,17 +535,17 @@ class ProbabilisticSamModel(SamModel):
             init.zeros_(module.bias)
 
     def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Image embeddings (B, C + 16, g, g) with gradients: SAM's, and the pixels.
+        """Image embeddings (B, C + 16, g, g), with gradients.
 
-        The last 16 channels hold the image's grey values at the resolution of the low-resolution masks, 4 x 4 of them
-        a cell of the grid, so that one tensor still stands for the image.
+        The first C channels are SAM's. The last 16 hold the grey values at the resolution of the low-resolution masks,
+        4 x 4 per cell of the grid, for the detail network.
         """
         embeddings = self.vision_encoder(pixel_values).last_hidden_state
         return torch.cat([embeddings, pack_pixels(pixel_values).to(embeddings.dtype)], dim=1)
 
     @torch.no_grad()
     def get_image_embeddings(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """What `forward` takes as `image_embeddings`: (B, C + 16, g, g), see `encode`; no gradients."""
+        """`encode` without gradients: (B, C + 16, g, g), the `image_embeddings` of `forward`."""
         return self.encode(pixel_values)
 
     def embed(
@@ -518,12 +556,12 @@ class ProbabilisticSamModel(SamModel):
         input_boxes: torch.Tensor | None,
         input_masks: torch.Tensor | None,
     ) -> tuple[tuple[int, int], torch.Tensor, torch.Tensor, tuple[Any, ...]]:
-        """What all samples of a prompt share. Every prompt has details of its own, so there are N = B * P of each.
+        """Everything that the samples of a prompt share, for each of N = B * P prompts.
 
         Returns:
-            (B, P); features (N, W, g, g) and prompt maps (N, 4, g, g) for the latent networks; what `decode` takes:
-            image with details (N, C, g, g), sparse (N, T, C) or None, dense (N, C, g, g), details of the two other
-            resolutions.
+            (B, P); features (N, W, g, g) and prompt maps (N, 4, g, g) for the latent networks; and the `embeddings`
+            of `decode`: image with details (N, C, g, g), sparse (N, T, C) or None, dense (N, C, g, g), details at the
+            two finer resolutions.
         """
         sparse, dense = self.prompt_encoder(
             input_points=input_points, input_labels=input_labels, input_boxes=input_boxes, input_masks=input_masks
@@ -542,10 +580,7 @@ class ProbabilisticSamModel(SamModel):
         return (batch, count), features, coarse_maps, (image, sparse, dense, (middle, fine))
 
     def decode(self, embeddings: tuple[Any, ...], latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """One decoder call for all latents (B, P, S, L): logits (B, P, S, h, w) and iou scores (B, P, S).
-
-        `embeddings` are those of `embed`, with one entry a prompt.
-        """
+        """One decoder call for all latents (B, P, S, L): logits (B, P, S, h, w) and IoU scores (B, P, S)."""
         image_embeddings, sparse_embeddings, dense_embeddings, (middle_details, fine_details) = embeddings
         lead = latents.shape[:3]
         latent_embeddings = self.latent_proj(latents[..., 1:].to(dense_embeddings.dtype))
@@ -582,54 +617,50 @@ class ProbabilisticSamModel(SamModel):
         annotated: torch.Tensor | None = None,
         **kwargs,
     ) -> ProbabilisticSamOutput:
-        """Sample masks, with `labels` compute the loss; `return_dict=False` gives a plain tuple.
+        """Sample masks, or compute the loss if there are `labels`; `return_dict=False` returns a plain tuple.
 
-        With `labels` there are samples in evaluation mode only.
+        With `labels`, masks are sampled in evaluation mode only.
 
         Args:
             pixel_values: `(B, 3, image_size, image_size)`.
             input_points: `(B, P, K, 2)`, x and y in pixels of the model's input.
-            input_labels: `(B, P, K)`: 1 inside, 0 outside, -1 not a point, as SAM pads, -10 padding; all inside when
-                left out.
+            input_labels: `(B, P, K)`: 1 inside, 0 outside, -1 or -10 padding; all inside by default.
             input_boxes: `(B, P, 4)`, x1, y1, x2, y2 in pixels of the model's input.
             input_masks: `(B, 1, h, w)` logits, shared by the prompts of an image, as in SAM.
-            image_embeddings: `(B, C, g, g)` in place of `pixel_values`.
-            labels: `(B, P, R, H, W)` readers' masks, boolean or 0 and 1 of any type; resized to h x w when they
-                have another size. The mask of a reader who did not annotate is empty.
-            num_samples: samples per prompt when `latents` are not given.
-            latents: `(B, P, S, L)`, to decode instead of sampling them; not with `labels`.
-            generator: source of the noise; the same seed gives the same samples on any device. Without one it is the
-                CPU's, or in evaluation mode with `labels` a new one with a fixed seed, so that a repeated evaluation
-                gives the same numbers. One generator per image makes the samples of an image independent of the
-                others; only without `labels`.
-            reader_mask: `(B, P, R)` bool, which readers are present, with `labels`; all of them when left out. Means
-                are over the present ones; the labels of an absent one are not looked at.
-            annotated: `(B, P, R)` bool, whose mask had pixels before it was resized, with `labels`; when left out,
-                whose has pixels at h x w. A reader whose few pixels vanished counts as one who annotated; since the
-                outline is unknown, reconstruction, KL of the outline and energy distance leave this reader out.
-            kwargs: the other arguments of `SamModel.forward`, and what processors return besides: not supported or not
-                used, see `check_other_arguments`.
+            image_embeddings: `(B, C + 16, g, g)` of `get_image_embeddings`, instead of `pixel_values`.
+            labels: `(B, P, R, H, W)`, readers' masks, boolean or 0 and 1 of any type; resized to h x w. The mask of a
+                reader who annotated nothing is empty.
+            num_samples: samples per prompt, unless `latents` are given.
+            latents: `(B, P, S, L)`, decoded instead of samples; not with `labels`.
+            generator: source of the noise; the same seed gives the same samples on any device. By default it is the
+                CPU's generator, or in evaluation mode with `labels` a new one with a fixed seed, so that a repeated
+                evaluation gives the same numbers. With one generator per image (not with `labels`) the samples of an
+                image do not depend on the other images.
+            reader_mask: `(B, P, R)` bool, which readers are present; all by default. Means are over the readers who
+                are present; the labels of an absent reader are ignored. Only with `labels`.
+            annotated: `(B, P, R)` bool, which masks had pixels before they were resized; by default those with pixels
+                at h x w. If all pixels of a reader vanished in resizing, the outline is unknown: the reader counts as
+                one who annotated, but not in reconstruction, KL of the outline and energy distance. Only with
+                `labels`.
+            kwargs: other arguments of `SamModel.forward` and other outputs of processors, see
+                `check_other_arguments`.
 
         Raises:
-            ValueError: neither or both of image and embeddings, no prompt, shapes that do not fit, values of labels
-                that are not accepted (checked on the CPU only), or an argument of SAM that is not supported.
+            ValueError: neither or both of image and embeddings, no prompt, shapes that do not fit, an argument of SAM
+                that is not supported; on the CPU also values of `labels`, `annotated` or `input_labels` that are not
+                accepted.
             TypeError: an unknown argument.
         """
         check_other_arguments(kwargs)
-        if (pixel_values is None) == (image_embeddings is None):
-            raise ValueError("Exactly one of pixel_values and image_embeddings must be provided.")
-        if input_points is None and input_boxes is None and input_masks is None:
-            raise ValueError("A prompt must be provided: input_boxes, input_points or input_masks.")
-        if input_points is not None and input_points.ndim != 4:
-            raise ValueError(f"input_points must have the shape (B, P, K, 2), got {tuple(input_points.shape)}.")
-        if input_boxes is not None and input_boxes.ndim != 3:
-            raise ValueError(f"input_boxes must have the shape (B, P, 4), got {tuple(input_boxes.shape)}.")
+        check_image_and_prompts(pixel_values, image_embeddings, input_points, input_boxes, input_masks)
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
         if labels is None and (reader_mask is not None or annotated is not None):
             raise ValueError("reader_mask and annotated describe labels, but there are none.")
         if labels is not None and latents is not None:
             raise ValueError("Only one of labels and latents can be provided.")
+        if labels is not None and isinstance(generator, Sequence):
+            raise ValueError("With labels one generator serves all images.")
 
         if pixel_values is not None:
             image_embeddings = self.encode(pixel_values)
@@ -640,49 +671,36 @@ class ProbabilisticSamModel(SamModel):
                 f"image_embeddings must have {channels} channels, those of get_image_embeddings, got "
                 f"{image_embeddings.shape[1]}."
             )
-        batch_size = image_embeddings.shape[0]
-        prompts = {"input_points": input_points, "input_boxes": input_boxes, "input_masks": input_masks}
-        for name, prompt in prompts.items():
-            if prompt is not None and prompt.shape[0] != batch_size:
-                raise ValueError(f"{name} are for {prompt.shape[0]} images, but there are {batch_size}.")
-        if input_points is not None and input_boxes is not None and input_points.shape[1] != input_boxes.shape[1]:
-            raise ValueError(
-                f"input_points and input_boxes must have as many prompts an image, got {input_points.shape[1]} and "
-                f"{input_boxes.shape[1]}."
-            )
         if input_points is not None and input_labels is None:
             input_labels = torch.ones_like(input_points[..., 0], dtype=torch.int)
-
         lead, features, coarse_maps, embeddings = self.embed(
             image_embeddings, input_points, input_labels, input_boxes, input_masks
         )
         prior_mean, prior_log_std = (item.unflatten(0, lead) for item in self.prior(features, coarse_maps))
-        # The scale of the drawing coordinate is free, since only its sign counts
+        # Only the sign of the presence matters, so its scale is fixed
         prior_log_std = torch.cat([torch.zeros_like(prior_log_std[..., :1]), prior_log_std[..., 1:]], dim=-1)
 
         values = {"prior_mean": prior_mean, "prior_log_std": prior_log_std}
         if labels is not None:
-            if isinstance(generator, Sequence):
-                raise ValueError("With labels one generator serves all images.")
             if generator is None and not self.training:
                 generator = torch.Generator().manual_seed(EVALUATION_SEED)
+            assert not isinstance(generator, Sequence)
             size = 4 * self.config.prompt_encoder_config.image_embedding_size
             readers = Readers.read(labels, reader_mask, annotated, lead, size)
-            values |= self.train_on_readers(
-                embeddings, (features, coarse_maps), prior_mean, prior_log_std, readers, generator
-            )
+            posterior = self.posterior(features, coarse_maps, readers.targets.flatten(0, 1).to(features.dtype))
+            mean, log_std = (item.unflatten(0, lead) for item in posterior)
+            values |= self.train_on_readers(embeddings, mean, log_std, prior_mean, prior_log_std, readers, generator)
         if labels is None or not self.training:
             if latents is None:
                 noise = spread_noise((*lead, num_samples, self.config.latent_dim), generator, self.device)
                 latents = prior_mean[:, :, None] + torch.exp(prior_log_std)[:, :, None] * noise
-            elif latents.shape[:2] != prior_mean.shape[:2] or latents.shape[-1] != self.config.latent_dim:
-                expected = (*prior_mean.shape[:2], "S", self.config.latent_dim)
+            elif latents.shape[:2] != lead or latents.shape[-1] != self.config.latent_dim:
+                expected = (*lead, "S", self.config.latent_dim)
                 raise ValueError(f"latents must have the shape {expected}, got {tuple(latents.shape)}.")
-            count = math.prod(lead)
-            if torch.compiler.is_exporting():  # no loop: the graph serves all batches
+            if torch.compiler.is_exporting():  # without a loop, so that the graph fits any number of samples
                 masks, iou_scores = self.decode(embeddings, latents)
             else:
-                parts = latents.split(max(1, MAX_DECODED // count), dim=2)
+                parts = latents.split(max(1, MAX_DECODED // math.prod(lead)), dim=2)
                 chunks = [self.decode(embeddings, part) for part in parts]
                 masks, iou_scores = (torch.cat(chunk, dim=2) for chunk in zip(*chunks, strict=True))
             values |= {"pred_masks": masks, "iou_scores": iou_scores, "latents": latents}
@@ -691,75 +709,61 @@ class ProbabilisticSamModel(SamModel):
     def train_on_readers(
         self,
         embeddings: tuple[Any, ...],
-        posterior_inputs: tuple[torch.Tensor, torch.Tensor],
+        mean: torch.Tensor,
+        log_std: torch.Tensor,
         prior_mean: torch.Tensor,
         prior_log_std: torch.Tensor,
         readers: Readers,
         generator: torch.Generator | None,
     ) -> dict[str, torch.Tensor]:
-        """Loss of all readers in one decoder call: negative evidence lower bound and energy distance.
+        """Loss of all readers with one decoder call: negative evidence lower bound and energy distance.
 
-        For a reader with an outline: BCE + Dice of the mask decoded from the posterior, and KL(posterior, prior) over
-        the coordinates of the outline. For every reader who is present: -log P(annotated or not), the KL of the
-        presence between the truncated and the whole normal distribution. The slot of a reader without an outline
-        decodes a sample of the prior instead, which serves the energy distance unless the reader is absent.
+        Readers with an outline contribute BCE + Dice loss of the mask decoded from their posterior, and the KL
+        divergence of the outline; all readers who are present contribute -log P(annotated or empty). For a reader
+        without an outline a sample of the prior is decoded instead; it is one more sample for the energy distance
+        unless the reader is absent.
+
+        Args:
+            embeddings: as in `decode`.
+            mean: (B, P, R, L), of the posterior network.
+            log_std: (B, P, R, L), of the posterior network.
+            prior_mean: (B, P, L).
+            prior_log_std: (B, P, L).
+            readers: R readers per prompt.
+            generator: as in `forward`.
 
         Returns:
             Fields of `ProbabilisticSamOutput`.
         """
         config = self.config
         targets, present, annotated, outlined = readers
-        lead, count = prior_mean.shape[:2], targets.shape[2]
+        count = targets.shape[2]
 
-        mean, log_std = (
-            item.unflatten(0, lead)  # (B, P, R, L)
-            for item in self.posterior(*posterior_inputs, targets.flatten(0, 1).to(posterior_inputs[0].dtype))
-        )
+        # The posterior is the prior where a mask says nothing about the outline, and in the presence
         prior_mean_r, prior_log_std_r = (item[:, :, None].expand_as(mean) for item in (prior_mean, prior_log_std))
-        presence_mean, presence_log_std = truncated_normal(prior_mean_r[..., :1], annotated[..., None])
-        # Without pixels there is no outline information, so the posterior over outlines equals the prior
-        mean, log_std = (
-            torch.cat([presence, torch.where(outlined[..., None], outline, prior)[..., 1:]], dim=-1)
-            for presence, outline, prior in (
-                (presence_mean, mean, prior_mean_r), (presence_log_std, log_std, prior_log_std_r)
-            )
-        )  # fmt: skip
-        log_annotated, log_empty = log_probability_of_presence(prior_mean_r[..., 0])
-        kl_presence = -torch.where(annotated, log_annotated, log_empty)[..., None]
-        kl_outline = gaussian_kl(mean, log_std, prior_mean_r, prior_log_std_r)[..., 1:]
-        kl = torch.cat([kl_presence, kl_outline], dim=-1)
-        if present is not None:
-            kl = kl * present[..., None]
-            mean, log_std = (
-                torch.where(present[..., None], posterior, prior)
-                for posterior, prior in ((mean, prior_mean_r), (log_std, prior_log_std_r))
-            )
+        known = outlined[..., None] & (torch.arange(config.latent_dim, device=mean.device) > 0)
+        mean, log_std = torch.where(known, mean, prior_mean_r), torch.where(known, log_std, prior_log_std_r)
+        kl = latent_kl(mean, log_std, prior_mean_r, prior_log_std_r, annotated) * present[..., None]
 
+        # Decode a sample of each posterior, and samples of the prior for the energy distance
         extra = config.num_energy_samples if config.energy_weight > 0 else 0
-        slot_mean = torch.cat([mean, prior_mean[:, :, None].expand(-1, -1, extra, -1)], dim=2)
+        slot_mean = torch.cat([mean, prior_mean[:, :, None].expand(-1, -1, extra, -1)], dim=2)  # (B, P, R + E, L)
         slot_log_std = torch.cat([log_std, prior_log_std[:, :, None].expand(-1, -1, extra, -1)], dim=2)
         noise = normal_noise(tuple(slot_mean.shape), generator, self.device)
-        outline = slot_mean + torch.exp(slot_log_std) * noise
-        always = torch.ones_like(outline[..., :1])  # decode every slot: emptiness has its own exact likelihood
-        slots = torch.cat([always, outline[..., 1:]], dim=-1)  # (B, P, R + E, L)
-        masks, _ = self.decode(embeddings, slots)
+        latents = slot_mean + torch.exp(slot_log_std) * noise
+        always = torch.ones_like(latents[..., :1])  # decode all masks: presence has its own, exact likelihood
+        masks, _ = self.decode(embeddings, torch.cat([always, latents[..., 1:]], dim=-1))
+        logits, probabilities = masks[:, :, :count], masks.sigmoid()
 
-        logits = masks[:, :, :count]
-        bce = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(dim=(-2, -1))
-        probabilities = masks.sigmoid()
-        overlap = (probabilities[:, :, :count] * targets).sum(dim=(-2, -1))
-        total = probabilities[:, :, :count].sum(dim=(-2, -1)) + targets.sum(dim=(-2, -1))
-        dice = 1 - (2 * overlap + 1) / (total + 1)
-        reconstruction = readers.mean((config.bce_weight * bce + config.dice_weight * dice) * outlined)
-
-        loss = reconstruction + config.kl_weight * readers.mean(kl_outline.sum(dim=-1))  # 0 without an outline
-        loss = loss + config.presence_weight * readers.mean(kl_presence[..., 0])
+        bce, dice = summed_bce(logits, targets), dice_loss(probabilities[:, :, :count], targets)
+        reconstruction = masked_mean((config.bce_weight * bce + config.dice_weight * dice) * outlined, present)
+        loss = reconstruction + config.kl_weight * masked_mean(kl[..., 1:].sum(dim=-1), present)
+        loss = loss + config.presence_weight * masked_mean(kl[..., 0], present)
         values = {}
         if extra:
-            from_prior = ~outlined if present is None else present & ~outlined
-            from_prior = torch.cat([from_prior, torch.ones_like(outlined[..., :1]).expand(-1, -1, extra)], dim=2)
+            from_prior = torch.cat([present & ~outlined, outlined.new_ones(*outlined.shape[:2], extra)], dim=2)
             distances = energy_distance(probabilities.flatten(3), from_prior, targets.flatten(3), outlined)  # (B, P)
-            values["energy_distance"] = masked_mean(distances, None if present is None else present.any(dim=-1))
+            values["energy_distance"] = masked_mean(distances, present.any(dim=-1))
             loss = loss + config.energy_weight * values["energy_distance"]
         return values | {
             "loss": loss,

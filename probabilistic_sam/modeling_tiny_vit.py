@@ -1,7 +1,7 @@
 """MobileSAM's image encoder, TinyViT-5M (Wu et al. 2022, arXiv 2207.10666; Zhang et al. 2023, arXiv 2306.14289).
 
-Batch normalisation is folded into the convolutions when a checkpoint is converted, so there is no difference between
-training and evaluation and no running statistics.
+Conversion folds batch normalisation into the convolutions, so there are no running statistics and no difference
+between training and evaluation.
 """
 
 import torch
@@ -19,7 +19,7 @@ from .configuration_probabilistic_sam import TinyViTVisionConfig
 
 
 def conv(in_channels: int, out_channels: int, kernel_size: int = 1, stride: int = 1, groups: int = 1) -> nn.Conv2d:
-    """Convolution with the padding that keeps the size at stride 1."""
+    """Convolution with padding that preserves the size at stride 1."""
     return nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups)
 
 
@@ -61,7 +61,7 @@ class TinyViTMBConv(GradientCheckpointingLayer):
 
 
 class TinyViTPatchMerging(nn.Module):
-    """Between two stages: change of width and, at stride 2, half the resolution."""
+    """Changes the width between two stages and, at stride 2, halves the resolution."""
 
     def __init__(self, config: TinyViTVisionConfig, in_channels: int, out_channels: int, stride: int):
         super().__init__()
@@ -77,7 +77,7 @@ class TinyViTPatchMerging(nn.Module):
 
 
 class TinyViTAttention(nn.Module):
-    """Attention in a window with a learned bias for each pair of absolute offsets (|dy|, |dx|)."""
+    """Attention within a window, with a learned bias for each pair of absolute offsets (|dy|, |dx|)."""
 
     def __init__(self, config: TinyViTVisionConfig, width: int, num_heads: int, window_size: int):
         super().__init__()
@@ -91,7 +91,7 @@ class TinyViTAttention(nn.Module):
         self.attention_biases = nn.Parameter(torch.zeros(num_heads, window_size * window_size))
 
     def bias(self) -> torch.Tensor:
-        """(heads, window * window, window * window); the index is arithmetic, so nothing is left to a buffer."""
+        """(heads, window * window, window * window); the index is computed, so no buffer is needed."""
         side = torch.arange(self.window_size, device=self.attention_biases.device)
         offset = (side[:, None] - side[None, :]).abs()  # (w, w)
         index = offset[:, None, :, None] * self.window_size + offset[None, :, None, :]  # (w, w, w, w): y, x, y', x'
@@ -99,7 +99,7 @@ class TinyViTAttention(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns the context and, from the eager implementation, the weights (windows, heads, length, length)."""
-        batch, length, width = hidden_states.shape  # one item a window
+        batch, length, width = hidden_states.shape  # one item per window
         qkv = self.qkv(self.layer_norm(hidden_states)).view(batch, length, self.num_heads, 3 * self.head_dim)
         query, key, value = qkv.transpose(1, 2).split(self.head_dim, dim=-1)  # (windows, heads, length, head_dim)
         implementation = self.config._attn_implementation
@@ -124,7 +124,7 @@ class TinyViTMLP(nn.Module):
 
 
 class TinyViTBlock(GradientCheckpointingLayer):
-    """Windowed attention, a depthwise convolution that joins the windows, and an MLP. (B, C, H, W) in and out."""
+    """Windowed attention, a depthwise convolution across windows, and an MLP. (B, C, H, W) in and out."""
 
     def __init__(self, config: TinyViTVisionConfig, width: int, num_heads: int, window_size: int):
         super().__init__()
@@ -137,7 +137,7 @@ class TinyViTBlock(GradientCheckpointingLayer):
         batch, width, height, length = hidden_states.shape
         size = self.window_size
         tokens = hidden_states.permute(0, 2, 3, 1)  # (B, H, W, C)
-        # MobileSAM pads below and right with zeros and lets windows attend to the padding: the weights expect it
+        # As in MobileSAM, zeros are padded below and to the right, and the windows attend to the padding
         padded = F.pad(tokens, (0, 0, 0, -length % size, 0, -height % size))
         rows, columns = padded.shape[1] // size, padded.shape[2] // size
         windows = padded.view(batch, rows, size, columns, size, width).transpose(2, 3).reshape(-1, size * size, width)
@@ -149,7 +149,7 @@ class TinyViTBlock(GradientCheckpointingLayer):
 
 
 class TinyViTStage(nn.Module):
-    """Blocks of one width, then the merging to the next width (none after the last stage)."""
+    """Blocks of one width, followed by patch merging (except after the last stage)."""
 
     def __init__(self, config: TinyViTVisionConfig, index: int):
         super().__init__()
@@ -163,7 +163,7 @@ class TinyViTStage(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.downsample = None
         if index + 1 < len(config.embed_dims):
-            stride = 1 if index == 2 else 2  # MobileSAM keeps stride 16 where TinyViT goes on to 32
+            stride = 1 if index == 2 else 2  # the total stride is 16 in MobileSAM, 32 in TinyViT
             self.downsample = TinyViTPatchMerging(config, width, config.embed_dims[index + 1], stride)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -195,19 +195,19 @@ class TinyViTVisionEncoder(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, TinyViTAttention):
             init.zeros_(module.attention_biases)
-        elif isinstance(module, nn.Conv2d):  # no norm follows it, since batch norms are folded into convolutions
+        elif isinstance(module, nn.Conv2d):  # no normalisation follows, since it is folded into the convolutions
             init.kaiming_normal_(module.weight)
 
     def get_input_embeddings(self) -> nn.Module:
-        """The first layer, as SAM's encoder has it."""
+        """The first layer, as in SAM's encoder."""
         return self.patch_embed
 
     @capture_outputs(tie_last_hidden_states=False)
     def forward(self, pixel_values: torch.Tensor | None = None, **kwargs) -> SamVisionEncoderOutput:
-        """`last_hidden_state` are the image embeddings.
+        """Image embeddings as `last_hidden_state`.
 
-        `output_hidden_states=True` adds what enters the first stage and what leaves each one, `output_attentions=True`
-        the weights of each attention (of the eager implementation only).
+        `output_hidden_states=True` adds the input of the first stage and the output of each stage,
+        `output_attentions=True` the attention weights (eager implementation only).
         """
         if pixel_values is None:
             raise ValueError("You have to specify pixel_values")

@@ -13,17 +13,18 @@ from transformers import Pipeline
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
 from .modeling_probabilistic_sam import ProbabilisticSamModel
-from .processing_probabilistic_sam import ProbabilisticSamProcessor, open_image, shorten
+from .processing_image_files import open_image, shorten
+from .processing_probabilistic_sam import ProbabilisticSamProcessor
 
-OF_AN_IMAGE = ("boxes", "points", "labels", "pixel_spacing_mm")  # what an image may bring with it
+OF_AN_IMAGE = ("boxes", "points", "labels", "pixel_spacing_mm")  # may be given per image
 OF_A_CALL = ("num_samples", "seed", "threshold", "batch_size", "num_workers")
-# Keys of a dictionary that can only be meant for the pipeline, and that it would otherwise leave alone
+# Keys of a dictionary that are refused instead of ignored, because they must be misspelled prompts
 MISTAKEN = re.compile(r"(input_)?(bbox|box|point|prompt)(es|s)?|input_(label|mask)s?", re.IGNORECASE)
-MISTAKEN_WITH_POINTS = re.compile(r"(point_)?labels?", re.IGNORECASE)  # without points they may be classes
+MISTAKEN_WITH_POINTS = re.compile(r"(point_)?labels?", re.IGNORECASE)  # without points they may be class labels
 
 
 class ProbabilisticMaskGenerationPipeline(Pipeline):
-    r"""Draws masks for prompts in images: what several experts might have drawn.
+    r"""Samples masks for prompts in images, each a plausible annotation by one reader.
 
     ```python
     pipe = transformers.pipeline("probabilistic-mask-generation", model="org/psam-lidc")
@@ -31,9 +32,9 @@ class ProbabilisticMaskGenerationPipeline(Pipeline):
     result["masks"]  # (16, H, W)
     ```
 
-    Without the package `trust_remote_code=True` is needed. transformers' own `mask-generation` pipeline is not
-    supported. What a call takes by name may be given to
-    `transformers.pipeline` as well, for all calls.
+    Without the package, `trust_remote_code=True` is needed. Keyword arguments of a call may also be given to
+    `transformers.pipeline`; they then apply to all calls. transformers' own `mask-generation` pipeline is not
+    supported.
     """
 
     _load_processor = True
@@ -44,7 +45,7 @@ class ProbabilisticMaskGenerationPipeline(Pipeline):
 
     model: ProbabilisticSamModel
     processor: ProbabilisticSamProcessor
-    open_image = staticmethod(open_image)  # for who has the pipeline from a repository and the package not
+    open_image = staticmethod(open_image)  # for users of remote code, who do not have the package
 
     def __call__(
         self,
@@ -61,39 +62,40 @@ class ProbabilisticMaskGenerationPipeline(Pipeline):
         num_workers: int | None = None,
         **unknown: Any,
     ) -> Any:
-        """Draw masks.
+        """Sample masks.
 
         Args:
-            images: a path, bytes, binary file, base64 of a file (or a data URL), PIL image, array `(H, W)`,
-                `(H, W, 3)` or `(3, H, W)`, or tensor; or a dictionary with such an `image` and `boxes`, `points`,
-                `labels`, `pixel_spacing_mm` of its own, which go before those below. Other columns of a dataset are
-                left alone, but keys that name a prompt or an argument of this call, such as `box`, `input_boxes` or
-                `seed`, are refused. A list or tuple of them, a column or all of a dataset, or a generator.
-            boxes: one box `[x1, y1, x2, y2]`, or `[prompt][x1, y1, x2, y2]`, in pixels of the image, measured at the
-                pixels' edges; the same for all images.
-            points: `[x, y]`, `[point][x, y]`, or `[prompt][point][x, y]`. With boxes as well, a prompt has both.
-            labels: of the points: 1 inside, 0 outside, -1 or -10 padding; all inside when left out.
-            pixel_spacing_mm: side of a pixel, one number or one a prompt; areas are then in mm^2.
-            num_samples: N, masks a prompt, 16 by default.
-            seed: of the noise, 0 by default. Every image has noise of its own from this seed: what is drawn for it
-                depends, up to rounding, neither on `batch_size` nor on the other images.
+            images: one image or several (a list, tuple, dataset, column of a dataset or generator). An image is a
+                path, bytes, binary file, base64 of a file (or a data URL), PIL image, tensor or array `(H, W)`,
+                `(H, W, 3)` or `(3, H, W)`; or a dictionary with such an `image` and its own `boxes`, `points`,
+                `labels` and `pixel_spacing_mm`, which take precedence over those below. Other keys are ignored, but
+                keys that look like a prompt or an argument of this call, such as `box`, `input_boxes` or `seed`, are
+                refused.
+            boxes: `[x1, y1, x2, y2]` or `[prompt][x1, y1, x2, y2]`, in image pixels, measured at pixel edges; the same
+                for all images.
+            points: `[x, y]`, `[point][x, y]` or `[prompt][point][x, y]`. With boxes, each prompt has a box and points.
+            labels: labels of the points: 1 inside, 0 outside, -1 or -10 padding; all inside by default.
+            pixel_spacing_mm: side of a pixel, one number or one per prompt; areas are then in mm^2.
+            num_samples: N, masks per prompt, 16 by default.
+            seed: of the noise, 0 by default. Each image gets its own noise from this seed, so its samples do not
+                depend (up to rounding) on `batch_size` or on the other images.
             threshold: probability above which a pixel belongs to a mask, 0.5 by default.
-            batch_size: images that are prepared, and windows that the model sees, at a time, 1 by default. A prompt
-                has a window of its own when the processor has a `crop_size`.
-            num_workers: processes that prepare the images, none by default.
+            batch_size: images that are prepared at a time, and windows in one forward pass, 1 by default. If the
+                processor has a `crop_size`, each prompt has its own window.
+            num_workers: processes that prepare images, none by default.
             **unknown: refused.
 
         Returns:
-            For one image a list with a dictionary a prompt: `masks (N, H, W)` boolean, `mean (H, W)` probability
-            averaged over the samples, `uncertainty (H, W)` the entropy of that mean in bits, `areas (N,)`,
-            `area_quantiles` by level, `area_unit` ("px" or "mm2"), `empty_share` of the samples; all arrays are
-            numpy's. For a list or tuple a list of such lists; for a dataset, a column or a generator an iterator
-            over them, which holds one batch at a time.
+            For one image a list with one dictionary per prompt: `masks (N, H, W)` boolean, `mean (H, W)` probability
+            averaged over the samples, `uncertainty (H, W)` the entropy of `mean` in bits, `areas (N,)`,
+            `area_quantiles` by level, `area_unit` ("px" or "mm2"), `empty_share` of the samples; arrays are NumPy
+            arrays. For a list or tuple a list of such lists; for a dataset, a column or a generator an iterator over
+            them, which holds one batch in memory at a time.
 
         Raises:
-            ValueError: not an image, no prompt, a prompt outside of its image, a number out of range, a key of a
-                dictionary that is mistaken.
-            TypeError: an argument that does not exist.
+            ValueError: not an image, no prompt, a prompt outside its image, a number out of range, or a key of a
+                dictionary that is refused.
+            TypeError: an unknown argument.
         """
         refuse_unknown(unknown)
         is_image = isinstance(images, (str, bytes, bytearray, os.PathLike, Mapping))
@@ -101,7 +103,7 @@ class ProbabilisticMaskGenerationPipeline(Pipeline):
         if isinstance(images, tuple):
             images = list(images)
         elif not is_image and not isinstance(images, (list, GeneratorType)) and hasattr(images, "__iter__"):
-            images = (image for image in images)  # a dataset or its column, which transformers would take for an image
+            images = (image for image in images)  # a dataset or column, which transformers would treat as one image
         return super().__call__(
             images,
             boxes=boxes,
@@ -132,7 +134,7 @@ class ProbabilisticMaskGenerationPipeline(Pipeline):
         return tuple({name: value for name, value in stage.items() if value is not None} for stage in stages)
 
     def preprocess(self, inputs: Any, **defaults: Any) -> dict[str, Any]:
-        """What the processor makes of one image and its prompts, and the pixel spacing."""
+        """Features of one image and its prompts from the processor, and the pixel spacing."""
         row = inputs if isinstance(inputs, Mapping) else {"image": inputs}
         if row.get("image") is None:
             raise ValueError(f"a dictionary must hold an image, got {shorten(', '.join(map(str, row)) or 'nothing')}")
@@ -143,14 +145,14 @@ class ProbabilisticMaskGenerationPipeline(Pipeline):
         return {"features": dict(features), "pixel_spacing_mm": given.get("pixel_spacing_mm")}
 
     def _forward(self, images: list[dict], batch_size: int, num_samples: int = 16, seed: int = 0) -> list[dict]:
-        """Adds `pred_masks` to what `preprocess` gave for some images."""
-        windows = []  # features of one window, noise of its image
+        """Add `pred_masks` to the outputs of `preprocess` for several images."""
+        windows = []  # features of one window, generator of its image
         for image in images:
             generator, features = torch.Generator().manual_seed(seed), image["features"]
             for index in range(len(features["windows"])):
                 windows.append(({name: value[index : index + 1] for name, value in features.items()}, generator))
 
-        # Padding to a common number of points would change what is drawn: only windows of equal shapes ride together
+        # Batches have windows of equal shapes, since padding to a common number of points would change the samples
         masks = []
         for _, group in itertools.groupby(windows, key=lambda window: {n: v.shape for n, v in window[0].items()}):
             members = list(group)
@@ -167,7 +169,7 @@ class ProbabilisticMaskGenerationPipeline(Pipeline):
         return images
 
     def postprocess(self, outputs: dict[str, Any], threshold: float = 0.5) -> list[dict[str, Any]]:
-        """One dictionary a prompt of one image, see `__call__`."""
+        """One dictionary per prompt of one image, see `__call__`."""
         results = self.processor.post_process_samples(
             outputs["pred_masks"],
             outputs["features"]["windows"],
@@ -183,7 +185,7 @@ class ProbabilisticMaskGenerationPipeline(Pipeline):
     def get_iterator(
         self, inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params
     ) -> Iterator[list[dict[str, Any]]]:
-        """Results image by image; transformers' own batches have one item an image, ours one a window."""
+        """Results image by image; a batch has one item per window, not per image as in transformers."""
         sized = hasattr(inputs, "__len__")
         dataset = (PipelineDataset if sized else PipelineIterator)(inputs, self.preprocess, preprocess_params)
         for images in DataLoader(dataset, num_workers=num_workers, batch_size=batch_size, collate_fn=list):
@@ -191,12 +193,12 @@ class ProbabilisticMaskGenerationPipeline(Pipeline):
                 yield self.postprocess(outputs, **postprocess_params)
 
     def run_single(self, inputs, *params) -> list[dict[str, Any]]:
-        """Result of one image."""
+        """Results of one image."""
         (result,) = self.get_iterator([inputs], 0, 1, *params)
         return result
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Write a repository that works without the package: weights, configuration, processor and the code of all."""
+        """Write a repository that works without the package: weights, configuration, processor and their code."""
         self.model.config.include_code()
         self.model.save_pretrained(save_directory, **kwargs)
         self.processor.include_code()
@@ -204,13 +206,13 @@ class ProbabilisticMaskGenerationPipeline(Pipeline):
 
 
 def refuse_unknown(unknown: Mapping[str, Any]) -> None:
-    """Raise `TypeError` for arguments that the pipeline does not have."""
+    """Raise `TypeError` for unknown arguments."""
     for name in unknown:
         raise TypeError(f"the pipeline does not take {name}; accepted: {', '.join(OF_AN_IMAGE + OF_A_CALL)}")
 
 
 def check_keys(row: Mapping[str, Any]) -> None:
-    """Raise `ValueError` for keys that are misspelled, or that belong to the call and not to an image."""
+    """Raise `ValueError` for keys that are misspelled prompts or arguments of the call."""
     points = row.get("points") is not None
     for name in (str(key) for key, value in row.items() if key not in ("image", *OF_AN_IMAGE) and value is not None):
         if name in OF_A_CALL:

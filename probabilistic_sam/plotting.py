@@ -1,6 +1,6 @@
-"""Every picture the project draws. Arrays in, a matplotlib `Figure` out; `pyplot` and its global state stay out.
+"""Figures: functions from arrays to a matplotlib `Figure`, without `pyplot` and its global state.
 
-Coordinates are pixel edges, as the prompts are: pixel (row, column) covers x in [column, column + 1] and y in
+Coordinates are measured at pixel edges, as in prompts: pixel (row, column) covers x in [column, column + 1] and y in
 [row, row + 1], so a tight box lies exactly on the outline of its mask.
 """
 
@@ -23,7 +23,7 @@ from matplotlib.ticker import MaxNLocator
 from .errors import UserError
 from .files import replaced_files
 
-# Okabe and Ito's palette without black: told apart by colour-blind readers, and visible on grey.
+# Palette of Okabe and Ito without black: suitable for colour-blind people, and visible on grey
 READER_COLORS = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#F0E442", "#D55E00", "#0072B2")
 SAMPLE_COLOR = "#FF5A36"
 PROMPT_COLOR = "#FFD400"
@@ -31,7 +31,7 @@ WIDTH_INCHES, DPI = 12.8, 125  # 1600 px
 MARGIN = 0.15
 LEGEND_COLUMNS = 4
 SAMPLES_SHOWN = 8
-PLOTTED_PIXELS = 1000  # of a side; a panel is some 330 pixels wide
+PLOTTED_PIXELS = 1000  # per side of a panel, which is some 330 pixels wide
 
 
 def mask_outline(mask: np.ndarray) -> np.ndarray:
@@ -58,18 +58,18 @@ def zoom_window(
     masks: np.ndarray | None = None,
     min_side: int = 32,
 ) -> tuple[int, int, int]:
-    """Square window around a prompt and the masks: twice their extent, inside the image where it fits.
+    """Square window around a prompt and masks: twice their extent, inside the image if it fits.
 
     Args:
         shape: height and width of the image.
         box: x1, y1, x2, y2.
         points: (K, 2), x and y.
-        masks: (N, H, W) bool; the window also holds what they cover.
+        masks: (N, H, W) bool; the window also contains them.
         min_side: smallest side in pixels.
 
     Returns:
-        x0, y0 and side in pixels; a side is at most the image's longer one, and a window larger than the image's
-        shorter side is centred on it. Without prompt and masks, the whole image.
+        x0, y0 and side in pixels. The side is at most the longer side of the image; along the shorter side a larger
+        window is centred. Without prompt and masks, the whole image.
     """
     corners = []
     if box is not None:
@@ -100,20 +100,20 @@ def sample_figure(
     title: str | None = None,
     zoom: tuple[int, int, int] | None = None,
 ) -> Figure:
-    """One prompt on one page: the slice, the readers, mean probability, uncertainty, and the first eight samples.
+    """One prompt: slice, readers' masks, mean probability, entropy and the first eight samples.
 
-    Without readers, the outlines of all samples take their place.
+    Without readers, the second panel shows the outlines of all samples.
 
     Args:
-        image: (H, W) grey values of any scale; each panel spreads those in its view from black to white.
+        image: (H, W) grey values of any scale; each panel is scaled from its darkest to its brightest pixel.
         samples: (N, H, W) bool, N >= 1.
         mean: (H, W) mean probability, 0 to 1.
         entropy: (H, W) in bits, 0 to 1.
-        readers: (M, H, W) bool, empty ones included.
-        box: prompt box x1, y1, x2, y2 in pixel edges.
+        readers: (M, H, W) bool, including empty masks.
+        box: prompt box x1, y1, x2, y2 at pixel edges.
         point: prompt point (2,) or points (K, 2), x and y.
         title: line above the panels.
-        zoom: x0, y0, side of the window that all panels but the first show; `zoom_window` chooses it when None.
+        zoom: x0, y0 and side of the window in all panels but the first; that of `zoom_window` by default.
 
     Raises:
         UserError: arrays whose shapes do not fit together.
@@ -127,7 +127,7 @@ def sample_figure(
         seen = samples if readers is None else np.concatenate([samples, readers])
         zoom = zoom_window((image.shape[0], image.shape[1]), box, points, seen)
 
-    # Everything is placed in inches from the top left: square panels of one size and no overlap, whatever the image.
+    # All positions are in inches from the top left, so panels are square and do not overlap for any image
     panel, gap, bar = 2.66, 0.1, 0.72
     small = (WIDTH_INCHES - 2 * MARGIN - (SAMPLES_SHOWN - 1) * gap) / SAMPLES_SHOWN
     top = (0.4 if title else 0.04) + 0.3
@@ -145,7 +145,7 @@ def sample_figure(
     if zoomed:
         x0, y0, side = zoom
         axes.add_patch(Rectangle((x0, y0), side, side, fill=False, edgecolor="white", linewidth=0.9))
-    _caption(axes, ", ".join(_prompt_words(box, points) + ["white: zoomed view"] * zoomed))
+    _caption(axes, "; ".join(_prompt_words(box, points) + ["white: zoomed area"] * zoomed))
 
     left += panel + 0.2
     if readers is not None:
@@ -153,7 +153,7 @@ def sample_figure(
         _show(axes, image, zoom, cmap="gray")
         _plot_readers(axes, readers)
     else:
-        axes = _add_axes(figure, left, top, panel, "samples, all together")
+        axes = _add_axes(figure, left, top, panel, "all samples")
         _show(axes, image, zoom, cmap="gray")
         for sample in samples:
             _plot_outline(axes, sample, SAMPLE_COLOR, 1.0, alpha=max(0.2, min(1.0, 6 / len(samples))))
@@ -162,15 +162,14 @@ def sample_figure(
 
     left += panel + 0.25
     axes = _add_axes(figure, left, top, panel, "mean probability")
-    _plot_map(figure, axes, mean, zoom, "viridis", "probability")
+    _plot_map(figure, axes, mean, zoom, "viridis")
     _plot_outline(axes, mean > 0.5, "white", 1.3)
     _plot_prompt(axes, box, points, faint=True)
-    dashed = ", dashed: box" if box is not None else ""
-    _caption(axes, ("white: above 0.5" if (mean > 0.5).any() else "nowhere above 0.5") + dashed)
+    _caption(axes, _mean_caption(mean, box))
 
     left += panel + bar + gap
-    axes = _add_axes(figure, left, top, panel, "uncertainty")
-    _plot_map(figure, axes, entropy, zoom, "magma", "entropy (bits)")
+    axes = _add_axes(figure, left, top, panel, "entropy (bits)")
+    _plot_map(figure, axes, entropy, zoom, "magma")
     _plot_prompt(axes, box, points, faint=True)
     _caption(axes, "entropy of the mean probability")
 
@@ -192,39 +191,38 @@ def map_figure(
     box: Sequence[float] | None = None,
     points: np.ndarray | None = None,
 ) -> Figure:
-    """Mean probability and uncertainty over the slice, side by side.
+    """Mean probability and entropy as overlays on the slice, side by side.
 
     Args:
         image: (H, W) grey values of any scale.
-        mean: (H, W) mean probability, 0 to 1; below 0.01 the slice shows alone.
-        entropy: (H, W) in bits, 0 to 1; the same.
+        mean: (H, W) mean probability, 0 to 1; transparent below 0.01.
+        entropy: (H, W) in bits, 0 to 1; transparent below 0.01.
         zoom: x0, y0 and side of the square to show.
-        box: prompt box x1, y1, x2, y2 in pixel edges.
+        box: prompt box x1, y1, x2, y2 at pixel edges.
         points: (K, 2) prompt points.
     """
     panel, gap, top = 3.9, 1.05, 0.3
     figure = Figure(figsize=(2 * (panel + gap), top + panel + 0.35), dpi=DPI, facecolor="white")
-    maps = ("mean probability", mean, "viridis", "probability"), ("uncertainty", entropy, "magma", "entropy (bits)")
-    for index, (title, values, colors, label) in enumerate(maps):
+    maps = ("mean probability", mean, "viridis"), ("entropy (bits)", entropy, "magma")
+    for index, (title, values, colors) in enumerate(maps):
         axes = _add_axes(figure, 0.05 + index * (panel + gap), top, panel, title)
         _show(axes, image, zoom, cmap="gray")
-        _plot_map(figure, axes, np.ma.masked_less(values, 0.01), zoom, colors, label, alpha=0.55)
+        _plot_map(figure, axes, np.ma.masked_less(values, 0.01), zoom, colors, alpha=0.55)
         _plot_prompt(axes, box, points, faint=True)
-        prompt = "; dashed: box" if box is not None else ""
         if index == 0:
             _plot_outline(axes, mean > 0.5, "white", 1.6)
-            _caption(axes, ("white: above 0.5" if (mean > 0.5).any() else "nowhere above 0.5") + prompt)
+            _caption(axes, _mean_caption(mean, box))
         else:
-            _caption(axes, "entropy of the mean probability" + prompt)
+            _caption(axes, "entropy of the mean probability")
     return figure
 
 
 def contour_figure(image: np.ndarray, mask: np.ndarray, zoom: tuple[int, int, int]) -> Figure:
-    """Outline of one sample on the slice, without any frame: a picture for a gallery.
+    """Outline of one sample on the slice, without a frame, for a gallery.
 
     Args:
         image: (H, W) grey values of any scale.
-        mask: (H, W) bool; an empty one is labelled so.
+        mask: (H, W) bool; an empty mask is labelled "empty".
         zoom: x0, y0 and side of the square to show.
     """
     figure = Figure(figsize=(2, 2), dpi=DPI, facecolor="white")
@@ -238,11 +236,11 @@ def contour_figure(image: np.ndarray, mask: np.ndarray, zoom: tuple[int, int, in
 
 
 def area_figure(areas: np.ndarray, unit: str) -> Figure:
-    """Histogram of the samples' areas; empty samples are a bar of their own at 0.
+    """Histogram of the areas of the samples, with a separate bar for empty samples left of 0.
 
     Args:
         areas: (N,) in `unit`.
-        unit: as written below the axis.
+        unit: unit of area for the axis label.
     """
     figure = Figure(figsize=(9.9, 2.6), dpi=DPI, facecolor="white", layout="constrained")
     axes = figure.subplots()
@@ -250,14 +248,12 @@ def area_figure(areas: np.ndarray, unit: str) -> Figure:
     end = 1.05 * plotted.max() if len(plotted) else 1.0
     empty = len(areas) - len(plotted)
     if len(plotted):
-        axes.hist(
-            plotted, bins=list(np.linspace(0, end, 31)), color=SAMPLE_COLOR, label=f"with a mask: {len(plotted)}"
-        )
+        axes.hist(plotted, bins=list(np.linspace(0, end, 31)), color=SAMPLE_COLOR, label=f"not empty: {len(plotted)}")
     label = f"empty: {empty} of {len(areas)} ({empty / len(areas):.0%})"
     median = float(np.median(areas))
-    axes.axvline(median, color="0.2", linewidth=1, linestyle="--", label=f"median of all: {median:.4g} {unit}")
+    axes.axvline(median, color="0.2", linewidth=1, linestyle="--", label=f"median of all samples: {median:.4g} {unit}")
     axes.bar(-end / 30, empty, end / 30, color="0.55", label=label)
-    axes.set(title="areas of the samples", xlabel=f"area ({unit})", ylabel="samples", xlim=(-end / 15, end))
+    axes.set(title="sample areas", xlabel=f"area ({unit})", ylabel="samples", xlim=(-end / 15, end))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1), fontsize=9)
@@ -278,21 +274,21 @@ def grid_figure(
     columns: int = 4,
     window: tuple[float, float] = (0, 255),
 ) -> Figure:
-    """Slices with their readers' outlines in a grid, all in one grey window.
+    """Grid of slices with the readers' outlines, all with the same grey scale.
 
     Args:
         images: (H, W) grey values each.
-        readers: (M, H, W) bool each, empty ones included; as many as images.
+        readers: (M, H, W) bool for each image, including empty masks.
         titles: line above each slice.
-        columns: slices side by side.
-        window: grey values that are drawn black and white.
+        columns: slices per line.
+        window: grey values that are plotted black and white.
 
     Raises:
-        UserError: nothing to draw, lists of different lengths, or shapes that do not fit together.
+        UserError: no image, lists of different lengths, or shapes that do not fit together.
     """
     if not len(images) == len(readers) == len(titles) >= 1:
         counts = f"{len(images)} images, {len(readers)} stacks of readers and {len(titles)} titles"
-        raise UserError(f"{counts} to draw; as many of each, and at least one, are accepted")
+        raise UserError(f"{counts} to plot; accepted: the same number of each, at least one")
     gap, line = 0.1, 0.3
     panel = (WIDTH_INCHES - 2 * MARGIN - (columns - 1) * gap) / columns
     rows = -(-len(images) // columns)
@@ -312,7 +308,7 @@ def grid_figure(
 
 
 def calibration_figure(pixels: np.ndarray, emptiness: np.ndarray, title: str) -> Figure:
-    """Reliability diagrams of pixels and of emptiness: what the model says against what the readers did.
+    """Reliability diagrams of pixels and of empty masks: predicted probability against share of readers.
 
     Args:
         pixels: (3, bins) count, sum of predictions and sum of truths, as `metrics.calibration_sums` gives them.
@@ -322,17 +318,20 @@ def calibration_figure(pixels: np.ndarray, emptiness: np.ndarray, title: str) ->
     figure = Figure(figsize=(WIDTH_INCHES, 5.4), dpi=DPI, facecolor="white", layout="constrained")
     figure.suptitle(title, size=13, weight="bold")
     panels = figure.subplots(1, 2)
-    names = ("mean probability of a pixel", "share of readers who drew it"), ("empty samples", "empty readers")
-    for axes, sums, (predicted, observed) in zip(panels, (pixels, emptiness), names, strict=True):
-        count, said, was = np.asarray(sums, dtype=float)
+    labels = (
+        ("mean probability of a pixel", "share of readers who annotated it", "share of pixels (bars)"),
+        ("share of empty samples", "share of readers with an empty mask", "share of slices (bars)"),
+    )
+    for axes, sums, (xlabel, ylabel, bars) in zip(panels, (pixels, emptiness), labels, strict=True):
+        count, predicted, observed = np.asarray(sums, dtype=float)
         filled = count > 0
         axes.plot([0, 1], [0, 1], color="0.6", linewidth=1, linestyle="--")
-        axes.plot(said[filled] / count[filled], was[filled] / count[filled], "o-", color=SAMPLE_COLOR)
-        axes.set(xlim=(0, 1), ylim=(0, 1), box_aspect=1, xlabel=predicted, ylabel=observed)
-        shares = axes.twinx()  # how much weight each point has
+        axes.plot(predicted[filled] / count[filled], observed[filled] / count[filled], "o-", color=SAMPLE_COLOR)
+        axes.set(xlim=(0, 1), ylim=(0, 1), box_aspect=1, xlabel=xlabel, ylabel=ylabel)
+        shares = axes.twinx()  # the weight of each point
         edges = np.linspace(0, 1, len(count) + 1)
         shares.bar(edges[:-1], count / max(count.sum(), 1), edges[1] - edges[0], align="edge", color="0.5", alpha=0.2)
-        shares.set(ylim=(0, 1), box_aspect=1, ylabel="share of all (bars)")
+        shares.set(ylim=(0, 1), box_aspect=1, ylabel=bars)
     return figure
 
 
@@ -340,16 +339,16 @@ def sample_number_figure(curves: dict[str, list[tuple[int, float, float, float]]
     """GED against the number of samples, with 95 % intervals.
 
     Args:
-        curves: name of a curve to its points (number of samples, GED, lower and upper end of the interval).
+        curves: by name of the curve, its points (number of samples, GED, lower and upper end of the interval).
     """
     figure = Figure(figsize=(WIDTH_INCHES * 0.6, 4.8), dpi=DPI, facecolor="white", layout="constrained")
     axes = figure.subplots()
     for color, marker, (name, points) in zip(READER_COLORS * 2, cycle("osD^"), curves.items(), strict=False):
         number, value, low, high = np.array(sorted(points)).T
-        # Hollow and of different forms, since points may lie on each other
+        # Hollow markers of different shapes, since points may overlap
         axes.plot(number, value, f"{marker}-", fillstyle="none", color=color, label=name)
         axes.fill_between(number, low, high, color=color, alpha=0.15)
-    axes.set(xscale="log", xlabel="samples a slice", ylabel="GED", ylim=(0, None))
+    axes.set(xscale="log", xlabel="samples per slice", ylabel="GED", ylim=(0, None))
     ticks = sorted({point[0] for points in curves.values() for point in points})
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
     axes.minorticks_off()
@@ -358,13 +357,13 @@ def sample_number_figure(curves: dict[str, list[tuple[int, float, float, float]]
 
 
 def traversal_figure(image: np.ndarray, masks: np.ndarray, titles: Sequence[str], columns: Sequence[str]) -> Figure:
-    """What single coordinates of the latent do: a row a coordinate, a column a value.
+    """Effect of single latent coordinates: one line of panels per coordinate, one column per value.
 
     Args:
         image: (H, W) grey values.
-        masks: (K, T, H, W) bool, T values of K coordinates.
-        titles: name of each row.
-        columns: name of each column.
+        masks: (K, T, H, W) bool, for T values of K coordinates.
+        titles: names of the coordinates.
+        columns: names of the values.
     """
     image, masks = np.asarray(image), np.asarray(masks, dtype=bool)
     _check_image(image)
@@ -393,22 +392,22 @@ def _check_shapes(
 ) -> None:
     _check_image(image)
     if samples.ndim != 3 or samples.shape[1:] != image.shape or not len(samples):
-        raise UserError(f"samples have shape {samples.shape}; (N,) + {image.shape} with N >= 1 is accepted")
+        raise UserError(f"samples have shape {samples.shape}; accepted: (N,) + {image.shape} with N >= 1")
     for name, array in (("mean", mean), ("entropy", entropy)):
         if array.shape != image.shape:
-            raise UserError(f"{name} has shape {array.shape}; the image's shape {image.shape} is accepted")
+            raise UserError(f"{name} has shape {array.shape}; accepted: the image's shape {image.shape}")
     if readers is not None:
         _check_readers(readers, image)
 
 
 def _check_image(image: np.ndarray) -> None:
     if image.ndim != 2:
-        raise UserError(f"the image to draw has shape {image.shape}; (height, width) is accepted")
+        raise UserError(f"the image has shape {image.shape}; accepted: (height, width)")
 
 
 def _check_readers(readers: np.ndarray, image: np.ndarray) -> None:
     if readers.ndim != 3 or readers.shape[1:] != image.shape:
-        raise UserError(f"readers have shape {readers.shape}; (M,) + {image.shape} is accepted")
+        raise UserError(f"readers have shape {readers.shape}; accepted: (M,) + {image.shape}")
 
 
 def _prompt_words(box: Sequence[float] | None, points: np.ndarray | None) -> list[str]:
@@ -416,6 +415,11 @@ def _prompt_words(box: Sequence[float] | None, points: np.ndarray | None) -> lis
     if points is not None:
         words.append("point" if len(points) == 1 else f"{len(points)} points")
     return ["yellow: " + " and ".join(words)] if words else []
+
+
+def _mean_caption(mean: np.ndarray, box: Sequence[float] | None) -> str:
+    outline = "white: contour at 0.5" if (mean > 0.5).any() else "no pixel above 0.5"
+    return outline + ("; dashed: box" if box is not None else "")
 
 
 def _add_axes(figure: Figure, left: float, top: float, side: float, title: str, size: float = 11) -> Axes:
@@ -434,7 +438,7 @@ def _caption(axes: Axes, text: str) -> None:
 
 
 def _show(axes: Axes, values: np.ndarray, zoom: tuple[int, int, int], **kwargs: Any) -> AxesImage:
-    """Draw what the window shows of (H, W) values, thinned out when it has many times more pixels than the panel."""
+    """Plot the part of (H, W) values in the window, subsampled if it has many more pixels than the panel."""
     x0, y0, side = zoom
     left, top, step = max(x0, 0), max(y0, 0), max(1, side // PLOTTED_PIXELS)
     view = values[top : y0 + side : step, left : x0 + side : step]
@@ -445,18 +449,18 @@ def _show(axes: Axes, values: np.ndarray, zoom: tuple[int, int, int], **kwargs: 
 
 
 def _plot_map(
-    figure: Figure, axes: Axes, values: np.ndarray, zoom: tuple[int, int, int], cmap: str, label: str, alpha: float = 1
+    figure: Figure, axes: Axes, values: np.ndarray, zoom: tuple[int, int, int], cmap: str, alpha: float = 1
 ) -> None:
     plotted = _show(axes, values, zoom, cmap=cmap, vmin=0, vmax=1, alpha=alpha)
     bar = figure.colorbar(plotted, cax=axes.inset_axes((1.03, 0, 0.045, 1)), ticks=[0, 0.25, 0.5, 0.75, 1])
     bar.ax.set_yticklabels(["0", ".25", ".5", ".75", "1"])
     bar.ax.tick_params(labelsize=9, length=2, pad=2)
-    bar.set_label(label, fontsize=9, labelpad=1)
+
     bar.outline.set_visible(False)
 
 
 def _plot_outline(axes: Axes, mask: np.ndarray, color: str, width: float, alpha: float = 1.0) -> None:
-    # Only what the panel shows, and one pixel around it so that cut edges stay outside.
+    # Only the part in the panel, with a margin of one pixel so that the edges of the crop are not visible
     (x0, x1), (y1, y0) = axes.get_xlim(), axes.get_ylim()
     left, top = max(int(x0) - 1, 0), max(int(y0) - 1, 0)
     segments = mask_outline(mask[top : int(y1) + 1, left : int(x1) + 1]) + (left, top)
@@ -469,12 +473,12 @@ def _plot_readers(axes: Axes, readers: np.ndarray) -> None:
     handles = []
     for index, mask in enumerate(readers):
         color = READER_COLORS[index % len(READER_COLORS)]
-        # Wide below, narrow above: outlines that coincide stay visible side by side.
+        # Wide lines below narrow ones, so that outlines that coincide remain visible
         _plot_outline(axes, mask, color, 1.2 + 0.8 * min(4, len(readers) - 1 - index))
-        label = f"{index + 1}" if mask.any() else f"{index + 1} empty"
+        label = f"{index + 1}" if mask.any() else f"{index + 1} (empty)"
         handles.append(Line2D([], [], color=color, linewidth=3, label=label))
     if not readers.any():
-        _note(axes, "all readers empty" if handles else "no reader")
+        _note(axes, "all masks empty" if handles else "no readers")
     axes.legend(
         handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=LEGEND_COLUMNS, frameon=False,
         fontsize=9, handlelength=1.0, columnspacing=0.9, handletextpad=0.4, borderpad=0, borderaxespad=0.2,

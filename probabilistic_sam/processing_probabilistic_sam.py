@@ -1,17 +1,15 @@
-"""Image and prompt to model input, and logits back to masks, mean, uncertainty and area at the image's own size.
+"""Processor: image and prompt to model input, and logits back to masks at the size of the image.
 
-A model trained on zoomed crops must see every image at the same zoom. So the processor cuts a square window around
-each prompt (`crop_size` image pixels, more when the prompt is larger), stretches its grey values, resizes it to the
-model's `image_size`, and pastes the results back.
+The model was trained on crops of one zoom and must see every image at that zoom. Therefore the processor cuts a square
+window around each prompt (`crop_size` image pixels, more for a larger prompt), stretches its grey values, resizes it
+to `image_size`, and pastes the results back.
+
+This file holds the processor and its functions: pasting back, arguments, windows. Image files are read by
+`open_image` in a file of its own.
 """
 
-import base64
-import contextlib
-import io
 import math
-import os
 import reprlib
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,20 +20,17 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
+from .processing_image_files import open_image, shorten
+
 IMAGENET_MEAN = (123.675, 116.28, 103.53)  # of 0..255, as SAM was trained
 IMAGENET_STD = (58.395, 57.12, 57.375)
-PROMPT_SHARE = 0.75  # largest share of the window's side that a prompt may take
-OUTSIDE_LOGIT = -30.0  # pixels outside of the window
-PADDING_LABEL = -10  # of a point that is not there, as in SAM
+PROMPT_SHARE = 0.75  # largest extent of a prompt relative to the side of its window
+OUTSIDE_LOGIT = -30.0  # of pixels outside the window
+PADDING_LABEL = -10  # of padding points, as in SAM
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-CHUNK_PIXELS = 2**26  # samples times pixels that are floating point at one time
+CHUNK_PIXELS = 2**26  # samples x pixels that are held in floating point at a time
 
-IMAGE_FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "PPM", "WEBP")
-MAX_PIXELS = 64_000_000
-MAX_FILE_BYTES = 2**29  # of one image in bytes or base64; the largest uncompressed one has four bytes per pixel
-MAX_QUOTED = 80  # characters of an argument that an error message repeats
-
-# How prompts and readers' masks are nested, and the axes of one of them
+# Nesting of prompts and readers' masks, and the number of axes of the innermost arrays
 NESTING = {
     "input_boxes": ("[image][prompt][x1, y1, x2, y2]", 1),
     "input_points": ("[image][prompt][point][x, y]", 2),
@@ -43,7 +38,7 @@ NESTING = {
     "input_masks": ("[image][prompt] masks (H, W)", 2),
     "segmentation_maps": ("[image][reader] masks (H, W)", 2),
 }
-# Arguments of `SamProcessor` with the only value that means something here
+# Arguments of `SamProcessor` with the only value that is accepted
 FIXED_OPTIONS = {
     "do_resize": True,
     "do_normalize": True,
@@ -53,7 +48,7 @@ FIXED_OPTIONS = {
     "data_format": "channels_first",
     "point_pad_value": PADDING_LABEL,
 }
-FREE_OPTIONS = ("do_rescale", "disable_grouping")  # they change nothing: grey values are stretched anyway
+FREE_OPTIONS = ("do_rescale", "disable_grouping")  # without effect: grey values are stretched in any case
 SAM_SETTINGS = ("size", "pad_size", "mask_size", "mask_pad_size", "image_mean", "image_std", "resample", "target_size")
 
 
@@ -64,7 +59,7 @@ class ProbabilisticSamProcessor(ProcessorMixin):
         image_size (`int`): side of the model's input in pixels, a multiple of 16.
         crop_size (`int`, *optional*): side of the window around a prompt in image pixels; `None` takes the whole
             image, with all its prompts in one window.
-        stretch_percentiles (`tuple[float, float]`): grey values of the window at these percentiles become black and
+        stretch_percentiles (`tuple[float, float]`): percentiles of the window's grey values that become black and
             white.
     """
 
@@ -84,18 +79,18 @@ class ProbabilisticSamProcessor(ProcessorMixin):
     # ------------------------------------------------------------------------------------------------------- saving
 
     def include_code(self) -> None:
-        """Let `save_pretrained` write the processor's code too, and name it in `processor_config.json`."""
-        self._auto_class = "AutoProcessor"  # of this object only: not every processor is to be saved with code
+        """Let `save_pretrained` also write the processor's code and refer to it in `processor_config.json`."""
+        self._auto_class = "AutoProcessor"  # of this object only, not of the class
 
     @classmethod
     def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """A processor that came with code is saved with code."""
+        """As in `ProcessorMixin`; a processor that was loaded with its code is also saved with it."""
         result = super().from_args_and_dict(args, processor_dict, **kwargs)
         if "auto_map" in processor_dict:
             (result[0] if isinstance(result, tuple) else result).include_code()
         return result
 
-    # ------------------------------------------------------------------------------------------------------ forward
+    # ---------------------------------------------------------------------------------------------------- to the model
 
     def __call__(
         self,
@@ -112,51 +107,48 @@ class ProbabilisticSamProcessor(ProcessorMixin):
     ) -> "ProbabilisticSamFeatures":
         """Cut a window around each prompt.
 
-        The arguments are those of `SamProcessor`, in its order. Prompts are nested lists, arrays or tensors. Levels
-        may be left out where only one reading is possible: `[prompt]` when each image has one, and `[image]` too when
-        there is one image.
+        Arguments and their order are those of `SamProcessor`. Prompts are nested lists, arrays or tensors. A level may
+        be left out if that is unambiguous: `[prompt]` if each image has one prompt, `[image]` if there is one image.
 
         Args:
-            images: one image or a list of them, in any form that `open_image` takes: path, bytes, binary file, base64,
-                PIL image; or an array or tensor of any value range: grey `(H, W)`, RGB `(H, W, 3)` or `(3, H, W)`.
+            images: one image or a list of images. An image is anything that `open_image` reads (path, bytes, binary
+                file, base64, PIL image), or an array or tensor of any value range: grey `(H, W)`, RGB `(H, W, 3)` or
+                `(3, H, W)`.
             text: not accepted.
             segmentation_maps: the readers' masks, `[image][reader] (H, W)` or `[image] (H, W)`, boolean, 0 and 1, or
-                0 and 255. The same masks serve every prompt of an image.
+                0 and 255; shared by the prompts of an image.
             input_points: `[image][prompt][point][x, y]` in image pixels.
-            input_labels: `[image][prompt][point]`: 1 inside, 0 outside, -1 or -10 padding; all inside when left out.
-            input_boxes: `[image][prompt][x1, y1, x2, y2]` in image pixels, measured at the pixels' edges. A box that
-                leaves the image by less than a pixel is clipped.
-            input_masks: `[image][prompt]` masks `(H, W)` as rough prompts; `mask_inside` says which values count.
-            device: where the tensors go; the CPU when left out.
+            input_labels: `[image][prompt][point]`: 1 inside, 0 outside, -1 or -10 padding; all inside by default.
+            input_boxes: `[image][prompt][x1, y1, x2, y2]` in image pixels, measured at pixel edges. A box that extends
+                beyond the image by less than a pixel is clipped.
+            input_masks: `[image][prompt]` masks `(H, W)` as rough prompts; for accepted values see `mask_inside`.
+            device: device of the tensors, the CPU by default.
             return_tensors: only `"pt"`.
-            **options: the other arguments of `SamProcessor`, with the value that describes what this processor does
-                (`do_resize=True`); any other value is refused.
+            **options: other arguments of `SamProcessor`, only with the value that describes what this processor does
+                (`do_resize=True`).
 
         Returns:
-            `BatchFeature` with one item a window (W windows; with `crop_size` each has one prompt, P = 1):
-            `pixel_values (W, 3, S, S)`, `input_boxes (W, P, 4)`, `input_points (W, P, K, 2)`, `input_labels
-            (W, P, K)`, `input_masks (W, 1, S / 4, S / 4)` in the model's coordinates, as far as given; `windows
-            (W, 3)` with x, y of the upper left corner and side in image pixels; `original_sizes (W, 2)` height and
-            width. K is the largest number of points; missing ones, and negative points outside of the window, have
-            the label -10, which the model leaves out. With `segmentation_maps` of R readers also `labels
-            (W, P, R, S / 4, S / 4)`, 0 or 1 in floating point, and `annotated (W, P, R)`: whether the reader's mask
-            has pixels in the window, decided before resizing, in which a mask of one or two pixels may vanish.
+            `BatchFeature` with one item per window: W windows of P prompts (P = 1 with a `crop_size`).
+
+            - `pixel_values (W, 3, S, S)`;
+            - the prompts that were given, in pixels of the model's input: `input_boxes (W, P, 4)`, `input_points
+              (W, P, K, 2)`, `input_labels (W, P, K)`, `input_masks (W, 1, S / 4, S / 4)`. K is the largest number of
+              points. Padding points, and negative points outside the window, have the label -10, which the model
+              ignores;
+            - `windows (W, 3)`: x and y of the upper left corner and side, in image pixels;
+            - `original_sizes (W, 2)`: height and width of the image;
+            - with `segmentation_maps` of R readers `labels (W, P, R, S / 4, S / 4)`, 0 or 1 in floating point, and
+              `annotated (W, P, R)`: whether the reader's mask has pixels in the window before resizing, in which one
+              or two pixels may vanish.
 
         Raises:
-            ValueError: no image; no prompt, unless `crop_size` is `None`; a prompt outside of its image; numbers of
+            ValueError: no image; no prompt, unless `crop_size` is `None`; a prompt outside its image; numbers of
                 prompts or readers that do not fit; an argument that is not accepted.
         """
         if return_tensors != "pt":
             raise ValueError(f'return_tensors must be "pt", got {brief(return_tensors)}')
         check_options({"text": text, **options})
-        if images is None:
-            raise ValueError("no images are given; accepted: one image or a list of them")
-        if not isinstance(images, (list, tuple)):
-            images = list(images) if getattr(images, "ndim", 0) == 4 else [images]
-        if not len(images):
-            raise ValueError("the list of images is empty; accepted: one image or a list of them")
-        if input_points is None and input_labels is not None:
-            raise ValueError("input_labels are given without input_points")
+        images = as_list(images)
         arguments = {
             "input_boxes": input_boxes,
             "input_points": input_points,
@@ -164,6 +156,8 @@ class ProbabilisticSamProcessor(ProcessorMixin):
             "input_masks": input_masks,
         }
         given = {name: split(value, name, len(images)) for name, value in arguments.items() if value is not None}
+        if "input_labels" in given and "input_points" not in given:
+            raise ValueError("input_labels are given without input_points")
         if not given and (self.crop_size is not None or segmentation_maps is not None):
             raise ValueError(
                 "a prompt must be given: input_boxes, input_points or input_masks; the window is cut around it"
@@ -173,55 +167,29 @@ class ProbabilisticSamProcessor(ProcessorMixin):
         windows: list[dict[str, torch.Tensor]] = []
         for index, item in enumerate(images):
             image = to_grey_or_rgb(item)
-            prompts = {name: values[index] for name, values in given.items()}
-            counts = {name: len(values) for name, values in prompts.items()}
-            if len(set(counts.values())) > 1:
-                raise ValueError(f"image {index} has different numbers of prompts: {counts}")
-            count = next(iter(counts.values()), 0)
-            if given and not count:
-                raise ValueError(f"image {index} has no prompt")
-            if "input_points" in prompts and "input_labels" not in prompts:
-                prompts["input_labels"] = [torch.ones(len(points)) for points in prompts["input_points"]]
-            if "input_labels" in prompts:
-                prompts["input_labels"] = [
-                    labels.masked_fill(labels == -1, PADDING_LABEL) for labels in prompts["input_labels"]
-                ]
-            if "input_boxes" in prompts:
-                prompts["input_boxes"] = [clip_box(box, image.shape[-2:]) for box in prompts["input_boxes"]]
-            if "input_masks" in prompts:
-                prompts["input_masks"] = [mask_inside(mask).float() for mask in prompts["input_masks"]]
-            masks = None if readers is None else reader_masks(readers[index], image.shape[-2:], index)
-            groups = [range(count)] if self.crop_size is None else [range(i, i + 1) for i in range(count)]
+            size = image.shape[-2:]
+            prompts = read_prompts({name: values[index] for name, values in given.items()}, size, index)
+            masks = None if readers is None else reader_masks(readers[index], size, index)
+            count = len(next(iter(prompts.values()), [None]))
+            groups = [slice(count)] if self.crop_size is None else [slice(i, i + 1) for i in range(count)]
             for group in groups:
-                features = self.window_features(image, {k: [v[i] for i in group] for k, v in prompts.items()})
-                if masks is not None:
-                    place = features["windows"].tolist()
-                    labels = cut_masks(masks, place, self.image_size // 4).float()
-                    annotated = cut(masks, place, fill=0.0).flatten(1).any(dim=1)
-                    features["labels"] = labels.repeat(len(group), 1, 1, 1)
-                    features["annotated"] = annotated.repeat(len(group), 1)
-                windows.append(features)
+                of_window = {name: values[group] for name, values in prompts.items()}
+                windows.append(self.window_features(image, of_window, masks))
 
-        most = max((window["input_points"].shape[1] for window in windows if "input_points" in window), default=0)
-        for window in windows:
-            if "input_points" in window:
-                missing = most - window["input_points"].shape[1]
-                window["input_points"] = F.pad(window["input_points"], (0, 0, 0, missing), value=PADDING_LABEL)
-                window["input_labels"] = F.pad(window["input_labels"], (0, missing), value=PADDING_LABEL)
         for name in given:
-            if len({len(window[name]) for window in windows}) > 1:
-                counts_text = ", ".join(str(len(window[name])) for window in windows)
+            counts = [len(window[name]) for window in windows]
+            if len(set(counts)) > 1:
                 raise ValueError(
-                    f"without a crop_size every image needs as many {name} as the others, got {counts_text}"
+                    f"without a crop_size every image needs the same number of {name}, got {str(counts)[1:-1]}"
                 )
-        if readers is not None and len({len(item) for item in readers}) > 1:
-            counts_text = ", ".join(str(len(item)) for item in readers)
+        counts = [len(masks) for masks in readers or []]
+        if len(set(counts)) > 1:
             raise ValueError(
-                f"segmentation_maps have different numbers of readers ({counts_text}); accepted: as many for every "
-                "image of a call"
+                f"segmentation_maps have different numbers of readers ({str(counts)[1:-1]}); "
+                "accepted: the same number for every image of a call"
             )
-        stacked = {name: torch.stack([window[name] for window in windows]) for name in windows[0]}
-        batch = ProbabilisticSamFeatures(stacked)
+        pad_points(windows)
+        batch = ProbabilisticSamFeatures({name: torch.stack([w[name] for w in windows]) for name in windows[0]})
         if device is not None:
             try:
                 batch = batch.to(torch.device(device))
@@ -230,15 +198,17 @@ class ProbabilisticSamProcessor(ProcessorMixin):
                 raise ValueError(f"device {brief(device)} cannot be used ({reason[:200]})") from error
         return batch
 
-    def window_features(self, image: torch.Tensor, prompts: dict[str, list[torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """Features of one window of `image` (C, H, W) that holds `prompts`."""
+    def window_features(
+        self, image: torch.Tensor, prompts: dict[str, list[torch.Tensor]], readers: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        """Features of one window of an image (C, H, W), for prompts of `read_prompts` and readers' masks (R, H, W)."""
         height, width = image.shape[-2:]
-        x, y, side = self.window(height, width, prompts)
-        scale = self.image_size / side
+        window = x, y, side = self.window(height, width, prompts)
+        scale, low_resolution = self.image_size / side, self.image_size // 4
         corner = torch.tensor([x, y], dtype=torch.float32)
         features = {
-            "pixel_values": self.pixel_values(image, (x, y, side)),
-            "windows": torch.tensor([x, y, side]),
+            "pixel_values": self.pixel_values(image, window),
+            "windows": torch.tensor(window),
             "original_sizes": torch.tensor([height, width]),
         }
         if "input_boxes" in prompts:
@@ -247,64 +217,34 @@ class ProbabilisticSamProcessor(ProcessorMixin):
             points = pad_sequence(prompts["input_points"], batch_first=True)  # (P, K, 2)
             points = (points - corner) * scale
             labels = pad_sequence(prompts["input_labels"], batch_first=True, padding_value=PADDING_LABEL)
-            # A negative point may lie far from the others: outside of the window it has nothing to say
-            counts = ((points >= 0) & (points <= self.image_size)).all(dim=-1) & (labels != PADDING_LABEL)
-            features["input_points"] = torch.where(counts[..., None], points, PADDING_LABEL)
-            features["input_labels"] = torch.where(counts, labels, PADDING_LABEL).long()
+            # Negative points far from the others may lie outside the window, where they carry no information
+            used = ((points >= 0) & (points <= self.image_size)).all(dim=-1) & (labels != PADDING_LABEL)
+            features["input_points"] = torch.where(used[..., None], points, PADDING_LABEL)
+            features["input_labels"] = torch.where(used, labels, PADDING_LABEL).long()
         if "input_masks" in prompts:
             if len(prompts["input_masks"]) > 1:
-                raise ValueError("a window takes one mask prompt: give a crop_size, or one mask an image")
-            mask = cut(prompts["input_masks"][0][None], (x, y, side), fill=0.0)[None]
-            mask = F.interpolate(mask, size=(self.image_size // 4,) * 2, mode="bilinear", antialias=True)[0]
-            features["input_masks"] = (mask * 2 - 1) * 10.0  # a confident mask in SAM's logits
+                raise ValueError("a window takes one mask prompt: give a crop_size, or one mask per image")
+            mask = cut(prompts["input_masks"][0][None], window, fill=0.0)[None]
+            mask = F.interpolate(mask, size=(low_resolution,) * 2, mode="bilinear", antialias=True)[0]
+            features["input_masks"] = (mask * 2 - 1) * 10.0  # logits of a confident mask, as SAM expects
+        if readers is not None:
+            count = len(next(iter(prompts.values())))
+            features["labels"] = cut_masks(readers, window, low_resolution).float().repeat(count, 1, 1, 1)
+            features["annotated"] = cut(readers, window, fill=0.0).flatten(1).any(dim=1).repeat(count, 1)
         return features
 
     def window(self, height: int, width: int, prompts: dict[str, list[torch.Tensor]]) -> tuple[int, int, int]:
-        """Upper left corner (x, y) and side, in image pixels, of the window for prompts of one image (H, W)."""
-        corners, outer = [], []  # what the window is laid around; what must lie in the image
-        for box in prompts.get("input_boxes", []):
-            if box.shape != (4,) or not torch.isfinite(box).all():
-                raise ValueError(f"a box must be four finite numbers x1, y1, x2, y2, got {brief(box.tolist())}")
-            if box[2] <= box[0] or box[3] <= box[1]:
-                raise ValueError(f"box {box.tolist()} has no area: x2 must exceed x1 and y2 must exceed y1")
-            corners += [box[:2], box[2:]]
-        for points, labels in zip(prompts.get("input_points", []), prompts.get("input_labels", []), strict=True):
-            if points.ndim != 2 or points.shape[-1] != 2 or not len(points) or not torch.isfinite(points).all():
-                raise ValueError(f"points must be finite pairs x, y, at least one, got {brief(points.tolist())}")
-            if labels.shape != points.shape[:1]:
-                raise ValueError(f"{len(points)} points need as many labels, got {brief(labels.tolist())}")
-            if not torch.isin(labels, torch.tensor([0.0, 1.0, PADDING_LABEL])).all():
-                raise ValueError(
-                    "labels must be 1 (inside), 0 (outside), -1 or -10 (padding), got " + brief(labels.tolist())
-                )
-            points = points[labels != PADDING_LABEL]
-            labels = labels[labels != PADDING_LABEL]
-            outer += list(points)
-            corners += list(points[labels == 1] if (labels == 1).any() else points)
-        for mask in prompts.get("input_masks", []):
-            if mask.shape != (height, width):
-                raise ValueError(f"a mask prompt must have the image's size {height, width}, got {tuple(mask.shape)}")
-            where = torch.nonzero(mask)
-            if not len(where):
-                raise ValueError("a mask prompt must not be empty: no value of it counts as inside")
-            corners += [where.amin(dim=0).flip(0).float(), where.amax(dim=0).flip(0).float() + 1]
-        if prompts and not corners:
-            raise ValueError("every point is padding: a prompt needs a box, a mask or a point")
-        for x, y in (corner.tolist() for corner in corners + outer):
-            if not (0 <= x <= width and 0 <= y <= height):
-                raise ValueError(
-                    f"x {x:g}, y {y:g} of a prompt lies outside of the image of {width} x {height} pixels"
-                )
+        """Window around the prompts of one image: x and y of the upper left corner and side, in image pixels."""
+        corners = prompt_corners(prompts, (height, width))
         if self.crop_size is None:
-            side = max(height, width)
-            return 0, 0, side
+            return 0, 0, max(height, width)
         low, high = torch.stack(corners).amin(dim=0), torch.stack(corners).amax(dim=0)
-        side = max(self.crop_size, int(np.ceil(float((high - low).max()) / PROMPT_SHARE)))
+        side = max(self.crop_size, math.ceil(float((high - low).max()) / PROMPT_SHARE))
         centre_x, centre_y = ((low + high) / 2).tolist()
         return round(centre_x - side / 2), round(centre_y - side / 2), side
 
     def pixel_values(self, image: torch.Tensor, window: tuple[int, int, int]) -> torch.Tensor:
-        """(3, image_size, image_size) of the `window` (x, y, side) of an image (1 or 3, H, W)."""
+        """Window (x, y, side) of an image (1 or 3, H, W) as model input: (3, image_size, image_size)."""
         inside = image[:, max(window[1], 0) : window[1] + window[2], max(window[0], 0) : window[0] + window[2]]
         crop = cut(image, window, fill=float(inside.min()))
         low, high = np.percentile(inside.numpy(), self.stretch_percentiles)
@@ -318,7 +258,7 @@ class ProbabilisticSamProcessor(ProcessorMixin):
 
     @property
     def image_processor(self) -> "ProbabilisticSamProcessor":
-        """The processor itself: `processor.image_processor.post_process_masks` is how SAM's examples spell it."""
+        """The processor itself, because SAM's examples call `processor.image_processor.post_process_masks`."""
         return self
 
     def __getattr__(self, name: str) -> Any:
@@ -326,13 +266,13 @@ class ProbabilisticSamProcessor(ProcessorMixin):
             raise AttributeError(f"the processor has no {name}; it has image_size, crop_size and stretch_percentiles")
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
-    # ----------------------------------------------------------------------------------------------------- backward
+    # -------------------------------------------------------------------------------------------------- from the model
 
     @torch.no_grad()
     def post_process_logits(
         self, pred_masks: torch.Tensor, windows: torch.Tensor, original_sizes: torch.Tensor
     ) -> list[torch.Tensor]:
-        """Logits (W, P, N, h, w) to one float tensor (N, H, W) a prompt at the image's size, windows first."""
+        """Logits (W, P, N, h, w) at the size of the image: W * P float tensors (N, H, W), in order of the windows."""
         places = check_places(pred_masks, windows, original_sizes)
         return [logits for masks, place in zip(pred_masks, places, strict=True) for logits in paste(masks, *place)]
 
@@ -346,18 +286,18 @@ class ProbabilisticSamProcessor(ProcessorMixin):
         binarize: bool = True,
         **options: Any,
     ) -> list[torch.Tensor]:
-        """SAM's name for pasting masks back; `post_process_samples` gives mean, uncertainty and areas as well.
+        """Masks at the size of the image, as in SAM; `post_process_samples` also gives mean, entropy and areas.
 
         Args:
             masks: logits (W, P, N, h, w).
-            original_sizes: (W, 2), of the processor's output.
-            windows: (W, 3), of the processor's output, in the place of SAM's `reshaped_input_sizes`.
+            original_sizes: (W, 2), as returned by the processor.
+            windows: (W, 3), as returned by the processor; replaces SAM's `reshaped_input_sizes`.
             mask_threshold: logit above which a pixel belongs to a mask.
             binarize: `False` returns the logits.
             **options: other arguments of SAM are refused.
 
         Returns:
-            One tensor (P, N, H, W) a window at the image's size, boolean or float.
+            One tensor (P, N, H, W) per window, boolean or float.
 
         Raises:
             ValueError: no windows, or shapes that do not fit.
@@ -381,23 +321,23 @@ class ProbabilisticSamProcessor(ProcessorMixin):
         pixel_spacing_mm: float | Sequence[float] | None = None,
         threshold: float = 0.5,
     ) -> list[dict]:
-        """Everything a user looks at, one dictionary a prompt (W * P of them, windows first).
+        """Masks and summaries at the size of the image: one dictionary per prompt, W * P in order of the windows.
 
         Args:
             pred_masks: logits (W, P, N, h, w).
-            windows: (W, 3), of the processor's output.
-            original_sizes: (W, 2), of the processor's output.
-            pixel_spacing_mm: side of a pixel, one number or one a prompt; areas are then in mm^2.
+            windows: (W, 3), as returned by the processor.
+            original_sizes: (W, 2), as returned by the processor.
+            pixel_spacing_mm: side of a pixel, one number or one per prompt; areas are then in mm^2.
             threshold: probability above which a pixel belongs to a mask.
 
         Returns:
-            `masks` (N, H, W) boolean, `mean` (H, W) probability averaged over samples, `entropy` (H, W) of that mean
+            `masks` (N, H, W) boolean, `mean` (H, W) probability averaged over the samples, `entropy` (H, W) of `mean`
             in bits, `areas` (N,), `area_quantiles` by level, `area_unit` ("px" or "mm2"), `empty_share` of the
             samples.
 
         Raises:
-            ValueError: a spacing that is not positive, or not one a prompt; a threshold that is not within 0..1;
-                logits that are not finite; shapes that do not fit.
+            ValueError: a spacing that is not positive, or not one per prompt; a threshold outside 0..1; logits that
+                are not finite; shapes that do not fit.
         """
         places = check_places(pred_masks, windows, original_sizes)
         if not 0 < threshold < 1:
@@ -420,7 +360,7 @@ class ProbabilisticSamProcessor(ProcessorMixin):
             (_, _, side), (height, width) = places[window]
             masks = torch.empty((len(samples), height, width), dtype=torch.bool, device=samples.device)
             mean = torch.zeros((height, width), device=samples.device)
-            # Some samples at a time are floating point at the image's size, so that memory stays bounded
+            # In chunks, because floating-point logits of all samples at the size of the image may not fit in memory
             chunk = max(1, CHUNK_PIXELS // max(height * width, side**2))
             for part, part_masks in zip(samples.split(chunk), masks.split(chunk), strict=True):
                 (logits,) = paste(part[None], *places[window])
@@ -450,7 +390,7 @@ def binary_entropy(probability: torch.Tensor) -> torch.Tensor:
 
 
 def paste(masks: torch.Tensor, window: tuple[int, int, int], size: tuple[int, int]) -> torch.Tensor:
-    """Logits (P, N, h, w) of a window (x, y, side) at the image's size, (P, N, H, W)."""
+    """Logits (P, N, h, w) of a window (x, y, side) at the size (H, W) of the image: (P, N, H, W)."""
     (x, y, side), (height, width) = window, size
     shrinks = side < masks.shape[-1]
     resized = F.interpolate(masks.float(), size=(side, side), mode="bilinear", antialias=shrinks)
@@ -469,119 +409,15 @@ def check_places(pred_masks: torch.Tensor, windows: Any, original_sizes: Any) ->
             "masks, windows and original_sizes must have the shapes (W, P, N, h, w), (W, 3) and (W, 2), got "
             f"{', '.join(map(str, shapes))}"
         )
-    return list(zip(np_list(windows), np_list(original_sizes), strict=True))
+    places = ([tuple(map(int, row)) for row in torch.as_tensor(item).tolist()] for item in (windows, original_sizes))
+    return list(zip(*places, strict=True))
 
 
-def np_list(values: Any) -> list[tuple[int, ...]]:
-    """Rows of an integer array, tensor or nested list as tuples."""
-    return [tuple(int(number) for number in row) for row in (values.tolist() if hasattr(values, "tolist") else values)]
-
-
-# -------------------------------------------------------------------------------------------------------------- images
-
-
-def open_image(image: Any, name: str | None = None, max_pixels: int = MAX_PIXELS, paths: bool = True) -> Any:
-    """Decode one image, however it comes; its size is checked before, so that a huge one is refused and not decoded.
-
-    Args:
-        image: a path; bytes or a binary file; base64 of a file or a data URL, as text; a PIL image. Anything else,
-            such as an array, is returned as it is.
-        name: the subject of error messages, as in "image slice.png".
-        max_pixels: its largest width times height.
-        paths: whether text may be a path. For text that comes from outside it must not.
-
-    Returns:
-        `PIL.Image.Image`, upright by its orientation tag, grey (`L`, `I`, `I;16`, `F`) or `RGB`: palettes and other
-        colour spaces become RGB, transparency is dropped.
-
-    Raises:
-        ValueError: not an image, truncated, several frames, more than `max_pixels`, or a URL.
-    """
-    is_pil = hasattr(image, "getbands")
-    if not is_pil and not isinstance(image, (str, os.PathLike, bytes, bytearray, memoryview)):
-        if not hasattr(image, "read"):
-            return image
-        if isinstance(image, io.TextIOBase):
-            raise ValueError(f"{name or 'the image'} is a file opened as text; accepted: one opened with mode 'rb'")
-    try:  # transformers would otherwise demand it before it loads this file, and arrays do without
-        from PIL import Image, ImageOps, UnidentifiedImageError
-    except ModuleNotFoundError as error:
-        raise ImportError("reading image files needs Pillow, which is not installed: pip install pillow") from error
-
-    if isinstance(image, str) and not (paths and os.path.isfile(image)):
-        image = decode_base64(image, name, paths)
-    if isinstance(image, (str, os.PathLike)):
-        name = name or f"image {shorten(str(image))}"
-    name = name or "the image"
-    if isinstance(image, (bytes, bytearray, memoryview)):
-        if len(image) > MAX_FILE_BYTES:
-            raise ValueError(f"{name} has more than {MAX_FILE_BYTES >> 20} MiB")
-        image = io.BytesIO(image)
-    try:
-        with contextlib.ExitStack() as stack:
-            # The header says the size
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                opened = image if is_pil else stack.enter_context(Image.open(image, formats=IMAGE_FORMATS))
-            frames = getattr(opened, "n_frames", 1)
-            if opened.width * opened.height > max_pixels:
-                problem = f"has {opened.width} x {opened.height} pixels"
-            elif frames > 1:
-                problem = f"holds {frames} frames"
-            else:
-                return plain_mode(ImageOps.exif_transpose(opened))
-    except Image.DecompressionBombError as error:
-        problem = f"is too large ({error})"
-    except UnidentifiedImageError:
-        problem = "is not an image"
-    except Exception as error:  # a damaged file makes Pillow raise almost anything
-        problem = f"cannot be read ({getattr(error, 'strerror', None) or str(error)[:MAX_QUOTED]})"
-    raise ValueError(f"{name} {problem}; {accepted_images(max_pixels)}")
-
-
-def accepted_images(max_pixels: int = MAX_PIXELS) -> str:
-    """The end of an error about an image."""
-    formats = ", ".join(IMAGE_FORMATS)
-    return f"accepted: {formats} of at most {max_pixels // 10**6} million pixels, one slice a file"
-
-
-def decode_base64(text: str, name: str | None, paths: bool) -> bytes:
-    """Bytes of a data URL or of base64, which is what text stands for that is not the path of a file."""
-    if text[:5].lower() == "data:":
-        head, _, content = text.partition(",")
-        if not head.lower().endswith(";base64"):
-            raise ValueError(
-                f"{name or 'the image'} is a data URL without base64; accepted: data:image/png;base64,..."
-            )
-    elif "://" in text[:16]:
-        raise ValueError(f"{name or 'the image'} is a URL, which is not fetched; {accepted_images()}")
-    else:
-        content = text
-    try:
-        if len(content) > MAX_FILE_BYTES // 3 * 4:
-            raise ValueError(f"more than {MAX_FILE_BYTES >> 20} MiB")
-        if paths and content is text and len(text) < MAX_QUOTED:  # shorter than any image
-            raise ValueError("no such file")
-        return base64.b64decode("".join(content.split()), validate=True)
-    except ValueError as error:
-        if paths and content is text:
-            problem = f"{name or 'image ' + shorten(text)} cannot be read (no such file, and not base64)"
-        else:
-            problem = f"{name or 'the image'} is not valid base64 ({error})"
-        raise ValueError(f"{problem}; {accepted_images()}") from error
-
-
-def plain_mode(image: Any) -> Any:
-    """A PIL image in grey or RGB."""
-    if image.mode in ("L", "RGB", "F", "I") or image.mode.startswith("I;16"):
-        return image
-    if image.mode == "La":
-        image = image.convert("LA")
-    return image.convert("L" if image.mode in ("1", "LA") else "RGB")  # palettes, transparency, CMYK and the like
+# ----------------------------------------------------------------------------------------------------------- arguments
 
 
 def to_grey_or_rgb(image: Any) -> torch.Tensor:
-    """A grey or RGB image of any kind as float (1 or 3, H, W)."""
+    """Any grey or RGB image as a float32 tensor (1 or 3, H, W)."""
     image = open_image(image)
     try:
         array = as_float(image).numpy() if isinstance(image, torch.Tensor) else np.asarray(image)
@@ -602,22 +438,13 @@ def to_grey_or_rgb(image: Any) -> torch.Tensor:
     return tensor
 
 
-# ------------------------------------------------------------------------------------------------- prompts and readers
-
-
 def brief(value: Any) -> str:
-    """What an error message repeats of an argument: one line of at most 80 characters."""
+    """An argument as error messages repeat it: one line of at most 80 characters."""
     return f"{len(value)} bytes" if isinstance(value, (bytes, bytearray)) else shorten(reprlib.repr(value))
 
 
-def shorten(text: str) -> str:
-    """The beginning of a text as one line of at most 80 characters."""
-    text = " ".join(text[: 2 * MAX_QUOTED].split())
-    return text if len(text) <= MAX_QUOTED else text[: MAX_QUOTED - 3] + "..."
-
-
 def check_options(options: dict[str, Any]) -> None:
-    """Refuse arguments of `SamProcessor`, or of nothing, that this processor cannot honour."""
+    """Refuse unknown arguments, and arguments of `SamProcessor` with a value that has no effect here."""
     for name, value in options.items():
         if value is None or name in FREE_OPTIONS:
             continue
@@ -625,10 +452,25 @@ def check_options(options: dict[str, Any]) -> None:
             raise ValueError(
                 f"the processor does not take {shorten(name)}; accepted: images, segmentation_maps, input_points, "
                 "input_labels, input_boxes, input_masks, device; image_size, crop_size and stretch_percentiles are "
-                "set when it is made"
+                "arguments of ProbabilisticSamProcessor(...)"
             )
         if not isinstance(value, (bool, int, str)) or value != FIXED_OPTIONS[name]:
-            raise ValueError(f"{name} is {brief(value)}; accepted: only {FIXED_OPTIONS[name]!r}, what is always done")
+            raise ValueError(f"{name} is {brief(value)}; accepted: only {FIXED_OPTIONS[name]!r}")
+
+
+def as_list(images: Any) -> list:
+    """A list of images from one image, a list, a tuple or a batch (B, ...).
+
+    Raises:
+        ValueError: there is no image.
+    """
+    if images is None:
+        raise ValueError("no images are given; accepted: one image or a list of images")
+    if not isinstance(images, (list, tuple)):
+        images = list(images) if getattr(images, "ndim", 0) == 4 else [images]
+    if not len(images):
+        raise ValueError("the list of images is empty; accepted: one image or a list of images")
+    return list(images)
 
 
 def as_float(value: Any) -> torch.Tensor:
@@ -639,7 +481,7 @@ def as_float(value: Any) -> torch.Tensor:
 
 
 def nesting(value: Any) -> int:
-    """Number of levels of nested lists and of the arrays in them; of an empty list more than anything has."""
+    """Depth of nested lists plus axes of the arrays in them; more than is ever accepted for an empty list."""
     levels = 0
     while isinstance(value, (list, tuple)):
         if not value:
@@ -649,10 +491,12 @@ def nesting(value: Any) -> int:
 
 
 def split(values: Any, name: str, count: int) -> list[list[torch.Tensor]]:
-    """Prompts, or readers' masks, for each of `count` images, one tensor each.
+    """Prompts or readers' masks of each of `count` images, as one tensor each.
 
-    Missing levels are put in: the level of prompts, and with one image that of images, because then nothing else can
-    be meant.
+    Missing levels are inserted: that of prompts, and with one image that of images, because they are unambiguous.
+
+    Raises:
+        ValueError: values that are nested differently, or not for `count` images.
     """
     expected, ndim = NESTING[name]
     least = 2 if ndim == 2 and name != "input_points" else int(name != "input_labels")
@@ -682,8 +526,73 @@ def split(values: Any, name: str, count: int) -> list[list[torch.Tensor]]:
     return images
 
 
+def read_prompts(
+    prompts: dict[str, list[torch.Tensor]], size: Sequence[int], index: int
+) -> dict[str, list[torch.Tensor]]:
+    """Prompts of image number `index`, of size (H, W), in one form: labels for points, boxes clipped, masks 0 or 1.
+
+    Raises:
+        ValueError: no prompt, different numbers of prompts, or a mask whose values are not accepted.
+    """
+    counts = {name: len(values) for name, values in prompts.items()}
+    if len(set(counts.values())) > 1:
+        raise ValueError(f"image {index} has different numbers of prompts: {counts}")
+    if 0 in counts.values():
+        raise ValueError(f"image {index} has no prompt")
+    if "input_points" in prompts:
+        labels = prompts.get("input_labels", [torch.ones(len(points)) for points in prompts["input_points"]])
+        prompts["input_labels"] = [item.masked_fill(item == -1, PADDING_LABEL) for item in labels]
+    if "input_boxes" in prompts:
+        prompts["input_boxes"] = [clip_box(box, size) for box in prompts["input_boxes"]]
+    if "input_masks" in prompts:
+        prompts["input_masks"] = [mask_inside(mask).float() for mask in prompts["input_masks"]]
+    return prompts
+
+
+def prompt_corners(prompts: dict[str, list[torch.Tensor]], size: Sequence[int]) -> list[torch.Tensor]:
+    """Points (x, y) that the window of prompts from `read_prompts` must contain, in an image of size (H, W).
+
+    These are corners of boxes and masks and positive points; negative points only in a prompt without positive ones.
+
+    Raises:
+        ValueError: a prompt that is malformed, empty or outside the image.
+    """
+    (height, width), corners, others = size, [], []
+    for box in prompts.get("input_boxes", []):
+        if box.shape != (4,) or not torch.isfinite(box).all():
+            raise ValueError(f"a box must be four finite numbers x1, y1, x2, y2, got {brief(box.tolist())}")
+        if box[2] <= box[0] or box[3] <= box[1]:
+            raise ValueError(f"box {box.tolist()} has no area: x2 must exceed x1 and y2 must exceed y1")
+        corners += [box[:2], box[2:]]
+    for points, labels in zip(prompts.get("input_points", []), prompts.get("input_labels", []), strict=True):
+        if points.ndim != 2 or points.shape[-1] != 2 or not len(points) or not torch.isfinite(points).all():
+            raise ValueError(f"points must be finite pairs x, y, at least one, got {brief(points.tolist())}")
+        if labels.shape != points.shape[:1]:
+            raise ValueError(f"{len(points)} points need as many labels, got {brief(labels.tolist())}")
+        if not torch.isin(labels, torch.tensor([0.0, 1.0, PADDING_LABEL])).all():
+            raise ValueError(
+                f"labels must be 1 (inside), 0 (outside), -1 or -10 (padding), got {brief(labels.tolist())}"
+            )
+        positive, used = labels == 1, labels != PADDING_LABEL
+        corners += list(points[positive if positive.any() else used])
+        others += list(points[used])
+    for mask in prompts.get("input_masks", []):
+        if mask.shape != (height, width):
+            raise ValueError(f"a mask prompt must have the image's size {height, width}, got {tuple(mask.shape)}")
+        where = torch.nonzero(mask)
+        if not len(where):
+            raise ValueError("a mask prompt must not be empty: no value of it counts as inside")
+        corners += [where.amin(dim=0).flip(0).float(), where.amax(dim=0).flip(0).float() + 1]
+    if prompts and not corners:
+        raise ValueError("every point is padding: a prompt needs a box, a mask or a point")
+    for x, y in (corner.tolist() for corner in corners + others):
+        if not (0 <= x <= width and 0 <= y <= height):
+            raise ValueError(f"x {x:g}, y {y:g} of a prompt lies outside the image of {width} x {height} pixels")
+    return corners
+
+
 def clip_box(box: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """A box whose sides leave the image (H, W) by less than a pixel, as rescaled boxes do, at the image's edge."""
+    """Clip a box that extends beyond the image (H, W) by less than a pixel, as rescaled boxes may."""
     if box.shape != (4,):
         return box
     edge = torch.tensor([size[1], size[0]] * 2, dtype=box.dtype)
@@ -693,20 +602,19 @@ def clip_box(box: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
 def mask_inside(mask: torch.Tensor) -> torch.Tensor:
     """Which pixels of a mask prompt (H, W) are inside.
 
-    0 and one other, positive value (boolean, 0 and 1, 0 and 255): all that is not 0. Negative values: logits, inside
-    where they are positive. Values from 0 to 1: probabilities, inside where they exceed 0.5.
+    - 0 and one positive value (boolean, 0 and 1, 0 and 255): inside where not 0.
+    - Values from 0 to 1: probabilities, inside above 0.5.
+    - Some negative values: logits, inside above 0.
 
     Raises:
-        ValueError: values that are not finite, or others.
+        ValueError: other values, or values that are not finite.
     """
     if not mask.numel():
         raise ValueError("a mask prompt must not be empty: it has no pixels")
     if not torch.isfinite(mask).all():
         raise ValueError("a mask prompt must hold finite numbers only")
     low, high = mask.min(), mask.max()
-    if low < 0:
-        return mask > 0
-    if (low == 0 or high > 1) and ((mask == 0) | (mask == high)).all():
+    if low < 0 or ((low == 0 or high > 1) and ((mask == 0) | (mask == high)).all()):
         return mask > 0
     if high <= 1:
         return mask > 0.5
@@ -717,10 +625,10 @@ def mask_inside(mask: torch.Tensor) -> torch.Tensor:
 
 
 def reader_masks(masks: list[torch.Tensor], size: Sequence[int], index: int) -> torch.Tensor:
-    """Readers' masks of image number `index` as (R, H, W), 0 or 1 in floating point."""
+    """Readers' masks of image number `index`, of size (H, W): (R, H, W), 0 or 1 in floating point."""
     subject, (height, width) = f"segmentation_maps of image {index}", size
     if not masks:
-        raise ValueError(f"{subject} hold no mask; accepted: one for each reader, empty ones included")
+        raise ValueError(f"{subject} hold no mask; accepted: one mask per reader, including empty ones")
     for mask in masks:
         if mask.shape != (height, width):
             raise ValueError(f"{subject} must have the image's size {height, width}, got {tuple(mask.shape)}")
@@ -729,16 +637,11 @@ def reader_masks(masks: list[torch.Tensor], size: Sequence[int], index: int) -> 
     return (torch.stack(masks) > 0).float()
 
 
-def cut_masks(masks: torch.Tensor, window: Sequence[int], size: int) -> torch.Tensor:
-    """Readers' masks (R, H, W), 0 or 1, in a window (x, y, side): (R, size, size) boolean."""
-    inside = cut(masks, window, fill=0.0)
-    if inside.shape[-1] == size:
-        return inside > 0.5
-    return F.interpolate(inside[None], size=(size, size), mode="bilinear", antialias=True)[0] >= 0.5
+# ------------------------------------------------------------------------------------------------------------- windows
 
 
 def cut(image: torch.Tensor, window: Sequence[int], fill: float) -> torch.Tensor:
-    """The window (x, y, side) of (C, H, W), filled with `fill` outside of the image."""
+    """Window (x, y, side) of (C, H, W), padded with `fill` outside the image: (C, side, side)."""
     x, y, side = window
     height, width = image.shape[-2:]
     padding = (max(-x, 0), max(x + side - width, 0), max(-y, 0), max(y + side - height, 0))
@@ -747,8 +650,26 @@ def cut(image: torch.Tensor, window: Sequence[int], fill: float) -> torch.Tensor
     return padded[:, y : y + side, x : x + side]
 
 
+def cut_masks(masks: torch.Tensor, window: Sequence[int], size: int) -> torch.Tensor:
+    """Window (x, y, side) of readers' masks (R, H, W), 0 or 1, resized: (R, size, size) boolean."""
+    inside = cut(masks, window, fill=0.0)
+    if inside.shape[-1] == size:
+        return inside > 0.5
+    return F.interpolate(inside[None], size=(size, size), mode="bilinear", antialias=True)[0] >= 0.5
+
+
+def pad_points(items: Sequence[dict[str, torch.Tensor]]) -> None:
+    """Pad `input_points` (P, K, 2) and `input_labels` (P, K) of several items, in place, to the largest K."""
+    items = [item for item in items if "input_points" in item]
+    most = max((item["input_points"].shape[1] for item in items), default=0)
+    for item in items:
+        missing = most - item["input_points"].shape[1]
+        item["input_points"] = F.pad(item["input_points"], (0, 0, 0, missing), value=PADDING_LABEL)
+        item["input_labels"] = F.pad(item["input_labels"], (0, missing), value=PADDING_LABEL)
+
+
 class ProbabilisticSamFeatures(BatchFeature):
-    """What the processor returns: a `BatchFeature` that says where the sizes are which SAM's examples look up."""
+    """Output of the processor: a `BatchFeature` that explains why SAM's `reshaped_input_sizes` is missing."""
 
     def __getitem__(self, item: str) -> Any:
         if item == "reshaped_input_sizes":

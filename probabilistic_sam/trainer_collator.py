@@ -1,4 +1,4 @@
-"""From rows of a dataset to batches for transformers' `Trainer`, see training/TRAINER.md."""
+"""Collator from rows of a dataset to batches for transformers' `Trainer`, see training/TRAINER.md."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,37 +7,37 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .processing_probabilistic_sam import PADDING_LABEL, ProbabilisticSamProcessor, open_image
+from .processing_image_files import open_image
+from .processing_probabilistic_sam import ProbabilisticSamProcessor, pad_points
 
 PROMPTS = ("input_boxes", "input_points", "input_labels")
 
 
 class ProbabilisticSamCollator:
-    r"""Makes a batch of `ProbabilisticSamModel` from rows, each with one image, its readers' masks and one prompt.
+    r"""Makes a batch for `ProbabilisticSamModel` from rows with one image, its readers' masks and one prompt each.
 
     A row is a dictionary:
 
-    - `image`: PIL, array or tensor, as `ProbabilisticSamProcessor` takes it, or `{"bytes": ...}` of an image file, as
-      undecoded columns of a dataset have it.
-    - `masks`: the masks of its readers, a list of PIL images, arrays, tensors or `{"bytes": ...}` of `(H, W)`,
-      boolean, 0 and 1, or 0 and 255. The mask of a reader who did not annotate is empty; the list has no mask of a
-      reader who did not look.
+    - `image`: a PIL image, array or tensor, as in `ProbabilisticSamProcessor`, or `{"bytes": ...}` of an image file,
+      as in undecoded columns of a dataset.
+    - `masks`: one mask `(H, W)` per reader, as PIL images, arrays, tensors or `{"bytes": ...}`; boolean, 0 and 1, or 0
+      and 255. A reader who looked and annotated nothing has an empty mask; an absent reader has none.
     - the prompt, in image pixels: `input_boxes` with one box `[x1, y1, x2, y2]`, or `input_points` `[[x, y], ...]` and
-      their `input_labels` (1 inside, 0 outside; all inside when left out), or both. Without a prompt it is the tight
-      box of the union of the masks.
+      `input_labels` (1 inside, 0 outside; all inside by default), or both. By default it is the tight box around the
+      union of the masks.
 
-    Other columns are not used. The readers are padded to `num_readers`, so that all batches of a set have one shape.
+    Other columns are ignored. Readers are padded to `num_readers`, so that all batches have the same shape.
 
     Args:
         processor (`ProbabilisticSamProcessor`): cuts the windows.
-        num_readers (`int`): largest number of masks in any row.
+        num_readers (`int`): R, the largest number of masks in any row.
         num_samples (`int`, defaults to 16): samples per prompt in an evaluation.
 
-    Returns, when called: `pixel_values (B, 3, S, S)`, the prompt in the model's coordinates, `labels (B, 1, R, S / 4,
+    A call returns `pixel_values (B, 3, S, S)`, the prompts in pixels of the model's input, `labels (B, 1, R, S / 4,
     S / 4)` float, `reader_mask (B, 1, R)` and `annotated (B, 1, R)` bool, and the number `num_samples`.
 
     Raises:
-        ValueError: a row that does not fit; the message names it by its place in the batch.
+        ValueError: a row that does not fit; the message gives its index in the batch.
     """
 
     def __init__(self, processor: ProbabilisticSamProcessor, num_readers: int, num_samples: int = 16):
@@ -47,7 +47,7 @@ class ProbabilisticSamCollator:
         self.processor, self.num_readers, self.num_samples = processor, num_readers, num_samples
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """The batch of some rows."""
+        """Make a batch."""
         items = []
         for index, row in enumerate(rows):
             try:
@@ -57,17 +57,12 @@ class ProbabilisticSamCollator:
         if len({frozenset(item) for item in items}) > 1:
             kinds = sorted({" and ".join(name for name in PROMPTS[:2] if name in item) for item in items})
             raise ValueError(f"the rows of a batch need prompts of one kind, got {', '.join(kinds)}")
-        if "input_points" in items[0]:
-            most = max(item["input_points"].shape[1] for item in items)
-            for item in items:
-                missing = most - item["input_points"].shape[1]
-                item["input_points"] = F.pad(item["input_points"], (0, 0, 0, missing), value=PADDING_LABEL)
-                item["input_labels"] = F.pad(item["input_labels"], (0, missing), value=PADDING_LABEL)
+        pad_points(items)
         batch: dict[str, Any] = {name: torch.stack([item[name] for item in items]) for name in items[0]}
         return batch | {"num_samples": self.num_samples}
 
     def features(self, row: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        """One row's entry of the batch."""
+        """Features of one row."""
         for name in ("image", "masks"):
             if row.get(name) is None:
                 raise ValueError(f"no {name!r} among its columns {', '.join(map(str, row))}")
@@ -91,12 +86,12 @@ class ProbabilisticSamCollator:
 
 
 def encoded_or_image(value: Any) -> Any:
-    """The file's bytes of an image that a dataset has not decoded; other images as they are."""
+    """The bytes of an image that a dataset has not decoded; other images unchanged."""
     return value["bytes"] if isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes) else value
 
 
 def union_box(masks: Sequence[np.ndarray]) -> list[float]:
-    """Tight box x1, y1, x2, y2 of the union of masks (H, W), measured at the pixels' edges.
+    """Tight box x1, y1, x2, y2 around the union of masks (H, W), measured at pixel edges.
 
     Raises:
         ValueError: no mask, masks of different sizes, or every mask is empty.

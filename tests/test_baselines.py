@@ -1,4 +1,4 @@
-"""The baselines: each keeps the interface, draws by its seed, and is trained and scored by the scripts; oracles."""
+"""The baselines: common interface, samples by seed, training and evaluation by the scripts; and the oracles."""
 
 import json
 import math
@@ -41,7 +41,7 @@ def make_ellipse():
 
 
 def make_sam(model_class, **fields):
-    """The decoder's details start at zero; noise on them makes the image and the prompt's map count."""
+    """The outputs of the detail network start at zero; with noise they depend on image and prompt."""
     model = model_class.from_sam(tiny_model(tiny_vit_parts, detail_hidden_size=8), **fields)
     for name in ("coarse_out", "middle_out", "fine_out"):
         torch.nn.init.normal_(getattr(model.detail_network, name).weight, std=0.2)
@@ -49,7 +49,7 @@ def make_sam(model_class, **fields):
 
 
 def make_ablation(model_class):
-    """Its last bias, of the prior's mean, makes readers who draw."""
+    """The bias of the prior's mean is changed so that samples are not empty."""
     model = make_sam(model_class)
     bias = list(model.prior.parameters())[-1]
     torch.nn.init.constant_(bias[:1], 5.0)
@@ -92,7 +92,7 @@ def sampled_masks(model, seed=0, num_samples=4, **changes):
 def test_samples_follow_from_the_seed(model):
     masks = sampled_masks(model)
     assert masks.shape == (2, 1, 4, LOW, LOW) and masks.dtype == torch.float32
-    torch.rand(3)  # the global generator has no say
+    torch.rand(3)  # the global generator has no effect
     assert torch.equal(sampled_masks(model), masks)
     assert not torch.allclose(sampled_masks(model, seed=1), masks)
     assert not torch.allclose(masks[:, :, 0], masks[:, :, 1])
@@ -107,13 +107,13 @@ def test_samples_follow_image_and_prompt(model):
     assert several.shape == (2, 3, 4, LOW, LOW)
 
 
-def test_embeddings_stand_for_the_image(model):
+def test_image_embeddings_replace_the_image(model):
     embeddings = model.get_image_embeddings(images())
     assert embeddings.shape[-2:] == (GRID, GRID)
     assert torch.equal(sampled_masks(model, pixel_values=None, image_embeddings=embeddings), sampled_masks(model))
 
 
-def test_all_that_the_processor_gives_is_taken(model):
+def test_all_outputs_of_the_processor_are_accepted(model):
     processor = ProbabilisticSamProcessor(SIZE, 24)
     inputs = processor(np.arange(40 * 40).reshape(40, 40), input_boxes=[[[4, 4, 12, 12]]])
     masks = model.sample(**inputs, num_samples=3).pred_masks
@@ -147,7 +147,7 @@ def test_other_prompts(name):
 
 
 def test_ellipse_without_a_box():
-    with pytest.raises(UserError, match="accepted: a prompt with input_boxes"):
+    with pytest.raises(UserError, match="needs a box; accepted: prompts with input_boxes"):
         sampled_masks(make_ellipse(), input_boxes=None, input_points=torch.ones(2, 1, 1, 2))
 
 
@@ -179,7 +179,7 @@ def test_dropped_channels():
 
 
 @pytest.mark.parametrize("name", ["dropout_unet", "dropout_sam"])
-def test_training_and_sampling_have_shares_of_their_own(name):
+def test_training_and_sampling_have_separate_dropout(name):
     model = MAKERS[name]().eval()
 
     def losses_and_masks():
@@ -199,12 +199,12 @@ def test_training_and_sampling_have_shares_of_their_own(name):
 def test_loss_of_one_mask_against_an_empty_and_a_full_reader():
     logits, targets = torch.zeros(1, 1, 1, 2, 2), torch.stack([torch.zeros(2, 2), torch.ones(2, 2)])[None, None]
     bce = 4 * math.log(2)
-    dice = [1 - 1 / 3, 1 - 5 / 7]  # areas: 2 drawn, 0 and 4 wanted, overlap 0 and 2
+    dice = [1 - 1 / 3, 1 - 5 / 7]  # areas: 2 predicted, 0 and 4 in the targets, overlap 0 and 2
     expected = [0.5 * bce + 3 * value for value in dice]
     assert reconstruction_loss(logits, targets, 0.5, 3.0)[0, 0].tolist() == pytest.approx(expected)
 
 
-def test_untrained_deterministic_sam_draws_sams_masks():
+def test_untrained_deterministic_sam_gives_sams_masks():
     sam = tiny_model(tiny_vit_parts, detail_hidden_size=8)
     torch.nn.init.zeros_(sam.latent_proj[2].weight)
     torch.nn.init.zeros_(sam.latent_proj[2].bias)
@@ -214,7 +214,7 @@ def test_untrained_deterministic_sam_draws_sams_masks():
         assert torch.allclose(sampled_masks(still, num_samples=1), expected, atol=1e-5)
 
 
-def test_moved_boxes_stay_within_the_jitter_of_the_protocol():
+def test_moved_boxes_stay_within_the_jitter():
     model = make_sam(DeterministicSamModel, jitter=2.0)
     prompts = {"input_boxes": torch.tensor([[[4.0, 6.0, 24.0, 16.0]]])}
     moved = model.move_prompts(400, torch.Generator().manual_seed(0), prompts)["input_boxes"]
@@ -227,12 +227,12 @@ def test_moved_boxes_stay_within_the_jitter_of_the_protocol():
 
 def test_ellipse_is_fitted_by_hand():
     masks = np.zeros((4, 20, 20), bool)
-    masks[0, :10, :10], masks[1, :5, :5] = True, True  # areas 100 and 25; two readers drew nothing
+    masks[0, :10, :10], masks[1, :5, :5] = True, True  # areas 100 and 25; two empty masks
     model = make_ellipse()
     model.fit([([0.0, 0.0, 10.0, 10.0], masks)])
     assert model.probability_of_empty.item() == 0.5
     first = 0.5 * math.log(100 / (25 * math.pi))
-    assert model.log_scale_mean.item() == pytest.approx(first - math.log(2) / 2)  # the other is half as wide
+    assert model.log_scale_mean.item() == pytest.approx(first - math.log(2) / 2)  # the other one is half as wide
     assert model.log_scale_std.item() == pytest.approx(math.log(2) / 2)
 
 
@@ -251,7 +251,7 @@ def test_ellipses_have_the_fitted_sizes():
 
 
 @pytest.mark.parametrize(("name", "sees_sam"), [("pixel_prior", False), ("prompt_free_prior", True)])
-def test_ablated_priors_do_not_see_what_was_taken(name, sees_sam):
+def test_ablated_priors_do_not_depend_on_removed_inputs(name, sees_sam):
     torch.manual_seed(0)
     model = MAKERS[name]().eval()
     embeddings = model.get_image_embeddings(images())
@@ -264,7 +264,7 @@ def test_ablated_priors_do_not_see_what_was_taken(name, sees_sam):
     assert torch.equal(blind.prior_mean, output.prior_mean) != sees_sam
     other_pixels = torch.cat([embeddings[:, :-16], embeddings[:, -16:].flip(0)], dim=1)
     assert not torch.equal(model(image_embeddings=other_pixels, input_boxes=BOXES).prior_mean, output.prior_mean)
-    # The posterior tells readers apart
+    # The posterior differs between readers
     assert not torch.allclose(output.posterior_mean[0, 0, 0, 1:], output.posterior_mean[0, 0, 1, 1:])
 
 
@@ -272,7 +272,7 @@ def test_ablated_priors_do_not_see_what_was_taken(name, sees_sam):
 
 
 def readers():
-    """Two tiny slices, three readers each; the last one drew nothing."""
+    """Two tiny slices with three readers each; the last mask is empty."""
     labels = torch.zeros(2, 1, 3, LOW, LOW, dtype=torch.bool)
     labels[0, 0, 0, 2:6, 2:6] = labels[0, 0, 1, 3:6, 2:5] = True
     labels[1, 0, 0, 1:5, 2:7] = labels[1, 0, 1, 2:5, 1:4] = True
@@ -311,7 +311,9 @@ def test_probabilistic_unet_reports_its_latent_space():
         output.reconstructed_masks, readers().float(), reduction="none"
     ).sum(dim=(-2, -1))
     assert output.loss.item() == pytest.approx((bce + expected.sum(dim=-1)).mean().item(), rel=1e-5)
-    assert not torch.allclose(output.posterior_mean[:, :, 0], output.posterior_mean[:, :, 1])  # it reads the masks
+    assert not torch.allclose(
+        output.posterior_mean[:, :, 0], output.posterior_mean[:, :, 1]
+    )  # it depends on the masks
     with pytest.raises(ValueError, match="labels must have the shape"):
         model(pixel_values=images(), input_boxes=BOXES, labels=readers()[:, 0])
 
@@ -396,14 +398,14 @@ def test_scripts_train_and_score(name, train, workspace, tmp_path):
     assert content["results"]["all"]["count"] == 3
 
 
-def test_sam_keeps_what_is_not_trained(train, workspace):
+def test_frozen_weights_of_sam_do_not_change(train, workspace):
     base = AutoModel.from_pretrained(workspace / "base").state_dict()
     tuned = AutoModel.from_pretrained(train("dropout_sam")).state_dict()
     changed = {name.split(".")[0] for name, value in tuned.items() if not torch.equal(value, base[name])}
     assert changed == {"mask_decoder", "detail_network"}
 
 
-def test_sam_as_it_is_needs_no_step(train, workspace):
+def test_sam_without_training_steps(train, workspace):
     base = AutoModel.from_pretrained(workspace / "base").state_dict()
     run = train("deterministic_sam", max_steps=0)
     assert all(torch.equal(value, base[name]) for name, value in AutoModel.from_pretrained(run).state_dict().items())
@@ -431,10 +433,10 @@ def test_wrong_training_configuration(train, name, changes, message):
 
 
 def test_oracles_by_hand():
-    masks = np.zeros((4, 1, 4), bool)  # readers drew 0, 1, 2 and 4 pixels
+    masks = np.zeros((4, 1, 4), bool)  # readers annotated 0, 1, 2 and 4 pixels
     masks[1, 0, :1] = masks[2, 0, :2] = masks[3] = True
     majority = evaluation.Oracle("oracle:majority").sample(masks, 3, None)
-    assert majority.tolist() == [[[True, False, False, False]]] * 3  # 3 of 4; 2 of 4 are a tie, which is not drawn
+    assert majority.tolist() == [[[True, False, False, False]]] * 3  # 3 of 4; a tie, 2 of 4, is outside
     sampled = (
         evaluation.Oracle("oracle:readers").sample(masks, 1000, torch.Generator().manual_seed(0)).sum(axis=(1, 2))
     )
@@ -442,15 +444,15 @@ def test_oracles_by_hand():
     assert shares == pytest.approx([0.25] * 4, abs=0.05)
 
 
-def test_oracle_of_shape_knows_the_readers_who_drew():
-    masks = np.zeros((4, 1, 4), bool)  # two of four drew, the same two pixels: a tie of all, but the two agree
+def test_oracle_of_shape_uses_the_readers_who_annotated():
+    masks = np.zeros((4, 1, 4), bool)  # two of four annotated the same two pixels: a tie of all, but these two agree
     masks[2:, 0, :2] = True
     scores = evaluation.score_oracle(evaluation.Oracle("oracle:majority"), masks, 3, seed=0)
-    # All samples are empty: 2 * 1/2 - 0 - 1/2; in `shape` they are the two readers' mask
+    # In `all` the samples are empty: 2 * 1/2 - 0 - 1/2; in `shape` they equal the masks of the two readers
     assert scores["all"]["ged"] == pytest.approx(0.5)
     assert scores["shape"]["ged"] == 0
     assert (scores["shape"]["empty_rate_samples"], scores["shape"]["empty_rate_readers"]) == (1, 0.5)
-    masks[3] = False  # one reader: not in the column
+    masks[3] = False  # one reader: not in `shape`
     assert evaluation.score_oracle(evaluation.Oracle("oracle:majority"), masks, 3, seed=0)["shape"] is None
 
 
@@ -465,8 +467,8 @@ def test_oracles_are_scored(workspace, tmp_path):
     assert majority["sample_diversity"]["mean"] == 0
     assert readers_["ged"]["mean"] < majority["ged"]["mean"]
 
-    # One slice by hand: two readers, one of whom drew; three samples, k of them his. Distances are 0 or 1, so
-    # GED = 2 * 1/2 - 2 (k / 3) (1 - k / 3) - 1/2
+    # One slice by hand: two readers, one of whom annotated; k of three samples equal that reader's mask. Distances
+    # are 0 or 1, so GED = 2 * 1/2 - 2 (k / 3) (1 - k / 3) - 1/2
     row = next(row for row in load_split(workspace / "lidc", "validation") if row["num_nonempty"] < 4)
     annotated = decode_masks(row).any(axis=(1, 2))
     row["masks"] = [row["masks"][index] for index in (annotated.argmax(), annotated.argmin())]

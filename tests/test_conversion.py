@@ -1,4 +1,4 @@
-"""MobileSAM's file and SAM's directories to our model, judged by other people's weights, masks and formulas."""
+"""Conversion of MobileSAM's file and of SAM's directories, compared with independent weights, masks and formulas."""
 
 import copy
 import logging
@@ -33,7 +33,7 @@ def mobile_sam(shared_dir):
 
 @pytest.fixture(scope="module")
 def checkpoint(mobile_sam, tmp_path_factory):
-    """The same as MobileSAM publishes it: a torch file, with the classifier that its encoder was born with."""
+    """The state dict as MobileSAM publishes it: a torch file that still contains the classifier of its encoder."""
     path = tmp_path_factory.mktemp("mobile_sam") / "mobile_sam.pt"
     head = {"norm_head.weight": 320, "norm_head.bias": 320, "head.weight": (1000, 320), "head.bias": 1000}
     torch.save(mobile_sam | {f"image_encoder.{name}": torch.zeros(shape) for name, shape in head.items()}, path)
@@ -101,7 +101,7 @@ def test_box_prompts_segment_coins_as_otsu_does(checkpoint):
     model = convert_mobile_sam(checkpoint, image_size=1024).eval()
     processor = ProbabilisticSamProcessor(1024, crop_size=None, stretch_percentiles=(0, 100))
     inputs = processor(coins, input_boxes=[boxes])
-    with torch.no_grad():  # SAM's own decoding, before any latent
+    with torch.no_grad():  # SAM's own decoding, without a latent
         sparse, dense = model.prompt_encoder(None, None, inputs["input_boxes"], None)
         masks, _ = model.mask_decoder(
             image_embeddings=model.vision_encoder(inputs["pixel_values"]).last_hidden_state,
@@ -112,8 +112,8 @@ def test_box_prompts_segment_coins_as_otsu_does(checkpoint):
             fine_details=torch.zeros(1, 32, 256, 256),
         )
     logits = processor.post_process_logits(masks[:, :, None], inputs["windows"], inputs["original_sizes"])
-    drawn = np.stack([item[0].numpy() > 0 for item in logits])
-    iou = (drawn & truth).sum(axis=(1, 2)) / (drawn | truth).sum(axis=(1, 2))
+    masks = np.stack([item[0].numpy() > 0 for item in logits])
+    iou = (masks & truth).sum(axis=(1, 2)) / (masks | truth).sum(axis=(1, 2))
     assert iou.mean() >= 0.95 and iou.min() >= 0.9
 
 
@@ -122,7 +122,7 @@ def test_converted_model_survives_a_round_trip(converted, tmp_path):
     loaded = ProbabilisticSamModel.from_pretrained(tmp_path).eval()
     state = loaded.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in converted.state_dict().items())
-    # In float64, since float32's rounding may follow from where in memory the weights lie; masks are cast to float32
+    # In float64, since rounding in float32 may depend on the memory layout; masks are cast to float32
     inputs = {"pixel_values": torch.randn(1, 3, 64, 64), "input_boxes": torch.tensor([[[8.0, 8, 40, 48]]])}
     inputs = {name: value.double() for name, value in inputs.items()}
     first, second = (
@@ -132,13 +132,13 @@ def test_converted_model_survives_a_round_trip(converted, tmp_path):
     assert torch.allclose(first, second, rtol=0, atol=1e-5)
 
 
-def test_one_line_tells_that_the_latent_networks_are_new(checkpoint, caplog, capfd):
+def test_one_line_says_that_the_latent_networks_are_new(checkpoint, caplog, capfd):
     level = logging.getLogger("transformers").level
     convert_mobile_sam(checkpoint, image_size=64)
     assert "REPORT" not in caplog.text + capfd.readouterr().err
     (line,) = [record.getMessage() for record in caplog.records if record.name == "probabilistic_sam.conversion"]
-    assert "new, to be trained: detail_network, prior, posterior, latent_proj" in line
-    assert logging.getLogger("transformers").level == level  # as it was
+    assert "new and untrained: detail_network, prior, posterior, latent_proj" in line
+    assert logging.getLogger("transformers").level == level  # unchanged
 
 
 class Malicious:
@@ -160,8 +160,12 @@ def damaged(content):
         ("empty.pt", damaged(b""), "is not a readable torch file"),
         ("text.pt", damaged(b"text"), "is not a readable torch file"),
         ("text.safetensors", damaged(b"text"), "is not a readable safetensors file"),
-        ("list.pt", lambda path: torch.save([torch.ones(1)], path), "holds no plain state dict"),
-        ("nested.pt", lambda path: torch.save({"model": {"a": torch.ones(1)}}, path), "holds no plain state dict"),
+        ("list.pt", lambda path: torch.save([torch.ones(1)], path), "does not contain a plain state dict"),
+        (
+            "nested.pt",
+            lambda path: torch.save({"model": {"a": torch.ones(1)}}, path),
+            "not contain a plain state dict",
+        ),
         (
             "other.pt",
             lambda path: torch.save({"a": torch.ones(1)}, path),
@@ -169,7 +173,7 @@ def damaged(content):
         ),
     ],
 )
-def test_files_that_are_no_checkpoint(tmp_path, monkeypatch, name, write, message):
+def test_files_that_are_not_checkpoints(tmp_path, monkeypatch, name, write, message):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / name)
     with pytest.raises(UserError, match=message):
@@ -197,7 +201,7 @@ def test_truncated_and_incomplete_checkpoints(checkpoint, mobile_sam, tmp_path):
 
 @pytest.fixture(scope="module")
 def sam_dir(tmp_path_factory):
-    """A tiny SAM whose positions are not zero. Its windows are as large as its patch map."""
+    """A tiny SAM with nonzero positions and windows as large as its patch map."""
     path = tmp_path_factory.mktemp("sam")
     torch.manual_seed(0)
     model = SamModel(SamConfig(**sam_parts()))
@@ -227,7 +231,7 @@ def test_other_image_size_resizes_positions_of_global_layers_only(sam_dir):
     assert all(torch.equal(own[name], value) for name, value in expected.items() if name not in resized)
     assert own["vision_encoder.pos_embed"].shape == (1, 4, 4, 16)
     assert own["vision_encoder.layers.1.attn.rel_pos_h"].shape == (7, 8)
-    # Both ends lie outside of the old samples' centres, so they repeat them
+    # Both ends lie outside the centres of the old samples, so they repeat these
     old, new = (state["vision_encoder.layers.1.attn.rel_pos_h"] for state in (expected, own))
     assert torch.allclose(new[[0, -1]], old[[0, -1]])
     assert torch.allclose(new[3], old[1])  # offset 0 stays in the middle

@@ -1,4 +1,4 @@
-"""Fine-tuning with adapters of `peft`: every adapter learns, nothing else changes, and they merge and travel."""
+"""Fine-tuning with adapters of `peft`: only the adapters change, and they can be merged, saved and loaded."""
 
 import copy
 
@@ -10,7 +10,7 @@ from tiny import sam_parts, tiny_inputs, tiny_labels, tiny_model, tiny_vit_parts
 # peft and we use the names of gradient checkpointing that transformers 5.20 knows
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
 
-DECODER = ["q_proj", "k_proj", "v_proj", "out_proj"]  # as README recommends
+DECODER = ["q_proj", "k_proj", "v_proj", "out_proj"]  # as recommended in the README
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def loss_of(model):
     return model(**tiny_inputs(), labels=tiny_labels(), generator=torch.Generator().manual_seed(0)).loss
 
 
-def test_every_adapter_reaches_the_masks(given):
+def test_every_adapter_affects_the_masks(given):
     model = tiny_model()
     plain = model(**given).pred_masks
     model = with_adapters(model, init_lora_weights=False)
@@ -51,7 +51,7 @@ def test_every_adapter_reaches_the_masks(given):
 
 
 @pytest.mark.parametrize("parts", [sam_parts, tiny_vit_parts], ids=["vit", "tiny_vit"])
-def test_training_changes_adapters_and_saved_modules_alone(parts):
+def test_training_changes_adapters_and_saved_modules_only(parts):
     model = with_adapters(tiny_model(parts), modules_to_save=["prior", "posterior", "latent_proj"])
     before = copy.deepcopy(model.state_dict())
     trained = [value for value in model.parameters() if value.requires_grad]

@@ -1,4 +1,4 @@
-"""What transformers expects of every model: weights, attention, outputs, checkpointing, precision, compile, export."""
+"""What transformers requires of a model: weights, attention, outputs, checkpointing, precision, compile, export."""
 
 import copy
 import inspect
@@ -38,7 +38,7 @@ def inputs():
 @pytest.fixture
 def latents():
     values = torch.randn(2, 3, 2, 4, generator=torch.Generator().manual_seed(0))
-    return values.abs()  # every sample draws something
+    return values.abs()  # no sample is empty
 
 
 def loss_of(model):
@@ -66,7 +66,7 @@ def test_missing_weights_are_initialised_as_by_the_constructor(monkeypatch, part
     loaded, info = ProbabilisticSamModel.from_pretrained(
         None, config=fresh.config, state_dict=dict(given), output_loading_info=True
     )
-    # Of two tied names one may stand for both
+    # One of two tied names is enough
     assert info["missing_keys"] - set(fresh.all_tied_weights_keys) <= set(fresh.state_dict()) - set(given)
     own = loaded.state_dict()
     assert own.keys() == fresh.state_dict().keys()
@@ -98,7 +98,7 @@ def test_device_map_places_every_weight(tmp_path, model, inputs, latents):
         assert torch.allclose(loaded(**given).pred_masks, model(**given).pred_masks, atol=1e-6)
 
 
-def test_the_positional_matrix_is_one_tensor_under_two_names(tmp_path, model):
+def test_the_positional_matrix_is_one_tensor_with_two_names(tmp_path, model):
     shared, prompt = "shared_image_embedding", "prompt_encoder.shared_embedding"
     names = {f"{prompt}.positional_embedding": f"{shared}.positional_embedding"}
     assert model.all_tied_weights_keys == names
@@ -109,7 +109,7 @@ def test_the_positional_matrix_is_one_tensor_under_two_names(tmp_path, model):
     assert loaded.get_submodule(shared).positional_embedding is loaded.get_submodule(prompt).positional_embedding
 
 
-def test_weights_of_another_shape_are_refused_or_drawn_anew(tmp_path):
+def test_weights_of_another_shape_are_refused_or_initialised(tmp_path):
     model = tiny_model(latent_dim=4)
     model.save_pretrained(tmp_path)
     config = tiny_model(latent_dim=5).config
@@ -145,7 +145,7 @@ def test_configuration_survives_json_copy_and_pickle(model):
         assert other.to_dict() == config.to_dict()
 
 
-def test_a_model_answers_what_libraries_ask(model):
+def test_attributes_that_other_libraries_read(model):
     assert list(inspect.signature(model.forward).parameters)[0] == model.main_input_name == "pixel_values"
     assert model.get_input_embeddings() is model.vision_encoder.patch_embed
     assert model.get_output_embeddings() is None and not model.can_generate()
@@ -176,7 +176,7 @@ def test_every_trainable_weight_gets_a_gradient_however_the_model_was_made(tmp_p
 # --------------------------------------------------------------------------------------------------------- outputs
 
 
-def test_training_mode_drops_and_evaluation_mode_repeats_itself(model, inputs, latents):
+def test_dropout_in_training_mode_but_not_in_evaluation_mode(model, inputs, latents):
     given = {**inputs, "latents": latents}
     assert torch.equal(model(**given).prior_mean, model(**given).prior_mean)
     model.train()
@@ -213,7 +213,7 @@ SAMS_OWN = (
 
 
 @pytest.mark.parametrize("name", SAMS_OWN)
-def test_arguments_of_sam_that_would_change_nothing_are_refused(inputs, name):
+def test_arguments_of_sam_without_effect_are_refused(inputs, name):
     model = tiny_model()
     value = torch.ones(1) if name in ("attention_similarity", "target_embedding") else True
     for call in (model, model.sample):
@@ -239,7 +239,7 @@ def test_code_written_for_sam_and_its_processor_gets_the_same_samples(model, inp
             assert torch.equal(output.pred_masks, expected)
 
 
-def test_the_shipped_model_takes_what_sam_and_its_processor_take():
+def test_the_shipped_model_accepts_the_inputs_of_sam_and_its_processor():
     model = ProbabilisticSamModel.from_pretrained(SHIPPED)
     assert not model.prompt_encoder.mask_embed.conv1.weight.requires_grad
     sizes = {"size": {"longest_edge": 256}, "mask_size": {"longest_edge": 64}}
@@ -254,7 +254,7 @@ def test_the_shipped_model_takes_what_sam_and_its_processor_take():
         ).pred_masks
     results = processor.post_process_masks(masks, inputs["original_sizes"], inputs["reshaped_input_sizes"])
     assert masks.shape == (1, 1, 3, 64, 64) and results[0].shape == (1, 3, 128, 96)
-    own = {  # the image is shown at twice its size
+    own = {  # the image is resized to twice its size
         "pixel_values": inputs["pixel_values"], "input_boxes": torch.tensor([[[40.0, 60, 120, 160]]]),
         "input_points": torch.tensor([[[[80.0, 100], [7, 9]]]]), "input_labels": torch.tensor([[[1, -1]]]),
     }  # fmt: skip
@@ -272,12 +272,12 @@ def test_unknown_arguments_are_refused_by_name(inputs, name):
         model.sample(**inputs, labels=tiny_labels())
 
 
-def test_the_vision_encoder_shows_hidden_states_and_attentions(parts, inputs):
+def test_the_vision_encoder_returns_hidden_states_and_attentions(parts, inputs):
     encoder = ProbabilisticSamModel._from_config(tiny_model(parts).config, attn_implementation="eager").vision_encoder
     output = encoder(inputs["pixel_values"], output_hidden_states=True, output_attentions=True)
     plain = encoder(inputs["pixel_values"], return_dict=False)
     assert type(plain) is tuple and torch.equal(plain[0], output.last_hidden_state)
-    # The patches, then a state after each layer of the ViT or each stage of the TinyViT, whose first has no attention
+    # Patches, then a state per layer of the ViT or per stage of the TinyViT; its first stage has no attention
     assert (len(output.hidden_states), len(output.attentions)) == ((3, 2) if parts is sam_parts else (5, 3))
     first, weights = output.hidden_states[0], output.attentions[0]
     assert torch.allclose(weights.sum(dim=-1), torch.ones(weights.shape[:-1]))
@@ -289,7 +289,7 @@ def test_the_vision_encoder_shows_hidden_states_and_attentions(parts, inputs):
 # ------------------------------------------------------------------------------------- attention and checkpointing
 
 
-def test_eager_and_sdpa_attention_are_equal_and_what_was_asked_for(tmp_path, model, inputs, latents):
+def test_eager_and_sdpa_attention_are_equal_and_can_be_chosen(tmp_path, model, inputs, latents):
     if hasattr(model.vision_encoder.layers[1], "attn"):
         for layer in model.vision_encoder.layers:
             torch.nn.init.normal_(layer.attn.rel_pos_h), torch.nn.init.normal_(layer.attn.rel_pos_w)
@@ -302,7 +302,7 @@ def test_eager_and_sdpa_attention_are_equal_and_what_was_asked_for(tmp_path, mod
         loaded = ProbabilisticSamModel.from_pretrained(tmp_path, attn_implementation=name)
         assert loaded.config._attn_implementation == loaded.vision_encoder.config._attn_implementation == name
         weights = loaded.vision_encoder(inputs["pixel_values"], output_attentions=True).attentions
-        assert bool(weights) == (name == "eager")  # the fused kernel has none to show
+        assert bool(weights) == (name == "eager")  # the fused kernel returns none
         outputs[name] = loaded(**inputs, latents=latents)
     for name in ("pred_masks", "prior_mean"):
         assert torch.allclose(outputs["eager"][name], outputs["sdpa"][name], atol=1e-5)
@@ -325,7 +325,7 @@ def test_other_attention_is_refused(tmp_path, model, name):
 
 
 @pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
-def test_gradient_checkpointing_computes_the_same_gradients_again(parts):
+def test_gradient_checkpointing_gives_the_same_gradients(parts):
     model = tiny_model(parts, latent_dropout=0.0).train()
     block = model.vision_encoder.layers[1] if parts is sam_parts else model.vision_encoder.layers[1].blocks[0]
     calls = []
@@ -348,7 +348,7 @@ def test_gradient_checkpointing_computes_the_same_gradients_again(parts):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_close_to_single(model, inputs, latents, dtype):
-    # As in SAM's checkpoints; what a new configuration draws is wide, and a rounded phase is another one
+    # As in SAM's checkpoints; a newly initialised matrix is wide, so that rounding would change the phases
     torch.nn.init.normal_(model.shared_image_embedding.positional_embedding)
     expected = model(**inputs, latents=latents)
     given = {**inputs, "pixel_values": inputs["pixel_values"].to(dtype)}
@@ -373,7 +373,7 @@ def test_sampling_compiles_into_one_graph(model, inputs):
 
 
 class Sampler(torch.nn.Module):
-    """The part of a model that is exported: image and boxes to five samples."""
+    """The exported part of a model: image and boxes to five samples."""
 
     def __init__(self, model):
         super().__init__()

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from tiny import GRID, SIZE, sam_parts, tiny_inputs, tiny_model, tiny_vit_parts
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModel, AutoModelForMaskGeneration, AutoProcessor, SamConfig, SamModel
 from transformers.models.sam.modeling_sam import SamMaskDecoder
 
@@ -14,9 +16,9 @@ from probabilistic_sam import ProbabilisticSamConfig, ProbabilisticSamModel, Pro
 from probabilistic_sam.loss_probabilistic_sam import (
     energy_distance,
     gaussian_kl,
+    latent_kl,
     log_probability_of_presence,
     soft_jaccard_distance,
-    truncated_normal,
 )
 from probabilistic_sam.modeling_probabilistic_sam import (
     EMPTY_LOGIT,
@@ -55,7 +57,7 @@ def test_same_seed_same_samples_other_seed_other_samples(model, inputs):
     assert not torch.equal(first.latents, other.latents)
 
 
-def test_samples_change_with_the_outline_and_vanish_with_the_drawing_coordinate(model, inputs):
+def test_samples_change_with_the_outline_and_are_empty_without_presence(model, inputs):
     latents = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 5
     latents[..., 0] = torch.tensor([1.0, 1.0, -1.0, 0.5])
     masks = model(**inputs, latents=latents).pred_masks
@@ -84,11 +86,11 @@ def test_prompts_of_an_image_and_images_of_a_batch_do_not_mix(model, inputs):
     assert torch.allclose(masks[1:, 2:], alone, atol=1e-5)
 
 
-def test_image_embeddings_serve_instead_of_pixel_values(model, inputs):
+def test_image_embeddings_replace_pixel_values(model, inputs):
     embeddings = model.get_image_embeddings(inputs["pixel_values"])
     latents = torch.ones(2, 3, 2, 4)
     given = {"image_embeddings": embeddings, "input_boxes": inputs["input_boxes"], "latents": latents}
-    with torch.no_grad():  # as get_image_embeddings: attention has another kernel when gradients are wanted
+    with torch.no_grad():  # as in get_image_embeddings: with gradients attention uses another kernel
         assert torch.equal(model(**inputs, latents=latents).pred_masks, model(**given).pred_masks)
 
 
@@ -98,7 +100,7 @@ def test_embeddings_of_sam_alone_are_refused(model, inputs):
         model(image_embeddings=sam, input_boxes=inputs["input_boxes"])
 
 
-def test_prompt_maps_have_a_channel_a_kind():
+def test_prompt_maps_have_one_channel_per_kind_of_prompt():
     boxes, points = torch.tensor([[[4.0, 4, 20, 20]]]), torch.tensor([[[[9.0, 12.0], [20.0, 20.0]]]])
     maps = prompt_maps(SIZE, 8, input_boxes=boxes)
     assert maps.shape == (1, 1, 4, 8, 8) and maps.sum(dim=(-2, -1))[0, 0].tolist() == [16.0, 0.0, 0.0, 0.0]
@@ -122,9 +124,9 @@ def test_spread_noise_has_one_sample_in_each_interval_and_is_normal():
     level = torch.special.ndtr(noise.double())
     assert torch.equal((level * 16).floor().sort(dim=2).values[0, 0, :, 0], torch.arange(16.0))
     assert ((level * 16).floor().sort(dim=2).values == torch.arange(16.0)[:, None]).all()
-    single = spread_noise((1, 1, 1, 20_000), torch.Generator().manual_seed(0), "cpu")  # one sample: plain noise
+    single = spread_noise((1, 1, 1, 20_000), torch.Generator().manual_seed(0), "cpu")  # one sample: ordinary noise
     assert single.mean().abs() < 0.03 and (single.std() - 1).abs() < 0.03
-    # Samples of one call are in no order
+    # Samples of one call are not sorted
     assert not torch.equal(noise[0, 0, :, 0].argsort(), noise[0, 0, :, 1].argsort())
 
 
@@ -135,7 +137,7 @@ def test_share_of_empty_samples_is_the_probability_to_the_nearest_sample(model, 
     assert ((empty - expected).abs() <= 1 / 16 + 1e-6).all()
 
 
-def test_a_new_detail_network_leaves_sams_masks_alone_and_a_trained_one_shows_single_pixels():
+def test_an_untrained_detail_network_adds_nothing_and_a_trained_one_sees_single_pixels():
     model = tiny_model()
     network = model.detail_network
     for projection in (network.coarse_out, network.middle_out, network.fine_out):
@@ -191,7 +193,7 @@ def test_where_a_padding_point_lies_does_not_matter(model, inputs, padding):
         ({"input_boxes": None}, "A prompt must be provided"),
         ({"input_boxes": torch.zeros(2, 4)}, r"input_boxes must have the shape \(B, P, 4\), got \(2, 4\)"),
         ({"input_boxes": torch.zeros(3, 1, 4)}, "input_boxes are for 3 images, but there are 2"),
-        ({"input_points": torch.zeros(2, 1, 1, 2)}, "as many prompts an image, got 1 and 3"),
+        ({"input_points": torch.zeros(2, 1, 1, 2)}, "same number of prompts per image, got 1 and 3"),
         ({"num_samples": 0}, "num_samples must be at least 1, got 0"),
         ({"latents": torch.zeros(2, 3, 1, 5)}, r"latents must have the shape \(2, 3, 'S', 4\), got \(2, 3, 1, 5\)"),
         ({"labels": torch.zeros(2, 2, 4, 8, 8)}, r"labels must have the shape"),
@@ -223,7 +225,7 @@ def test_configuration_refuses_wrong_fields(field):
         ProbabilisticSamConfig(**sam_parts(), **field)
 
 
-def test_training_reaches_every_latent_weight_and_the_encoder(inputs):
+def test_every_latent_weight_and_the_encoder_get_gradients(inputs):
     model = tiny_model(energy_weight=1.0).train()
     labels = torch.zeros(2, 3, 4, 8, 8, dtype=torch.bool)
     labels[:, :, 0, 2:5, 2:5] = labels[:, :, 2, 1:6, 2:6] = True
@@ -242,7 +244,7 @@ def test_training_reaches_every_latent_weight_and_the_encoder(inputs):
         assert sum(gradients) > 0, part
 
 
-def test_readers_who_drew_nothing_have_the_prior_over_outlines(inputs):
+def test_posterior_over_outlines_of_an_empty_mask_is_the_prior(inputs):
     labels = torch.zeros(2, 3, 2, 8, 8)
     labels[:, :, 0, 2:5, 2:5] = 1
     output = tiny_model()(**inputs, labels=labels)
@@ -251,7 +253,28 @@ def test_readers_who_drew_nothing_have_the_prior_over_outlines(inputs):
     log_present, log_empty = log_probability_of_presence(output.prior_mean[..., 0])
     assert torch.allclose(output.kl_divergence[:, :, 0, 0], -log_present)
     assert torch.allclose(output.kl_divergence[:, :, 1, 0], -log_empty)
-    assert (output.posterior_mean[:, :, 0, 0] > 0).all() and (output.posterior_mean[:, :, 1, 0] < 0).all()
+    # The posterior is the prior in coordinate 0, and for a reader without an outline in all
+    for name in ("mean", "log_std"):
+        posterior, prior = output[f"posterior_{name}"], output[f"prior_{name}"]
+        assert torch.equal(posterior[:, :, 1], prior)
+        assert torch.equal(posterior[:, :, 0, 0], prior[..., 0])
+        assert not torch.isclose(posterior[:, :, 0, 1:], prior[..., 1:]).any()
+
+
+def test_kl_of_the_presence_is_that_of_the_truncated_normal_distribution():
+    """KL(posterior || prior) by numerical integration: the posterior is the prior N(mean, 1) on one side of 0."""
+    z = torch.linspace(-12, 12, 1_000_001, dtype=torch.double)
+    mean = torch.tensor([0.7, -1.3], dtype=torch.double)
+    annotated = torch.tensor([[[True, False]], [[True, False]]])
+    prior = mean[:, None, None, None].expand(2, 1, 2, 2), torch.zeros(2, 1, 2, 2, dtype=torch.double)
+    kl = latent_kl(*prior, *prior, annotated)
+    assert not kl[..., 1].any()
+    for index, center in enumerate(mean):
+        density = torch.exp(-0.5 * (z - center) ** 2) / math.sqrt(2 * math.pi)
+        for reader, side in enumerate((z > 0, z <= 0)):
+            posterior = density * side / torch.trapezoid(density * side, z)
+            integrand = torch.where(side, posterior * torch.log(posterior / density), 0.0).nan_to_num()
+            assert kl[index, 0, reader, 0].item() == pytest.approx(torch.trapezoid(integrand, z).item(), abs=1e-4)
 
 
 def test_loss_is_the_sum_of_its_documented_parts(inputs):
@@ -288,7 +311,7 @@ def test_box_map_covers_cells_by_their_share():
 
 
 @pytest.mark.parametrize("padding", [-1, -10])
-def test_point_maps_tell_inside_from_outside_and_leave_padding_out(padding):
+def test_point_maps_separate_inside_from_outside_and_leave_padding_out(padding):
     points = torch.tensor([[[[4.0, 4.0], [12.0, 12.0], [4.0, 12.0]]]])
     maps = point_maps(points, torch.tensor([[[1, 0, padding]]]), image_size=16, grid=2)
     step = math.exp(-0.5)
@@ -296,20 +319,11 @@ def test_point_maps_tell_inside_from_outside_and_leave_padding_out(padding):
     assert torch.allclose(maps[0, 0, 1], torch.tensor([[step**2, step], [step, 1.0]]))
 
 
-def test_probability_of_drawing_sums_to_one():
+def test_probabilities_of_annotated_and_empty_sum_to_one():
     log_present, log_empty = log_probability_of_presence(torch.tensor([0.0, 1.0, -30.0]))
     assert torch.allclose(log_present.exp() + log_empty.exp(), torch.ones(3))
     assert log_present[0].item() == pytest.approx(math.log(0.5))
     assert torch.isfinite(log_present).all()
-
-
-def test_truncated_normal_agrees_with_draws():
-    present = torch.randn(400_000, generator=torch.Generator().manual_seed(0)).double() + 0.7
-    for positive in (True, False):
-        kept = present[(present > 0) == positive]
-        mean, log_std = truncated_normal(torch.tensor([0.7]).double(), torch.tensor([positive]))
-        assert mean.item() == pytest.approx(kept.mean().item(), abs=5e-3)
-        assert log_std.exp().item() == pytest.approx(kept.std().item(), abs=5e-3)
 
 
 def test_gaussian_kl_by_hand():
@@ -321,14 +335,44 @@ def test_gaussian_kl_by_hand():
 
 
 def test_soft_jaccard_distance_is_a_metric_on_soft_masks():
+    masks = torch.rand(500, 3, 20, generator=torch.Generator().manual_seed(0))
+    distance = soft_jaccard_distance(masks, masks)  # (500, 3, 3)
+    assert torch.allclose(distance.diagonal(dim1=1, dim2=2), torch.zeros(500, 3), atol=1e-6)
+    assert torch.allclose(distance, distance.transpose(1, 2))
+    assert (distance[:, 0, 2] <= distance[:, 0, 1] + distance[:, 1, 2] + 1e-6).all()
+    left, right = torch.tensor([[1.0, 1, 0, 0]]), torch.tensor([[0.0, 1, 1, 1]])
+    assert soft_jaccard_distance(left, right, smooth=0).item() == pytest.approx(1 - 1 / 4)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the number of elements of the largest tensor that an operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        sizes = [item.numel() for item in tree_leaves(result) if isinstance(item, torch.Tensor)]
+        self.elements = max(self.elements, *sizes, 0)
+        return result
+
+
+def test_soft_jaccard_distance_has_the_values_and_gradients_of_its_formula_in_less_memory():
     generator = torch.Generator().manual_seed(0)
-    a, b, c = torch.rand(3, 500, 20, generator=generator)
-    distance = soft_jaccard_distance
-    assert torch.allclose(distance(a, a), torch.zeros(500), atol=1e-6)
-    assert torch.allclose(distance(a, b), distance(b, a))
-    assert (distance(a, c) <= distance(a, b) + distance(b, c) + 1e-6).all()
-    left, right = torch.tensor([1.0, 1, 0, 0]), torch.tensor([0.0, 1, 1, 1])
-    assert distance(left, right, smooth=0).item() == pytest.approx(1 - 1 / 4)
+    a, b = (torch.rand(2, 3, count, 50, generator=generator, dtype=torch.double) for count in (4, 5))
+    b[0, 0, :2] = (b[0, 0, :2] > 0.5).double()  # readers' masks
+    b[1, 2, 0] = a[1, 2, 3] = 0.0  # two equal, empty masks
+    weight = torch.randn(2, 3, 4, 5, generator=generator, dtype=torch.double)
+    given = [item.requires_grad_() for item in (a, b)]
+    pairs = a[..., :, None, :], b[..., None, :, :]
+    expected = 1 - (torch.minimum(*pairs).sum(-1) + 1) / (torch.maximum(*pairs).sum(-1) + 1)
+    with LargestTensor() as largest:
+        distance = soft_jaccard_distance(*given)
+    assert torch.allclose(distance, expected, rtol=1e-12)
+    assert distance[1, 2, 3, 0].item() == 0
+    assert largest.elements == 2 * 3 * 4 * 5  # the distances, not the 50 pixels of each pair
+    gradients = torch.autograd.grad((distance * weight).sum(), given)
+    wanted = torch.autograd.grad((expected * weight).sum(), given)
+    assert all(torch.allclose(ours, theirs, rtol=1e-10) for ours, theirs in zip(gradients, wanted, strict=True))
 
 
 def test_energy_distance_by_hand_leaves_out_what_does_not_count():
@@ -420,7 +464,7 @@ def test_gradients_flow_to_the_latents(inputs):
     assert (latents.grad[..., 1:].abs().sum() > 0) and np.all(latents.grad[..., 0].numpy() == 0)
 
 
-def test_one_generator_an_image_makes_images_independent(model, inputs):
+def test_one_generator_per_image_makes_images_independent(model, inputs):
     generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
     together = model.sample(**inputs, num_samples=4, generator=generators).latents
     for index, seed in enumerate((5, 6)):

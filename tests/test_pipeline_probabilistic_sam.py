@@ -1,4 +1,4 @@
-"""The pipeline: what it returns, for which inputs, and that a seed means the same in any company."""
+"""The pipeline: results, kinds of input, and samples that depend on the seed but not on the batch."""
 
 import base64
 import io
@@ -29,7 +29,7 @@ def make_image(seed=0, height=48, width=60):
 
 
 def expressive_model(**kwargs):
-    """Its masks depend on the latent, and some are empty."""
+    """A model whose masks depend on the latent and are sometimes empty."""
     model = tiny_model(**kwargs)
     with torch.no_grad():
         model.latent_proj[-1].weight.mul_(100)
@@ -58,7 +58,7 @@ def same(left, right):
 # ---------------------------------------------------------------------------------------------------------- results
 
 
-def test_result_of_a_prompt_agrees_with_itself(pipe):
+def test_results_of_a_prompt_are_consistent(pipe):
     results = pipe(make_image(), boxes=[BOX, OTHER_BOX], num_samples=12, seed=3, pixel_spacing_mm=0.5)
     assert len(results) == 2
     for result in results:
@@ -72,11 +72,13 @@ def test_result_of_a_prompt_agrees_with_itself(pipe):
         inside = (mean > 1e-6) & (mean < 1 - 1e-6)
         p = mean[inside]
         assert np.allclose(result["uncertainty"][inside], -p * np.log2(p) - (1 - p) * np.log2(1 - p), atol=1e-4)
-    assert 0 < results[0]["empty_share"] < 1  # the seed was chosen so that both kinds occur
-    assert not np.array_equal(results[0]["masks"].any((1, 2)), results[1]["masks"].any((1, 2)))  # noise of their own
+    assert 0 < results[0]["empty_share"] < 1  # with this seed some samples are empty
+    assert not np.array_equal(
+        results[0]["masks"].any((1, 2)), results[1]["masks"].any((1, 2))
+    )  # each prompt has its own noise
 
 
-def test_one_prompt_is_what_the_model_draws_with_that_seed(pipe):
+def test_result_equals_samples_of_the_model_with_the_same_seed(pipe):
     inputs = pipe.processor(make_image(), input_boxes=[BOX])
     generator = torch.Generator().manual_seed(5)
     samples = pipe.model.sample(**inputs, num_samples=6, generator=generator)
@@ -110,7 +112,7 @@ def test_points_labels_and_both_kinds_of_prompt(pipe):
 
 
 @pytest.mark.parametrize("kind", ["orientation", "palette", "16 bit"])
-def test_an_image_means_the_same_through_every_entrance(shipped, tmp_path, kind):
+def test_an_image_gives_the_same_masks_through_every_interface(shipped, tmp_path, kind):
     """The shipped weights: processor and model, pipeline, handler, command, page.
 
     All forms of a file are tested with the processor, through which all entrances lead.
@@ -129,7 +131,7 @@ def test_an_image_means_the_same_through_every_entrance(shipped, tmp_path, kind)
     parameters = {"boxes": box, "num_samples": 2, "seed": 4}
     bodies = [base64.b64encode(content).decode()]
     if kind != "16 bit":
-        bodies.append(Image.open(io.BytesIO(content)).convert("RGB"))  # as an endpoint makes it of an image body
+        bodies.append(Image.open(io.BytesIO(content)).convert("RGB"))  # as an endpoint decodes an image body
     for body in bodies:
         answer = shipped({"inputs": body, "parameters": parameters})
         masks = [np.asarray(Image.open(io.BytesIO(base64.b64decode(item["mask"])))) for item in answer[2:]]
@@ -174,7 +176,7 @@ def test_dataset_columns_rows_and_generators_stream(pipe):
         assert same(results[0], expected[0]) and same(results[1][:1], expected[1])
 
 
-def test_company_and_batch_size_do_not_change_what_is_drawn(pipe):
+def test_samples_do_not_depend_on_other_images_or_the_batch_size(pipe):
     rows = [
         {"image": make_image(0), "boxes": [BOX, OTHER_BOX]},
         {"image": make_image(1, 40, 70), "points": POINTS},
@@ -199,7 +201,7 @@ def test_whole_images_with_different_numbers_of_prompts():
     assert same(results[1], pipe(rows[1]))
 
 
-def test_model_in_bfloat16_takes_images():
+def test_model_in_bfloat16_accepts_images():
     model = expressive_model().to(torch.bfloat16)
     pipe = pipeline(TASK, model=model, processor=ProbabilisticSamProcessor(SIZE, 24), device="cpu")
     (result,) = pipe(make_image(), boxes=BOX)
@@ -213,7 +215,7 @@ def test_model_in_bfloat16_takes_images():
     ("image", "arguments", "message"),
     [
         (make_image(), {}, "a prompt must be given"),
-        (make_image(), {"boxes": [10, 10, 61, 20]}, "outside of the image of 60 x 48"),
+        (make_image(), {"boxes": [10, 10, 61, 20]}, "outside the image of 60 x 48"),
         (make_image(), {"boxes": [float("nan"), 10, 20, 20]}, "four finite numbers"),
         (make_image(), {"boxes": BOX, "num_samples": 0}, "num_samples must be at least 1"),
         (make_image(), {"boxes": BOX, "pixel_spacing_mm": -1}, "pixel_spacing_mm must be one positive number"),
@@ -231,7 +233,7 @@ def test_faults_are_named(pipe, image, arguments, message):
         pipe(image, **arguments)
 
 
-def test_prompts_may_lack_levels_and_boxes_are_clipped(pipe):
+def test_levels_of_prompts_may_be_left_out_and_boxes_are_clipped(pipe):
     image = make_image()
     for name, forms in (
         ("boxes", (BOX, [BOX], [[BOX]], np.array(BOX), torch.tensor([[BOX]]))),
@@ -281,13 +283,13 @@ def test_pipeline_is_saved_with_the_code_of_all_its_parts(tmp_path):
     assert names == {
         "config.json", "model.safetensors", "processor_config.json", "configuration_probabilistic_sam.py",
         "loss_probabilistic_sam.py", "modeling_mask_decoder.py", "modeling_probabilistic_sam.py",
-        "modeling_tiny_vit.py", "pipeline_probabilistic_sam.py",
+        "modeling_tiny_vit.py", "pipeline_probabilistic_sam.py", "processing_image_files.py",
         "processing_probabilistic_sam.py",
     }  # fmt: skip
     config = json.loads((folder / "config.json").read_text())
     assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForMaskGeneration"}
     assert config["custom_pipelines"][TASK]["pt"] == ["AutoModel"]
-    # What names the code in config.json brings it, and other models of this process do neither
+    # The code is saved with references in config.json, and other models of this process are saved without both
     pipe.model.save_pretrained(tmp_path / "model")
     assert {path.name for path in (tmp_path / "model").iterdir()} == names - {"processor_config.json"}
     tiny_model().save_pretrained(tmp_path / "other")

@@ -1,4 +1,4 @@
-"""Figures: outlines on pixel edges, the zoomed window, labels of what is empty."""
+"""Figures: outlines on pixel edges, the zoomed window, labels of empty masks."""
 
 import numpy as np
 import pytest
@@ -83,9 +83,9 @@ def arrays():
     }
 
 
-def test_figure_shows_eight_samples_and_says_which_are_empty(arrays):
+def test_figure_shows_eight_samples_and_labels_empty_ones(arrays):
     figure = sample_figure(**arrays, title="nodule 1")
-    assert titles(figure)[:4] == ["slice", "samples, all together", "mean probability", "uncertainty"]
+    assert titles(figure)[:4] == ["slice", "all samples", "mean probability", "entropy (bits)"]
     assert titles(figure)[4:6] == ["sample 1: empty", "sample 2: 120 px"]
     assert len(titles(figure)) == 12
     assert texts(figure).count("empty") == 1
@@ -93,24 +93,24 @@ def test_figure_shows_eight_samples_and_says_which_are_empty(arrays):
     assert figure.texts[0].get_text() == "nodule 1"
 
 
-def test_readers_have_a_colour_each_and_empty_ones_stay_in_the_legend(arrays):
+def test_each_reader_has_a_colour_and_empty_masks_are_in_the_legend(arrays):
     readers = np.stack([square(20, 20, 28, 30), square(0, 0, 0, 0), square(22, 20, 33, 30)])
     figure = sample_figure(**arrays, readers=readers)
     legend = next(axes.get_legend() for axes in figure.axes if axes.get_legend())
-    assert [text.get_text() for text in legend.get_texts()] == ["1", "2 empty", "3"]
+    assert [text.get_text() for text in legend.get_texts()] == ["1", "2 (empty)", "3"]
     panel = legend.axes
     outlines = [item for item in panel.collections if isinstance(item, LineCollection)]
     assert len({tuple(item.get_color()[0]) for item in outlines if len(item.get_segments())}) == 2
 
 
-def test_all_empty_is_said_in_words(arrays):
+def test_empty_masks_are_labelled(arrays):
     nothing = np.zeros((3, 64, 64), dtype=bool)
     figure = sample_figure(
         **{**arrays, "samples": nothing, "mean": nothing[0], "entropy": nothing[0]}, readers=nothing
     )
     assert texts(figure).count("empty") == 3
-    assert "all readers empty" in texts(figure)
-    assert any(text.startswith("nowhere above 0.5") for text in texts(figure))
+    assert "all masks empty" in texts(figure)
+    assert any(text.startswith("no pixel above 0.5") for text in texts(figure))
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_saved_figure_is_1600_pixels_wide_and_reproducible(arrays, tmp_path):
 
 
 def test_a_window_of_a_large_image_shows_that_part():
-    """Only the window is drawn, at its place, and thinned out when it has thousands of pixels a side."""
+    """Only the window is plotted, at its place, and subsampled if a side has thousands of pixels."""
     image = np.zeros((5000, 4000), dtype=np.uint8)
     image[3000:3100, 2000:2100] = 200
     mask = image > 0
@@ -165,7 +165,7 @@ def test_failed_save_keeps_the_old_file(tmp_path):
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a.png", b"old")]
 
 
-def test_calibration_shows_a_point_for_each_filled_bin():
+def test_calibration_shows_one_point_per_bin_that_is_not_empty():
     sums = np.zeros((3, 10))
     sums[:, 2], sums[:, 9] = (4, 1.0, 2.0), (2, 1.9, 1.0)
     figure = calibration_figure(sums, sums, "title")
@@ -178,7 +178,7 @@ def test_sample_numbers_are_sorted_into_curves():
     assert figure.axes[0].lines[0].get_xydata().tolist() == [[1.0, 0.6], [16.0, 0.2]]
 
 
-def test_traversal_has_a_panel_for_each_value_of_each_coordinate(tmp_path):
+def test_traversal_has_one_panel_per_coordinate_and_value(tmp_path):
     masks = np.zeros((2, 3, 40, 40), dtype=bool)
     masks[:, :, 10:20, 10:20] = True
     figure = traversal_figure(np.arange(1600.0).reshape(40, 40), masks, ["z1", "z2"], ["-1", "0", "+1"])
@@ -187,7 +187,7 @@ def test_traversal_has_a_panel_for_each_value_of_each_coordinate(tmp_path):
     assert (tmp_path / "a.png").stat().st_size > 1000
 
 
-def test_areas_are_counted_once_and_empty_samples_apart():
+def test_each_area_is_counted_once_and_empty_samples_separately():
     axes = area_figure(np.array([0, 10.0, 10.0, 20.0]), "mm²").axes[0]
     low, counted = [], []
     for bar in axes.patches:
@@ -196,27 +196,27 @@ def test_areas_are_counted_once_and_empty_samples_apart():
     assert sum(counted) == 4
     assert sum(height for x, height in zip(low, counted, strict=True) if x < 0) == 1
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert sorted(labels) == ["empty: 1 of 4 (25%)", "median of all: 10 mm²", "with a mask: 3"]
+    assert sorted(labels) == ["empty: 1 of 4 (25%)", "median of all samples: 10 mm²", "not empty: 3"]
     assert axes.get_xlabel() == "area (mm²)"
 
 
 @pytest.mark.parametrize("areas", [np.zeros(3), np.full(2, 7.0)])
-def test_areas_of_one_kind_only_are_drawn(areas):
+def test_areas_are_plotted_when_all_samples_are_empty_or_equal(areas):
     assert figure_pixels(area_figure(areas, "px")).std() > 0
 
 
-def test_maps_leave_the_slice_visible_where_they_say_nothing():
+def test_maps_are_transparent_where_they_are_zero():
     image, mask = np.zeros((64, 64)), square(20, 20, 40, 40)
     mean = np.where(mask, 0.9, 0.0)
     figure = map_figure(image, mean, np.where(mask, 0.5, 0.0), (0, 0, 64), box=(15, 15, 45, 45))
-    assert titles(figure) == ["mean probability", "uncertainty"]
+    assert titles(figure) == ["mean probability", "entropy (bits)"]
     overlays = [axes.images[1].get_array() for axes in figure.axes[:2]]
     for overlay in overlays:
         np.testing.assert_array_equal(np.ma.getmaskarray(overlay), ~mask)
-    assert "white: above 0.5; dashed: box" in texts(figure)
+    assert "white: contour at 0.5; dashed: box" in texts(figure)
 
 
-def test_contours_say_when_they_are_empty():
+def test_contours_of_empty_masks_are_labelled():
     image = np.random.default_rng(0).random((64, 64))
     full, empty = (contour_figure(image, mask, (0, 0, 64)) for mask in (square(2, 2, 9, 9), square(0, 0, 0, 0)))
     assert (texts(full), texts(empty)) == ([], ["empty"])

@@ -1,4 +1,4 @@
-"""The processor: windows, coordinates and areas by hand, every kind of image, prompt and fault."""
+"""The processor: windows, coordinates and areas by hand, all kinds of images and prompts, errors."""
 
 import base64
 import io
@@ -28,7 +28,7 @@ BOX = [40, 30, 60, 44]  # its middle is (50, 37)
 
 @pytest.fixture
 def processor():
-    """256 pixels of the model for 64 of the image: a scale of 4."""
+    """64 pixels of the image become 256 of the model: a scale of 4."""
     return ProbabilisticSamProcessor(image_size=256, crop_size=64)
 
 
@@ -61,7 +61,7 @@ def test_window_lies_around_the_box(processor, image, box, window):
     assert inputs["original_sizes"].tolist() == [[100, 128]]
 
 
-def test_window_holds_all_that_a_prompt_names(processor, image):
+def test_window_contains_all_parts_of_a_prompt(processor, image):
     points = processor(image, input_points=[[[[40, 20], [60, 30]]]])
     assert points["windows"].tolist() == [[50 - 32, 25 - 32, 64]]
     both = processor(image, input_boxes=[[[30, 20, 40, 30]]], input_points=[[[[70, 20]]]])
@@ -75,7 +75,7 @@ def test_negative_points_do_not_move_the_window_unless_they_are_alone(processor,
     points = [[[[50, 40], [52, 40], [120, 90]]]]
     inputs = processor(image, input_points=points, input_labels=[[[1, 0, 0]]])
     assert inputs["windows"].tolist() == [[18, 8, 64]]
-    assert inputs["input_labels"].tolist() == [[[1, 0, PADDING_LABEL]]]  # the last one lies outside of the window
+    assert inputs["input_labels"].tolist() == [[[1, 0, PADDING_LABEL]]]  # the last one lies outside the window
     assert inputs["input_points"][0, 0].tolist() == [[128, 128], [136, 128], [PADDING_LABEL] * 2]
     alone = processor(image, input_points=[[[[50, 40]]]], input_labels=[[[0]]])
     assert alone["windows"].tolist() == [[18, 8, 64]]
@@ -92,7 +92,7 @@ def test_mask_prompt_becomes_logits_of_the_window(processor, image):
     mask = np.zeros((100, 128), bool)
     mask[30:44, 40:60] = True
     logits = processor(image, input_masks=[[mask]])["input_masks"]
-    assert logits.shape == (1, 1, 64, 64)  # here as large as the window
+    assert logits.shape == (1, 1, 64, 64)  # in this test the size of the window
     expected = torch.full((64, 64), -10.0)
     expected[25:39, 22:42] = 10.0
     assert torch.equal(logits[0, 0], expected)
@@ -108,7 +108,7 @@ def test_whole_image_with_all_prompts_in_one_window(image):
     assert inputs["input_labels"].tolist() == [[[1, PADDING_LABEL], [1, 1]]]
 
 
-def test_several_prompts_and_images_give_a_window_each_in_order(processor, image):
+def test_each_prompt_of_each_image_has_a_window_in_order(processor, image):
     other = np.zeros((70, 80), np.uint8)
     inputs = processor([image, other], input_boxes=[[BOX, [40, 30, 62, 44]], [[40, 30, 64, 44]]])
     assert inputs["pixel_values"].shape == (3, 3, 256, 256)
@@ -120,7 +120,7 @@ def test_several_prompts_and_images_give_a_window_each_in_order(processor, image
 
 
 def test_one_prompt_may_come_without_its_level(processor, image):
-    """As `SamProcessor` takes it; and arrays and tensors as well as lists."""
+    """As in `SamProcessor`; with arrays and tensors as well as lists."""
     mask = np.ones((100, 128))
     for nested, flat in (
         ({"input_boxes": [[BOX]]}, {"input_boxes": [BOX]}),
@@ -142,13 +142,13 @@ def test_one_prompt_may_come_without_its_level(processor, image):
 
 
 def equal(given, expected):
-    """Whether two outputs of the processor are the same in everything."""
+    """Whether two outputs of the processor are equal."""
     return given.keys() == expected.keys() and all(torch.equal(given[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("convert", [lambda value: value, np.array, lambda value: torch.tensor(np.array(value))])
-def test_levels_may_be_left_out_where_one_reading_is_possible(processor, image, convert):
-    """With one image the level of images too; with several one prompt, one point, one label each."""
+def test_levels_may_be_left_out_if_unambiguous(processor, image, convert):
+    """With one image that of images; with several images that of prompts."""
     mask = np.zeros((100, 128), bool)
     mask[30:44, 40:60] = True
     for name, full, others in (
@@ -182,13 +182,13 @@ def test_boxes_are_clipped_by_less_than_a_pixel(processor, image):
     expected = processor(image, input_boxes=[[[0, 0, 128, 100]]])
     assert equal(processor(image, input_boxes=[[[-0.3, -0.99, 128.6, 100.5]]]), expected)
     for outside in ([-1, 0, 9, 9], [0, 0, 129, 9], [0, 0, 9, 101]):
-        with pytest.raises(ValueError, match="lies outside of the image of 128 x 100"):
+        with pytest.raises(ValueError, match="lies outside the image of 128 x 100"):
             processor(image, input_boxes=[[outside]])
     with pytest.raises(ValueError, match="has no area"):
         processor(image, input_boxes=[[[128.1, 0, 128.9, 9]]])
 
 
-def test_soft_masks_count_where_they_say_inside(processor, image):
+def test_mask_prompts_may_be_soft(processor, image):
     inside = np.zeros((100, 128), bool)
     inside[30:44, 40:60] = True
     expected = processor(image, input_masks=[[inside]])
@@ -223,7 +223,7 @@ def test_readers_masks_are_cut_like_the_image(processor, image):
     """Window (18, 5, 64) and masks of 64 x 64: a pixel is a cell."""
     masks = np.zeros((3, 100, 128), np.uint8)
     masks[0, 30:44, 40:60] = 1
-    masks[1, 99, 127] = 1  # outside of the window
+    masks[1, 99, 127] = 1  # outside the window
     inputs = processor(image, input_boxes=[[BOX, [0, 0, 12, 12]]], segmentation_maps=[masks])
     assert inputs["labels"].shape == (2, 1, 3, 64, 64) and inputs["labels"].dtype == torch.float32
     assert inputs["annotated"].dtype == torch.bool
@@ -246,7 +246,7 @@ def test_pixels_that_vanish_when_resized_are_annotated(processor):
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (32, 33, 32, 33)
 
 
-def test_readers_masks_come_in_every_form(processor, image):
+def test_readers_masks_may_have_any_form(processor, image):
     mask = np.zeros((100, 128), bool)
     mask[30:44, 40:60] = True
     expected = processor(image, input_boxes=[[BOX]], segmentation_maps=[[mask]])
@@ -293,14 +293,14 @@ def test_wrong_readers_masks_are_named(processor, image, maps, message):
         processor(image, input_boxes=[[BOX]], segmentation_maps=maps)
 
 
-def test_images_of_one_call_have_as_many_readers(processor, image):
+def test_images_of_one_call_must_have_the_same_number_of_readers(processor, image):
     mask = np.zeros((100, 128))
     with pytest.raises(ValueError, match=r"different numbers of readers \(1, 2\)"):
         processor([image] * 2, input_boxes=[[BOX], [BOX]], segmentation_maps=[[mask], [mask, mask]])
 
 
-def test_a_model_trains_on_what_the_processor_gives(image):
-    """The shipped encoder is tested with the pipeline; the sizes are the same rule, image_size / 4."""
+def test_a_model_trains_on_outputs_of_the_processor(image):
+    """The shipped architecture is tested with the pipeline."""
     mask = np.zeros((100, 128), bool)
     mask[30:44, 40:60] = True
     inputs = ProbabilisticSamProcessor(SIZE, 24)(image, input_boxes=[[BOX]], segmentation_maps=[[mask, mask & False]])
@@ -312,7 +312,7 @@ def test_a_model_trains_on_what_the_processor_gives(image):
 
 
 def files_of(kind):
-    """A file (PNG unless it says TIFF), and the array (H, W) or (H, W, 3) that it stands for."""
+    """An image file (PNG or TIFF) and the array (H, W) or (H, W, 3) that it contains."""
     rng = np.random.default_rng(1)
     grey = rng.integers(0, 256, (40, 60), dtype=np.uint8)
     colour = rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)
@@ -347,7 +347,7 @@ KINDS = ("colour", "orientation", "palette", "transparent", "grey with alpha", "
 
 
 def forms_of(content, folder):
-    """All forms in which a file may come in."""
+    """All forms in which a file may be given."""
     text, path = base64.b64encode(content).decode(), folder / "image.file"
     path.write_bytes(content)
     return (
@@ -367,7 +367,7 @@ def test_a_file_is_the_same_in_every_form(processor, tmp_path, kind):
             assert equal(processor(file, input_boxes=[[[5, 5, 25, 30]]]), expected)
 
 
-def test_an_image_that_is_none_gets_one_short_line(processor, tmp_path):
+def test_files_that_are_not_images_give_one_short_line(processor, tmp_path):
     content, _ = files_of("colour")
     (tmp_path / "text.png").write_text("hello")
     frames = [PIL.Image.new("L", (8, 8), value) for value in (0, 1)]
@@ -408,7 +408,7 @@ def test_damaged_orientation_tags_are_one_line_or_none():
     assert open_image(content).size == (30, 40)
     refused = 0
     for position in range(content.index(b"Exif"), content.index(b"words")):
-        for value in (5, 10, 12):  # fractions and floating-point numbers among them
+        for value in (5, 10, 12):  # including fractions and floating-point numbers
             damaged = content[:position] + bytes([value]) + content[position + 1 :]
             try:
                 open_image(damaged)
@@ -425,7 +425,7 @@ def test_files_need_pillow_and_arrays_do_not(processor, image, tmp_path, monkeyp
         processor(tmp_path / "slice.png", input_boxes=[[BOX]])
 
 
-def test_messages_stay_short_whatever_is_given(processor, image):
+def test_messages_are_short_for_any_argument(processor, image):
     for name, value in (
         ("input_boxes", [["x" * 10**6]]),
         ("input_boxes", [[list(range(10**5))]]),
@@ -475,7 +475,7 @@ def test_images_come_as_list_or_as_a_stack(processor, image):
         assert processor(images, input_boxes=[[BOX], [BOX]])["pixel_values"].shape == (2, 3, 256, 256)
 
 
-def test_colours_stay_apart(processor):
+def test_colours_are_not_mixed(processor):
     coloured = np.zeros((64, 64, 3), np.uint8)
     coloured[:, 32:, 0] = coloured[:32, :, 1] = 200
     pixels = processor(coloured, input_boxes=[[[20, 20, 44, 44]]])["pixel_values"][0]
@@ -512,7 +512,7 @@ def test_constant_image_has_no_nan(processor):
     assert torch.isfinite(pixels).all()
 
 
-# ------------------------------------------------------------------------------------------------------- and back
+# ------------------------------------------------------------------------------------------------------ post-process
 
 
 def test_mask_returns_to_its_place(processor, image):
@@ -526,8 +526,8 @@ def test_mask_returns_to_its_place(processor, image):
     assert (pasted[:, :5] == OUTSIDE_LOGIT).all() and (pasted[:, 5:69, 18:82] != OUTSIDE_LOGIT).all()
 
 
-def test_box_of_a_mask_drawn_in_the_model_is_the_prompt(processor, image):
-    """Forth and back at SAM's own resolution, image_size / 4, with a box on its grid and beyond the border."""
+def test_box_of_a_pasted_mask_is_the_prompt(processor, image):
+    """A mask that fills the prompt box at image_size / 4, for boxes inside the image and at its border."""
     for box in (BOX, [0, 0, 12, 16], [116, 88, 128, 100]):
         inputs = processor(image, input_boxes=[[box]])
         x1, y1, x2, y2 = (inputs["input_boxes"][0, 0] / 4).long().tolist()  # cells of 4 px: one pixel of the image
@@ -547,7 +547,7 @@ def test_low_resolution_masks_grow_with_the_window(processor):
 
 
 def square_logits(*sides):
-    """(1, 1, N, 8, 8): squares of these sides, certain."""
+    """(1, 1, N, 8, 8): confident squares with these sides."""
     logits = torch.full((1, 1, len(sides), 8, 8), -40.0)
     for index, side in enumerate(sides):
         logits[0, 0, index, :side, :side] = 40.0
@@ -582,7 +582,7 @@ def test_entropy_is_in_bits():
     assert binary_entropy(torch.tensor([0.0, 0.5, 1.0])).tolist() == [0.0, 1.0, 0.0]
 
 
-def test_spacing_is_one_number_or_one_a_prompt(processor):
+def test_spacing_is_one_number_or_one_per_prompt(processor):
     logits = square_logits(2, 4).transpose(1, 2)  # two prompts of one sample
     for spacing, areas in (
         ((0.5, 2), [1, 64]),
@@ -597,7 +597,7 @@ def test_spacing_is_one_number_or_one_a_prompt(processor):
             processor.post_process_samples(logits, **PLACE, pixel_spacing_mm=spacing)
 
 
-def test_model_takes_what_the_processor_gives(image):
+def test_model_accepts_outputs_of_the_processor(image):
     processor, model = ProbabilisticSamProcessor(SIZE, 24), tiny_model()
     inputs = processor(image, input_boxes=[[BOX, [0, 0, 9, 9]]], input_points=[[[[50, 37]], [[1, 2], [3, 4]]]])
     output = model.sample(**inputs, num_samples=3)
@@ -607,7 +607,7 @@ def test_model_takes_what_the_processor_gives(image):
         assert model(**inputs, num_samples=3).pred_masks.shape == output.pred_masks.shape
 
 
-def test_results_carry_no_gradients(processor, image):
+def test_results_have_no_gradients(processor, image):
     inputs = processor(image, input_boxes=[[BOX]])
     place = inputs["windows"], inputs["original_sizes"]
     logits = torch.randn(1, 1, 2, 64, 64, requires_grad=True)
@@ -651,7 +651,7 @@ def test_sam_names_for_pasting_masks_back(processor, image):
 # ------------------------------------------------------------------------------------------- arguments of SamProcessor
 
 
-def test_arguments_of_sam_processor_are_honoured_or_refused(processor, image):
+def test_arguments_of_sam_processor_are_accepted_or_refused(processor, image):
     import inspect
 
     from transformers import SamProcessor
@@ -686,7 +686,7 @@ def test_arguments_of_sam_processor_are_honoured_or_refused(processor, image):
         processor(image, input_boxes=[[BOX]], device="nowhere")
 
 
-def test_an_image_without_a_prompt_has_no_window_but_the_whole(processor, image):
+def test_an_image_without_a_prompt_is_accepted_without_crop_size_only(processor, image):
     with pytest.raises(ValueError, match="a prompt must be given: input_boxes, input_points or input_masks"):
         processor(image)
     whole = ProbabilisticSamProcessor(256, crop_size=None)
@@ -697,7 +697,7 @@ def test_an_image_without_a_prompt_has_no_window_but_the_whole(processor, image)
         whole(image, segmentation_maps=np.zeros((100, 128)))
 
 
-# ---------------------------------------------------------------------------------------------------------- faults
+# ---------------------------------------------------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize(
@@ -719,7 +719,7 @@ def test_an_image_without_a_prompt_has_no_window_but_the_whole(processor, image)
         ({"input_boxes": [[[40, 30, 60, 30]]]}, "has no area"),
         (
             {"input_boxes": [[[-1, 30, 60, 44]]]},
-            "x -1, y 30 of a prompt lies outside of the image of 128 x 100 pixels",
+            "x -1, y 30 of a prompt lies outside the image of 128 x 100 pixels",
         ),
         ({"input_boxes": [[[40, 30, 60, 101]]]}, "x 60, y 101 of a prompt lies outside"),
         ({"input_points": [[[[200, 30]]]]}, "x 200, y 30 of a prompt lies outside"),
@@ -762,9 +762,9 @@ def test_wrong_images_are_named(processor, wrong, message):
         processor(wrong, input_boxes=[[BOX]])
 
 
-def test_whole_images_need_prompts_that_fit_each_other(image):
+def test_whole_images_need_the_same_number_of_prompts(image):
     processor = ProbabilisticSamProcessor(256, crop_size=None)
-    with pytest.raises(ValueError, match="as many input_boxes as the others, got 1, 2"):
+    with pytest.raises(ValueError, match="same number of input_boxes, got 1, 2"):
         processor([image, image], input_boxes=[[BOX], [BOX, BOX]])
     with pytest.raises(ValueError, match="a window takes one mask prompt"):
         processor(image, input_masks=[np.ones((2, 100, 128))])

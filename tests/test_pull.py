@@ -240,7 +240,7 @@ EXAMPLE_BOX = json.loads((EXAMPLES / "examples.json").read_text())["images"][0][
 CODE = {
     "configuration_probabilistic_sam.py", "loss_probabilistic_sam.py", "modeling_mask_decoder.py",
     "modeling_probabilistic_sam.py", "modeling_tiny_vit.py",
-    "pipeline_probabilistic_sam.py", "processing_probabilistic_sam.py",
+    "pipeline_probabilistic_sam.py", "processing_image_files.py", "processing_probabilistic_sam.py",
 }  # fmt: skip
 WAYS = """
 import copy, json, os, sys

@@ -1,4 +1,4 @@
-"""Labels, absent readers and readers whose few pixels vanish: what each changes in the losses."""
+"""Labels, absent readers and readers whose few pixels vanish in resizing: their effect on the losses."""
 
 import pytest
 import torch
@@ -88,7 +88,7 @@ def test_an_absent_reader_takes_no_part(inputs):
     weights = {"kl_weight": 0.5, "presence_weight": 7.0, "energy_weight": 3.0}
     model, labels = tiny_model(**weights, num_energy_samples=2), tiny_labels()
     reader_mask = torch.ones(2, 3, 2, dtype=torch.bool)
-    reader_mask[0, :, 1] = reader_mask[1, 2] = False  # one reader for image 0, nobody for the last prompt of image 1
+    reader_mask[0, :, 1] = reader_mask[1, 2] = False  # one reader for image 0, none for the last prompt of image 1
     output = run(model, inputs, labels=labels, reader_mask=reader_mask)
     other = labels.masked_fill(~reader_mask[..., None, None], torch.nan)
     same = run(model, inputs, labels=other, reader_mask=reader_mask)
@@ -114,7 +114,7 @@ def test_energy_distance_leaves_out_absent_readers_and_windows_without_one(input
     reader_mask = torch.ones(2, 3, 2, dtype=torch.bool)
     reader_mask[1] = False
     half = run(model, inputs, labels=labels, reader_mask=reader_mask).energy_distance
-    labels[1] = 0  # everybody is there and empty: the image counts with 0
+    labels[1] = 0  # all readers are present and empty: the distance of this image is 0
     assert half.item() == pytest.approx(2 * run(model, inputs, labels=labels).energy_distance.item(), rel=1e-5)
 
 
@@ -132,9 +132,8 @@ def test_a_reader_whose_pixels_vanished_counts_as_one_who_annotated(inputs):
     log_annotated, log_empty = log_probability_of_presence(vanished.prior_mean[..., 0])
     assert torch.equal(vanished.kl_divergence[:, :, 1, 0], -log_annotated)
     assert torch.equal(empty.kl_divergence[:, :, 1, 0], -log_empty)
-    assert (vanished.posterior_mean[:, :, 1, 0] > 0).all() and (empty.posterior_mean[:, :, 1, 0] < 0).all()
     # Nothing is known of the outline: no reconstruction, no KL, and the same energy distance
-    assert torch.equal(vanished.posterior_mean[:, :, 1, 1:], vanished.prior_mean[..., 1:])
+    assert torch.equal(vanished.posterior_mean[:, :, 1], vanished.prior_mean)
     assert not vanished.kl_divergence[:, :, 1, 1:].any()
     assert torch.equal(vanished.reconstruction_loss, empty.reconstruction_loss)
     assert torch.equal(vanished.energy_distance, empty.energy_distance)
@@ -169,7 +168,7 @@ def test_baselines_leave_out_absent_readers_and_unknown_outlines(name):
 
 
 class NoDouble(TorchDispatchMode):
-    """Fails when a float64 tensor or random numbers are made on another device than the CPU."""
+    """Fails if a float64 tensor or random numbers are made on a device other than the CPU."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -183,13 +182,13 @@ class NoDouble(TorchDispatchMode):
 @pytest.mark.parametrize("name", ["probabilistic_sam", *TRAINED])
 @pytest.mark.parametrize("training", [False, True])
 def test_noise_is_made_on_the_cpu_and_never_in_double_precision_on_the_device(name, training):
-    """The device is "meta", which has no numbers: what happens on it is what would happen on Apple's GPU."""
+    """The device is "meta", which computes no numbers but runs the same operations as Apple's GPU."""
     model = tiny_model(energy_weight=1.0, latent_dropout=0.0) if name == "probabilistic_sam" else MAKERS[name]()
     model = model.to("meta").train(training)
     if hasattr(model.config, "latent_dropout"):
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0  # a network's dropout is the device's own
+                module.p = 0.0  # dropout of the networks uses the device's random numbers
     given = {"pixel_values": images().to("meta"), "input_boxes": BOXES.to("meta")}
     with NoDouble():
         model(**given, labels=readers().to("meta"))

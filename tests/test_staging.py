@@ -25,7 +25,7 @@ KINDS = ("configuration", "loss", "modeling", "pipeline", "processing")  # modul
 MODULES = sorted(path for kind in KINDS for path in (ROOT / "probabilistic_sam").glob(f"{kind}_*.py"))
 # Installed with transformers; Pillow only where files are opened
 ALLOWED = {"torch", "numpy", "transformers", "huggingface_hub.dataclasses", *sys.stdlib_module_names}
-ALLOWED_IN = {"processing_probabilistic_sam.py": {"PIL"}}
+ALLOWED_IN = {"processing_image_files.py": {"PIL"}}
 
 
 @pytest.fixture(scope="module")

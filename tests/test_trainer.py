@@ -1,4 +1,4 @@
-"""transformers' Trainer: the collator, the page about it, repeatable evaluation, two processes."""
+"""Training with transformers' Trainer: collator, the code in TRAINER.md, repeatable evaluation, two processes."""
 
 import os
 import re
@@ -70,7 +70,7 @@ def test_a_reader_whose_pixel_vanishes_is_annotated():
     batch = ProbabilisticSamCollator(processor, num_readers=2)([make_row([square(), dot])])
     assert batch["annotated"].tolist() == [[[True, True]]] and not batch["labels"][0, 0, 1].any()
     far = np.zeros((200, 200), bool)
-    far[190, 190] = True  # outside of the window
+    far[190, 190] = True  # outside the window
     row = {"image": np.zeros((200, 200)), "masks": [square(size=200), far], "input_boxes": [10, 10, 16, 16]}
     assert ProbabilisticSamCollator(processor, 2)([row])["annotated"].tolist() == [[[True, False]]]
 
@@ -92,7 +92,7 @@ def test_every_kind_of_image_and_mask_gives_one_batch():
     assert collator([encoded | {"masks": encoded["masks"][:2]}])["labels"][0, 0, 0].any()
 
 
-def test_points_are_padded_to_the_most_of_a_batch():
+def test_points_are_padded_to_the_largest_number_in_a_batch():
     rows = [
         make_row(input_points=[[12, 13]]),
         make_row(input_points=[[12, 13], [14, 9]], input_labels=[1, 0]),
@@ -129,7 +129,7 @@ def test_rows_that_do_not_fit_are_named(rows, message):
 
 
 @pytest.mark.parametrize("parts", [sam_parts, tiny_vit_parts], ids=["vit", "tiny_vit"])
-def test_in_evaluation_with_labels_samples_have_not_seen_them_and_everything_repeats(parts):
+def test_evaluation_with_labels_is_repeatable_and_samples_do_not_depend_on_them(parts):
     model, labels = tiny_model(parts, energy_weight=1.0), tiny_labels()
     first = model(**tiny_inputs(), labels=labels, num_samples=3)
     torch.rand(5)
@@ -159,12 +159,12 @@ def base(tmp_path_factory):
 
 
 @pytest.mark.parametrize("shipped", [False, True], ids=["tiny", "shipped"])
-def test_the_page_runs(base, tmp_path, shipped):
+def test_code_in_trainer_md_runs(base, tmp_path, shipped):
     pytest.importorskip("accelerate")
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "training" / "TRAINER.md").read_text(), flags=re.DOTALL)
     assert sum(bool(line.strip()) for line in code.splitlines()) <= 22
     rows = list(tiny_rows({"train": 2}, slices=2))
-    rows[1]["masks"] = rows[1]["masks"][:3]  # somebody did not look
+    rows[1]["masks"] = rows[1]["masks"][:3]  # one reader is absent
     names = {
         "base": str(ROOT / "model_cards" / "psam-lidc" if shipped else base), "output_dir": str(tmp_path / "run"),
         "train_rows": rows, "eval_rows": rows[:2] if shipped else rows,
@@ -174,7 +174,7 @@ def test_the_page_runs(base, tmp_path, shipped):
     first, second = trainer.evaluate(), trainer.evaluate()
     assert np.isfinite(first["eval_loss"]) and 0 <= first["eval_ged"] <= 2
     assert (first["eval_loss"], first["eval_ged"]) == (second["eval_loss"], second["eval_ged"])
-    # The weights that were trained are those that come back
+    # The trained weights are saved and loaded
     start, again = AutoModel.from_pretrained(names["base"]), AutoModel.from_pretrained(tmp_path / "run")
     own = model.state_dict()
     assert all(torch.equal(value, own[name]) for name, value in again.state_dict().items())
@@ -245,7 +245,7 @@ def test_two_processes_train_with_gradient_checkpointing(tmp_path):
         try:
             output, errors = process.communicate(timeout=200)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # torchrun would leave its processes behind
+            os.killpg(process.pid, signal.SIGKILL)  # or processes of torchrun would remain
             raise
     assert process.returncode == 0, errors[-3000:]
     lines = re.findall(r"RESULT (\d) (\d) ([\d.]+)", output)

@@ -1,4 +1,4 @@
-"""Models and data with which a test takes milliseconds, and the scripts of `training` as modules."""
+"""Tiny models and data for fast tests, and a loader for the scripts in `training`."""
 
 import importlib.util
 from pathlib import Path
@@ -13,9 +13,9 @@ TRAINING = Path(__file__).resolve().parent.parent / "training"
 
 
 def load_script(name):
-    """A script of `training`, such as `evaluate` or `report/benchmark`, as a module.
+    """Import a script of `training`, such as `evaluate` or `report/benchmark`, as a module.
 
-    The module has another name than the script: `evaluate` would hide the library.
+    The name of the module has a prefix, since `evaluate` would shadow the library.
     """
     spec = importlib.util.spec_from_file_location(f"training_{Path(name).name}", TRAINING / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
@@ -24,7 +24,7 @@ def load_script(name):
 
 
 def sam_parts(image_size=SIZE):
-    """Sub-configurations of a SAM with some thousand weights."""
+    """Sub-configurations of a SAM with a few thousand weights."""
     vision = {
         "image_size": image_size, "hidden_size": 16, "output_channels": 16, "num_hidden_layers": 2, "mlp_dim": 32,
         "num_attention_heads": 2, "window_size": 2, "global_attn_indexes": [1], "num_pos_feats": 8,
@@ -36,7 +36,7 @@ def sam_parts(image_size=SIZE):
 
 
 def tiny_vit_parts(image_size=SIZE):
-    """The same with a TinyViT encoder."""
+    """The same as `sam_parts` with a TinyViT encoder."""
     vision = {
         "model_type": "tiny_vit_vision_model", "image_size": image_size, "output_channels": 16, "num_pos_feats": 8,
         "embed_dims": [8, 8, 8, 16], "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2], "window_sizes": [2, 2, 2, 2],
@@ -48,7 +48,7 @@ def tiny_vit_parts(image_size=SIZE):
 def tiny_model(parts=sam_parts, seed=0, **kwargs):
     """A model with random weights."""
     torch.manual_seed(seed)
-    # With SAM's usual 0.02 outputs of so few weights differ in the seventh digit
+    # With SAM's usual initializer_range of 0.02, outputs of such a small model hardly differ
     fields = {"latent_dim": 4, "latent_hidden_size": 16, "initializer_range": 0.2, **kwargs}
     return ProbabilisticSamModel(ProbabilisticSamConfig(**parts(), **fields)).eval()
 
@@ -61,14 +61,14 @@ def tiny_inputs():
 
 
 def tiny_labels():
-    """Two readers of each of them: two squares."""
+    """Masks of two readers per box: two squares."""
     labels = torch.zeros(2, 3, 2, 4 * GRID, 4 * GRID)
     labels[:, :, 0, 2:5, 2:5] = labels[:, :, 1, 1:6, 2:6] = 1
     return labels
 
 
 def tiny_rows(patients_by_split, slices=3, size=SIZE):
-    """Rows of a dataset build: discs that four readers draw with different radii, or not at all."""
+    """Rows of a dataset build: discs that four readers annotated with different radii, or not at all."""
     from probabilistic_sam.data import split_of
     from probabilistic_sam.data.format import encode_png, image_row
 
@@ -79,7 +79,7 @@ def tiny_rows(patients_by_split, slices=3, size=SIZE):
         for patient in [name for name in names if split_of(name) == split][:count]:
             for slice_index in range(slices):
                 radii = rng.uniform(3, 6, size=4) * (rng.random(4) < 0.8)
-                radii[0] = 4  # somebody drew
+                radii[0] = 4  # at least one reader annotated
                 centre_y, centre_x = rng.uniform(12, size - 12, size=2)
                 distance = np.hypot(y - centre_y, x - centre_x)
                 image = 60 * (distance < 5) + rng.integers(0, 100, size=(size, size))
@@ -91,6 +91,6 @@ def tiny_rows(patients_by_split, slices=3, size=SIZE):
 
 
 def card_sizes(card):
-    """Cells of the first table of a build's card: patients, scans, nodules and slices of each split."""
+    """The first table in the card of a build: patients, scans, nodules and slices of each split."""
     lines = card[card.index("| split | patients | scans | nodules | slices |") :].split("\n\n")[0].splitlines()[2:]
     return {line.split(" | ")[0].lstrip("| "): line.rstrip(" |").split(" | ")[1:] for line in lines}

@@ -1,19 +1,19 @@
-"""What Probabilistic SAM is compared with: other ways to draw masks for one image and one prompt.
+"""Baselines: other models that sample masks for one image and one prompt.
 
-Every baseline has Probabilistic SAM's `sample(pixel_values | image_embeddings, input_boxes, num_samples, generator)`,
-its prompts, its processor and its `save_pretrained`. Importing this package lets `AutoModel` open them.
+Every baseline has the same `sample(pixel_values | image_embeddings, input_boxes, num_samples, generator)`, prompts,
+processor and `save_pretrained` as Probabilistic SAM. Importing this package registers them with `AutoModel`.
 
-| model_type | what differs between two samples |
+| model_type | source of the variation between samples |
 |---|---|
-| `dropout_unet` | the channels that dropout leaves out of a U-Net |
-| `dropout_sam` | what dropout leaves out of SAM's decoder |
-| `probabilistic_unet` | the latent of a conditional variational autoencoder (Kohl et al. 2018) |
-| `deterministic_sam` | the prompt, moved by chance |
-| `ellipse` | the size of an ellipse in the box; the image is not looked at |
-| `pixel_prior` | the latent, as in Probabilistic SAM, but its prior sees raw pixels and no prompt |
-| `prompt_free_prior` | the latent, as in Probabilistic SAM, but its prior is not told the prompt |
+| `dropout_unet` | dropout of channels in a U-Net |
+| `dropout_sam` | dropout in the inputs of SAM's mask decoder |
+| `probabilistic_unet` | latent of a conditional variational autoencoder (Kohl et al. 2018) |
+| `deterministic_sam` | random shifts of the prompt |
+| `ellipse` | random size of an ellipse in the box; the image is not used |
+| `pixel_prior` | latent as in Probabilistic SAM; the prior gets only raw pixels |
+| `prompt_free_prior` | latent as in Probabilistic SAM; the prior does not get the prompt |
 
-The oracles, which see the readers and bound what a model can reach, are in `training/evaluate.py`.
+Oracles, which know the readers' masks and bound what a model can achieve, are in `probabilistic_sam/evaluation.py`.
 """
 
 from transformers import AutoConfig, AutoModel, AutoProcessor

@@ -1,4 +1,4 @@
-"""Probabilistic SAM with one thing taken away, to see what it was worth."""
+"""Ablations: Probabilistic SAM without the prompt, or without SAM's features, in the latent networks."""
 
 import torch
 
@@ -9,18 +9,18 @@ from .unets import GaussianEncoder
 
 
 class PromptFreePriorConfig(ProbabilisticSamConfig):
-    """Of `PromptFreePriorModel`."""
+    """Configuration of `PromptFreePriorModel`."""
 
     model_type = "prompt_free_prior"
 
 
 class PromptFreePriorModel(SamVariant):
-    """Probabilistic SAM whose prior and posterior are not told the prompt; the decoder is."""
+    """Probabilistic SAM with latent networks that do not get the prompt; the decoder does."""
 
     config_class = PromptFreePriorConfig
 
     def embed(self, image_embeddings, *prompts):
-        """As in `ProbabilisticSamModel`, with features and maps for the latent networks that know no prompt."""
+        """As in `ProbabilisticSamModel`, but features and maps for the latent networks are without the prompt."""
         lead, _, coarse_maps, embeddings = super().embed(image_embeddings, *prompts)
         image_embeddings = image_embeddings.repeat_interleave(lead[1], dim=0)
         size = 4 * image_embeddings.shape[-1]
@@ -29,9 +29,9 @@ class PromptFreePriorModel(SamVariant):
 
 
 class PixelLatentNetwork(GaussianEncoder):
-    """Prior or posterior on pixels: `LatentNetwork`'s interface, with pixels (N, 2, h, w) as its features."""
+    """Prior or posterior on pixels (N, 2, h, w) as features, with the interface of `LatentNetwork`."""
 
-    def forward(  # type: ignore[override]  # a posterior's result has one more axis
+    def forward(  # type: ignore[override]  # the output of a posterior has one more axis
         self, features: torch.Tensor, prompt_maps: torch.Tensor, masks: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and log standard deviation (N, L), or (N, R, L) with masks (N, R, h, w)."""
@@ -44,13 +44,13 @@ class PixelLatentNetwork(GaussianEncoder):
 
 
 class PixelPriorConfig(ProbabilisticSamConfig):
-    """Of `PixelPriorModel`."""
+    """Configuration of `PixelPriorModel`."""
 
     model_type = "pixel_prior"
 
 
 class PixelPriorModel(SamVariant):
-    """Probabilistic SAM whose prior and posterior see raw pixels alone, as in the paper's public code."""
+    """Probabilistic SAM with latent networks that get only raw pixels, as in the public code of the paper."""
 
     config_class = PixelPriorConfig
 

@@ -1,18 +1,18 @@
-"""What the baselines share: pixels and prompts as maps, readers as targets, and noise from a generator.
+"""Shared code of the baselines: reconstruction loss, dropout with a generator, and two base classes.
 
-Shapes as in the model: B images, P prompts an image, S samples, R readers, h = w = image_size / 4.
+Shapes as in the model: B images, P prompts per image, S samples, R readers, h = w = image_size / 4.
 """
 
 from collections.abc import Callable
 from typing import Self
 
 import torch
-import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
+from ..loss_probabilistic_sam import dice_loss, summed_bce
 from ..modeling_probabilistic_sam import (
     PROMPT_CHANNELS,
     ProbabilisticSamModel,
@@ -23,7 +23,7 @@ from ..modeling_probabilistic_sam import (
     to_device,
 )
 
-MAP_CHANNELS = 2 + PROMPT_CHANNELS  # pixels as they are and relative to their window, and the prompt
+MAP_CHANNELS = 2 + PROMPT_CHANNELS  # of `pixels_and_contrast` and `prompt_maps`
 
 
 def to_embeddings(
@@ -31,7 +31,7 @@ def to_embeddings(
     pixel_values: torch.Tensor | None,
     image_embeddings: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The embeddings that are given, or those of the image that is.
+    """The image embeddings, encoded from the image if they are not given.
 
     Raises:
         ValueError: neither or both of image and embeddings.
@@ -46,34 +46,27 @@ def to_embeddings(
 def reconstruction_loss(
     logits: torch.Tensor, targets: torch.Tensor, bce_weight: float, dice_weight: float
 ) -> torch.Tensor:
-    """BCE summed over pixels and soft Dice loss, weighted: logits (B, P, 1 or R, h, w) to (B, P, R).
+    """Weighted sum of BCE (summed over pixels) and Dice loss: logits (B, P, 1 or R, h, w) to (B, P, R).
 
-    An empty target counts like any other: its Dice loss is 1 - 1 / (1 + area that was drawn).
+    Empty targets count like any other.
     """
     logits = logits.expand_as(targets)
-    bce = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(dim=(-2, -1))
-    probabilities = logits.sigmoid()
-    overlap = (probabilities * targets).sum(dim=(-2, -1))
-    total = probabilities.sum(dim=(-2, -1)) + targets.sum(dim=(-2, -1))
-    return bce_weight * bce + dice_weight * (1 - (2 * overlap + 1) / (total + 1))
+    return bce_weight * summed_bce(logits, targets) + dice_weight * dice_loss(logits.sigmoid(), targets)
 
 
-def known_readers(readers: Readers) -> torch.Tensor | None:
-    """Readers (B, P, R) whose masks a model without presence can learn from; None for all of them.
+def known_readers(readers: Readers) -> torch.Tensor:
+    """Which readers a model without presence can learn from: (B, P, R) bool.
 
-    Those who are absent do not count, nor those who annotated but whose pixels vanished when the labels were resized:
-    their mask is not empty, and its outline is unknown.
+    Absent readers do not count, nor readers whose pixels vanished when the labels were resized: their mask is not
+    empty, but its outline is unknown.
     """
-    if readers.mask is None and readers.annotated is readers.outlined:
-        return None
-    known = readers.outlined | ~readers.annotated
-    return known if readers.mask is None else known & readers.mask
+    return readers.present & (readers.outlined | ~readers.annotated)
 
 
 def drop_channels(features: torch.Tensor, share: float, generator: torch.Generator | None) -> torch.Tensor:
-    """Dropout of whole channels, (N, C, ...) with a choice for each of N x C, that takes a generator.
+    """Dropout of whole channels of (N, C, ...), with random numbers from a generator.
 
-    Whole channels, since neighbours in a map say nearly the same: dropping single values would hardly change a mask
+    Neighbouring values in a map are strongly correlated, so dropping single values would hardly change a mask
     (Tompson et al. 2015, arXiv 1411.4280).
     """
     if share == 0:
@@ -85,18 +78,18 @@ def drop_channels(features: torch.Tensor, share: float, generator: torch.Generat
 
 
 def check_dropout(dropout: float, sampling_dropout: float) -> None:
-    """Raise ValueError for a share that is none."""
+    """Raise ValueError for a share outside [0, 1)."""
     for name, share in {"dropout": dropout, "sampling_dropout": sampling_dropout}.items():
         if not 0 <= share < 1:
             raise ValueError(f"{name} must be at least 0 and less than 1, got {share}")
 
 
 class SamVariant(ProbabilisticSamModel):
-    """Of a model that begins with a SAM's weights."""
+    """Base class of models that start from the weights of a SAM."""
 
     @classmethod
     def from_sam(cls, sam: ProbabilisticSamModel, **fields) -> Self:
-        """With the weights of a converted SAM, as far as names agree; `fields` of the configuration."""
+        """A model with all weights of a converted SAM whose names match; `fields` change its configuration."""
         others = ("model_type", "architectures", "transformers_version")
         values = {name: value for name, value in sam.config.to_dict().items() if name not in others}
         model = cls(cls.config_class(**(values | fields)))
@@ -106,11 +99,11 @@ class SamVariant(ProbabilisticSamModel):
 
 @strict
 class PixelConfig(PreTrainedConfig):
-    r"""Of a model that sees the pixels without SAM.
+    r"""Configuration of a model that uses pixels without SAM.
 
     Args:
-        image_size (`int`, defaults to 256): side of the model's input in pixels, a multiple of 16; the model sees it,
-            and draws masks, at a quarter of that.
+        image_size (`int`, defaults to 256): side of the model's input in pixels, a multiple of 16; the model reduces
+            it to a quarter, the size of its masks.
     """
 
     image_size: int = 256
@@ -122,7 +115,7 @@ class PixelConfig(PreTrainedConfig):
 
 
 class PixelModel(PreTrainedModel):
-    """A model whose image embeddings are just the packed pixels (B, 16, g, g)."""
+    """Base class of models whose image embeddings are the packed pixels (B, 16, g, g)."""
 
     config: PixelConfig
     config_class = PixelConfig
@@ -139,13 +132,13 @@ class PixelModel(PreTrainedModel):
 
     @torch.no_grad()
     def get_image_embeddings(self, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
-        """Grey values in the resolution of the masks: (B, 16, g, g), see `pack_pixels`."""
+        """Grey values at the resolution of the masks: (B, 16, g, g), see `pack_pixels`."""
         return pack_pixels(pixel_values)
 
     def get_maps(
         self, pixel_values: torch.Tensor | None, image_embeddings: torch.Tensor | None, **prompts
     ) -> torch.Tensor:
-        """What a U-Net reads, pixels and prompts: (B, P, 6, h, w).
+        """Input of a U-Net, pixels and prompts as maps: (B, P, 6, h, w).
 
         Raises:
             ValueError: neither or both of image and embeddings, or no prompt.

@@ -1,4 +1,4 @@
-"""The floor without an image: an ellipse of random size in the box, empty as often as the readers are."""
+"""Baseline that ignores the image: an ellipse of random size in the box, empty as often as the readers' masks."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -14,21 +14,21 @@ from ..errors import UserError
 from ..modeling_probabilistic_sam import EMPTY_LOGIT, ProbabilisticSamOutput, check_other_arguments, spread_noise
 from .common import PixelConfig, PixelModel
 
-SHARPNESS = 4.0  # logit at a distance of one pixel of the mask from the outline
+SHARPNESS = 4.0  # logit one pixel inside the outline
 
 
 @strict
 class EllipseConfig(PixelConfig):
-    """Of `EllipseModel`."""
+    """Configuration of `EllipseModel`."""
 
     model_type = "ellipse"
 
 
 class EllipseModel(PixelModel):
-    """An ellipse centred in the box, its axes `scale` times the box's sides, log scale ~ N(mean, std).
+    """An ellipse centred in the box, with axes of `scale` times the sides of the box and log scale ~ N(mean, std).
 
-    Its three weights are the probability of an empty mask and mean and standard deviation of the log scale; `fit`
-    finds them.
+    The three weights are the probability of an empty mask, and mean and standard deviation of the log scale; `fit`
+    estimates them.
     """
 
     config: EllipseConfig
@@ -43,15 +43,15 @@ class EllipseModel(PixelModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
-        if isinstance(module, EllipseModel):  # an ellipse that fills the box
+        if isinstance(module, EllipseModel):  # always an ellipse that fills the box
             for parameter in (module.probability_of_empty, module.log_scale_mean, module.log_scale_std):
                 init.zeros_(parameter)
 
     @torch.no_grad()
     def fit(self, slices: Iterable[tuple[list[float], np.ndarray]]) -> None:
-        """Maximum likelihood for the areas of masks: box (4,) and readers' masks (R, H, W) of each slice.
+        """Maximum likelihood estimate from the box (4,) and the readers' masks (R, H, W) of each slice.
 
-        The scale of a mask is that of the ellipse with its area: sqrt(area / (pi / 4 * width * height of the box)).
+        The scale of a mask is that of an ellipse of equal area: sqrt(area / (pi / 4 * width * height of the box)).
         """
         empty: list[bool] = []
         log_scales: list[float] = []
@@ -78,19 +78,19 @@ class EllipseModel(PixelModel):
         The arguments are those of `ProbabilisticSamModel.forward`; the image is not used.
 
         Raises:
-            UserError: no box, another prompt, or labels.
+            UserError: no box, other prompts, or labels.
         """
         for name in ("input_points", "input_labels", "input_masks", "labels", "reader_mask", "annotated"):
             if kwargs.pop(name, None) is not None and input_boxes is not None:
-                raise UserError(f"an ellipse has no use for {name}; accepted: a prompt with input_boxes alone")
+                raise UserError(f"the ellipse baseline does not use {name}; accepted: prompts with input_boxes only")
         check_other_arguments(kwargs)
         if input_boxes is None:
-            raise UserError("an ellipse is drawn in a box; accepted: a prompt with input_boxes")
+            raise UserError("the ellipse baseline needs a box; accepted: prompts with input_boxes")
         size = self.config.image_size // 4
         noise = spread_noise((*input_boxes.shape[:2], num_samples, 2), generator, self.device)
         present = noise[..., 0] > torch.special.ndtri(self.probability_of_empty)  # (B, P, S)
         scale = torch.exp(self.log_scale_mean + self.log_scale_std * noise[..., 1])
-        low, high = (input_boxes.float() * (size / self.config.image_size)).chunk(2, dim=-1)  # (B, P, 2) in cells
+        low, high = (input_boxes.float() * (size / self.config.image_size)).chunk(2, dim=-1)  # (B, P, 2), mask px
         radii = (((high - low) / 2)[:, :, None] * scale[..., None]).clamp(min=1e-3)  # (B, P, S, 2)
         centres = torch.arange(size, device=self.device) + 0.5
         offsets = (centres - ((low + high) / 2)[:, :, None, :, None]) / radii[..., None]  # (B, P, S, 2, size)

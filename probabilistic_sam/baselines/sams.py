@@ -1,34 +1,34 @@
-"""SAM without a latent: samples differ by dropout in the decoder, or by a prompt that is moved."""
+"""SAM without a latent space: samples vary by dropout in the decoder's inputs, or by random shifts of the prompt."""
 
 import torch
 from huggingface_hub.dataclasses import strict
 from transformers.utils import can_return_tuple
 
 from ..configuration_probabilistic_sam import ProbabilisticSamConfig
+from ..loss_probabilistic_sam import masked_mean
 from ..modeling_probabilistic_sam import (
     MAX_DECODED,
     ProbabilisticSamOutput,
     Readers,
     check_other_arguments,
-    masked_mean,
     spread_noise,
 )
 from .common import SamVariant, check_dropout, drop_channels, known_readers, reconstruction_loss, to_embeddings
 
-RELATIVE_JITTER = 0.1  # of a box's side, as in the protocol's union_box
+RELATIVE_JITTER = 0.1  # of the side of a box, as in the prompt union_box
 
 
 @strict
 class LatentFreeSamConfig(ProbabilisticSamConfig):
-    r"""Of `LatentFreeSamModel`; the fields of the latent space and of its loss have no meaning here.
+    r"""Configuration of `LatentFreeSamModel`; the fields of the latent space and its loss are not used.
 
     Args:
-        dropout (`float`, defaults to 0): share dropped in training of the prompt's token entries and of the channels
-            of the image embeddings and details.
+        dropout (`float`, defaults to 0): dropout in training, of the entries of prompt tokens and of the channels of
+            image embeddings and details.
         sampling_dropout (`float`, defaults to 0): the same in sampling.
         jitter (`float`, defaults to 0): in sampling each side of a box moves by u1 * 0.1 * side + u2 * `jitter`, and
-            each point by u2 * `jitter`, u ~ U(-1, 1); in pixels of the model's input: 1.5 px of the image are
-            1.5 * image_size / crop_size. With 0 nothing moves.
+            each point by u2 * `jitter`, with u ~ U(-1, 1). In pixels of the model's input: 1.5 px of the image are
+            1.5 * image_size / crop_size. Prompts do not move if it is 0.
     """
 
     dropout: float = 0.0
@@ -44,7 +44,7 @@ class LatentFreeSamConfig(ProbabilisticSamConfig):
 
 @strict
 class DropoutSamConfig(LatentFreeSamConfig):
-    """`LatentFreeSamConfig` with dropout: more in sampling than a decoder learns well with."""
+    """`LatentFreeSamConfig` with dropout; it is larger in sampling, where it would be too large for training."""
 
     model_type = "dropout_sam"
 
@@ -54,7 +54,7 @@ class DropoutSamConfig(LatentFreeSamConfig):
 
 @strict
 class DeterministicSamConfig(LatentFreeSamConfig):
-    """`LatentFreeSamConfig` with jitter: 6 px of an image whose windows of 64 px are shown at 256."""
+    """`LatentFreeSamConfig` with jitter: 6 px of the image, for windows of 64 px that are resized to 256 px."""
 
     model_type = "deterministic_sam"
 
@@ -62,9 +62,9 @@ class DeterministicSamConfig(LatentFreeSamConfig):
 
 
 class LatentFreeSamModel(SamVariant):
-    """Probabilistic SAM's encoder, detail network and decoder without its latent space: one mask a pass.
+    """Encoder, detail network and decoder of Probabilistic SAM without the latent space: one mask per pass.
 
-    Before training its masks are SAM's own.
+    Before training its masks are those of SAM.
     """
 
     config: LatentFreeSamConfig
@@ -97,7 +97,7 @@ class LatentFreeSamModel(SamVariant):
     def decode_once(
         self, embeddings: tuple, dropout: float, generator: torch.Generator | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One pass for each of N prompts, with the share `dropout`: logits (N, h, w) and iou scores (N,)."""
+        """One pass for each of N prompts with dropout: logits (N, h, w) and IoU scores (N,)."""
         image, tokens, dense, middle, fine = embeddings
         tokens = drop_channels(tokens.flatten(1), dropout, generator).view_as(tokens)
         image, middle, fine = (drop_channels(item, dropout, generator) for item in (image, middle, fine))
@@ -127,10 +127,10 @@ class LatentFreeSamModel(SamVariant):
         annotated: torch.Tensor | None = None,
         **kwargs,
     ) -> ProbabilisticSamOutput:
-        """Sample masks; with `labels` (B, P, R, H, W) the loss of one mask against every reader, empty ones too.
+        """Sample masks; with `labels` (B, P, R, H, W) compute the mean loss of one mask over `known_readers`.
 
-        The other arguments are those of `ProbabilisticSamModel.forward`, and so are the outputs. With `labels` there
-        are samples in evaluation mode only. The loss is the mean over `known_readers`.
+        Other arguments and outputs are those of `ProbabilisticSamModel.forward`. With `labels`, masks are sampled in
+        evaluation mode only.
 
         Raises:
             ValueError: neither or both of image and embeddings, or no prompt.
@@ -159,7 +159,7 @@ class LatentFreeSamModel(SamVariant):
                 prompts = self.move_prompts(num_samples, generator, prompts)
             passes = 1 if moves else num_samples
             masks, iou_scores = self.passes(image_embeddings, prompts, passes, self.config.sampling_dropout, generator)
-            # With moved prompts (B, P * S, 1, ...)
+            # With moved prompts the shape is (B, P * S, 1, ...)
             values["pred_masks"] = masks.flatten(1, 2).unflatten(1, (-1, num_samples))
             values["iou_scores"] = iou_scores.flatten(1, 2).unflatten(1, (-1, num_samples))
         return ProbabilisticSamOutput(**values)
@@ -172,7 +172,7 @@ class LatentFreeSamModel(SamVariant):
         dropout: float,
         generator: torch.Generator | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits (B, P, count, h, w) and iou scores (B, P, count) of `count` passes per prompt."""
+        """Logits (B, P, count, h, w) and IoU scores (B, P, count) of `count` passes per prompt."""
         kinds = ("input_points", "input_labels", "input_boxes", "input_masks")
         *_, (image, sparse, dense, details) = self.embed(image_embeddings, *(prompts.get(kind) for kind in kinds))
         tokens = dense.new_zeros(len(dense), 0, dense.shape[1]) if sparse is None else sparse
@@ -184,12 +184,12 @@ class LatentFreeSamModel(SamVariant):
 
 
 class DropoutSamModel(LatentFreeSamModel):
-    """SAM fine-tuned on all readers whose samples differ by dropout in the decoder's inputs."""
+    """SAM fine-tuned on all readers; samples vary by dropout in the decoder's inputs."""
 
     config_class = DropoutSamConfig
 
 
 class DeterministicSamModel(LatentFreeSamModel):
-    """SAM as it is, or fine-tuned on all readers, whose samples are the masks of moved prompts."""
+    """SAM, as it is or fine-tuned on all readers; samples vary by random shifts of the prompt."""
 
     config_class = DeterministicSamConfig

@@ -1,22 +1,20 @@
-"""Two U-Nets that see the pixels and the prompt: with dropout, and with a latent space.
+"""Two U-Nets on pixels and prompt: one with dropout, one with a latent space.
 
-They have the blocks and the size of Probabilistic SAM's detail network, so that a comparison is about the method.
+Their blocks and size are those of the detail network of Probabilistic SAM, for a fair comparison.
 """
 
 import torch
-import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers.utils import can_return_tuple
 
-from ..loss_probabilistic_sam import gaussian_kl
+from ..loss_probabilistic_sam import gaussian_kl, masked_mean, summed_bce
 from ..modeling_probabilistic_sam import (
     MAX_DECODED,
     DetailBlock,
     ProbabilisticSamOutput,
     Readers,
     check_other_arguments,
-    masked_mean,
     normal_noise,
     spread_noise,
 )
@@ -34,7 +32,7 @@ from .common import (
 class UNet(nn.Module):
     """Maps (N, 6, h, w) to features (N, hidden_size, h, w): three resolutions, `num_blocks` blocks at the lowest.
 
-    Dropout stands before the three inner stages (Kohl et al. 2018, appendix B, their Dropout U-Net).
+    Dropout is applied before the three inner stages (Dropout U-Net of Kohl et al. 2018, appendix B).
     """
 
     def __init__(self, hidden_size: int, num_blocks: int):
@@ -54,7 +52,7 @@ class UNet(nn.Module):
     def forward(
         self, maps: torch.Tensor, dropout: float = 0.0, generator: torch.Generator | None = None
     ) -> torch.Tensor:
-        """One pass; the share `dropout` is drawn from the generator."""
+        """One pass, with dropout from the generator."""
         fine = self.fine_down(self.stem(maps))
         middle = self.middle_down(drop_channels(self.to_middle(fine), dropout, generator))
         coarse = self.coarse_blocks(drop_channels(self.to_coarse(middle), dropout, generator))
@@ -67,15 +65,15 @@ class UNet(nn.Module):
 
 @strict
 class DropoutUNetConfig(PixelConfig):
-    r"""Of `DropoutUNetModel`.
+    r"""Configuration of `DropoutUNetModel`.
 
     Args:
-        hidden_size (`int`, defaults to 32): channels at the resolution of the masks, a multiple of 8; twice and four
-            times as many at half and a quarter of it.
+        hidden_size (`int`, defaults to 32): channels at the resolution of the masks, a multiple of 8; twice as many at
+            half that resolution, four times as many at a quarter.
         num_blocks (`int`, defaults to 3): blocks at the lowest resolution.
         dropout (`float`, defaults to 0.3): share of the channels that is dropped in training.
         sampling_dropout (`float`, defaults to 0.5): the same in sampling.
-        bce_weight, dice_weight (`float`): as in `ProbabilisticSamConfig`; every reader counts, empty masks too.
+        bce_weight, dice_weight (`float`): as in `ProbabilisticSamConfig`, but for empty masks as well.
     """
 
     model_type = "dropout_unet"
@@ -93,7 +91,7 @@ class DropoutUNetConfig(PixelConfig):
 
 
 class DropoutUNetModel(PixelModel):
-    """A U-Net whose samples differ by dropout (Gal and Ghahramani 2016, arXiv 1506.02142)."""
+    """A U-Net with dropout in sampling (Gal and Ghahramani 2016, arXiv 1506.02142)."""
 
     config: DropoutUNetConfig
     config_class = DropoutUNetConfig
@@ -120,10 +118,10 @@ class DropoutUNetModel(PixelModel):
         annotated: torch.Tensor | None = None,
         **kwargs,
     ) -> ProbabilisticSamOutput:
-        """Sample masks by as many passes; with `labels` (B, P, R, H, W) the loss of one pass against every reader.
+        """Sample masks, one pass each; with `labels` (B, P, R, H, W) compute the loss of one pass.
 
-        The other arguments are those of `ProbabilisticSamModel.forward`, and so are the outputs. With `labels` there
-        are samples in evaluation mode only. The loss is the mean over `known_readers`.
+        Other arguments and outputs are those of `ProbabilisticSamModel.forward`. With `labels`, masks are sampled in
+        evaluation mode only. The loss is the mean over `known_readers`.
         """
         check_other_arguments(kwargs)
         maps = self.get_maps(
@@ -144,7 +142,7 @@ class DropoutUNetModel(PixelModel):
     def passes(
         self, maps: torch.Tensor, count: int, dropout: float, generator: torch.Generator | None
     ) -> torch.Tensor:
-        """Logits (B, P, count, h, w) of that many passes over maps (B, P, 6, h, w)."""
+        """Logits (B, P, count, h, w) of `count` passes over maps (B, P, 6, h, w)."""
         slots = maps.flatten(0, 1).repeat_interleave(count, dim=0).split(MAX_DECODED)
         logits = torch.cat([self.head(self.unet(part, dropout, generator)) for part in slots])
         return logits[:, 0].float().unflatten(0, (*maps.shape[:2], count))
@@ -155,16 +153,14 @@ class DropoutUNetModel(PixelModel):
 
 @strict
 class ProbabilisticUNetConfig(PixelConfig):
-    r"""Of `ProbabilisticUNetModel`.
+    r"""Configuration of `ProbabilisticUNetModel`.
 
     Args:
         hidden_size, num_blocks (`int`): as in `DropoutUNetConfig`.
         latent_dim (`int`, defaults to 6): coordinates of the latent.
-        bce_weight (`float`, defaults to 1): weight of the binary cross-entropy of a reader's mask, **summed over its
-            pixels**.
-        kl_weight (`float`, defaults to 1): beta, the weight of KL(posterior, prior), in nats summed over coordinates,
-            against that sum: 1 and 1 is the evidence lower bound. Against a mean over pixels the same number would
-            weigh some 4,000 times as much.
+        bce_weight (`float`, defaults to 1): weight of the binary cross-entropy, **summed over the pixels** of a mask.
+        kl_weight (`float`, defaults to 1): beta, the weight of the KL divergence of posterior from prior in nats,
+            summed over coordinates. With both weights 1 the loss is the negative evidence lower bound.
     """
 
     model_type = "probabilistic_unet"
@@ -197,14 +193,14 @@ class GaussianEncoder(nn.Module):
     def forward(self, maps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and log standard deviation."""
         mean, log_std = self.head(self.layers(maps).mean(dim=(-2, -1))).float().chunk(2, dim=-1)
-        return mean, 4.0 * torch.tanh(log_std / 4.0)  # bounded, as in Probabilistic SAM
+        return mean, 4.0 * torch.tanh(log_std / 4.0)  # bounded as in Probabilistic SAM
 
 
 class ProbabilisticUNetModel(PixelModel):
-    """Probabilistic U-Net (Kohl et al. 2018, arXiv 1806.05034), which is told the prompt.
+    """Probabilistic U-Net (Kohl et al. 2018, arXiv 1806.05034) with the prompt as additional input.
 
-    A prior sees pixels and prompt, a posterior one reader's mask as well; a latent, repeated at every pixel, meets the
-    U-Net's features in three 1x1 convolutions.
+    The prior gets pixels and prompt, the posterior also one reader's mask. The latent is repeated at every pixel and
+    joined to the features of the U-Net by three 1x1 convolutions.
     """
 
     config: ProbabilisticUNetConfig
@@ -246,12 +242,11 @@ class ProbabilisticUNetModel(PixelModel):
         annotated: torch.Tensor | None = None,
         **kwargs,
     ) -> ProbabilisticSamOutput:
-        """Sample masks from the prior; with `labels` (B, P, R, H, W) the loss of all readers in one step.
+        """Sample masks from the prior; with `labels` (B, P, R, H, W) compute the loss of all readers.
 
-        The other arguments are those of `ProbabilisticSamModel.forward`, and so are the outputs, but no coordinate of
-        the latent has a meaning of its own. With `labels` there are samples in evaluation mode only. The loss is the
-        negative evidence lower bound: the mean over `known_readers` of `bce_weight` BCE (summed over pixels) +
-        `kl_weight` KL.
+        Other arguments and outputs are those of `ProbabilisticSamModel.forward`, but there is no presence coordinate.
+        With `labels`, masks are sampled in evaluation mode only. The loss is the negative evidence lower bound: the
+        mean over `known_readers` of `bce_weight` BCE (summed over pixels) + `kl_weight` KL.
         """
         check_other_arguments(kwargs)
         maps = self.get_maps(
@@ -283,7 +278,7 @@ class ProbabilisticUNetModel(PixelModel):
         readers: Readers,
         generator: torch.Generator | None,
     ) -> dict[str, torch.Tensor]:
-        """Fields of `ProbabilisticSamOutput` that need the readers."""
+        """Fields of `ProbabilisticSamOutput` that depend on the readers."""
         targets, lead, known = readers.targets, maps.shape[:2], known_readers(readers)
         seen = torch.cat(
             [maps[:, :, None].expand(-1, -1, targets.shape[2], -1, -1, -1), targets[:, :, :, None].to(maps.dtype)],
@@ -292,11 +287,8 @@ class ProbabilisticUNetModel(PixelModel):
         mean, log_std = (item.unflatten(0, targets.shape[:3]) for item in self.posterior(seen.flatten(0, 2)))
         latents = mean + torch.exp(log_std) * normal_noise(tuple(mean.shape), generator, self.device)
         masks = self.decode(features, latents.flatten(0, 1)).unflatten(0, lead)  # (B, P, R, h, w)
-        bce = F.binary_cross_entropy_with_logits(masks, targets, reduction="none").sum(dim=(-2, -1))
-        kl = gaussian_kl(mean, log_std, prior_mean[:, :, None], prior_log_std[:, :, None])
-        if known is not None:
-            kl = kl * known[..., None]
-        reconstruction = masked_mean(self.config.bce_weight * bce, known)
+        kl = gaussian_kl(mean, log_std, prior_mean[:, :, None], prior_log_std[:, :, None]) * known[..., None]
+        reconstruction = masked_mean(self.config.bce_weight * summed_bce(masks, targets), known)
         return {
             "loss": reconstruction + self.config.kl_weight * masked_mean(kl.sum(dim=-1), known),
             "reconstruction_loss": reconstruction,

@@ -4,7 +4,7 @@ Only the light names are re-exported here (numpy and the standard library). Read
 `probabilistic_sam.data.format`, the sources in `slices` and `phantom`.
 """
 
-from .prompts import PROMPTS, make_prompt, row_seed
+from .prompts import PROMPTS, make_prompt, row_prompt, row_seed
 from .splits import SPLITS, patient_bucket, split_of
 
-__all__ = ["PROMPTS", "SPLITS", "make_prompt", "patient_bucket", "row_seed", "split_of"]
+__all__ = ["PROMPTS", "SPLITS", "make_prompt", "patient_bucket", "row_prompt", "row_seed", "split_of"]

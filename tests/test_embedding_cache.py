@@ -21,6 +21,7 @@ from probabilistic_sam.training import embedding_cache
 from probabilistic_sam.training.embedding_cache import EmbeddingCache
 from probabilistic_sam.training.windows import (
     View,
+    place_prompt,
     plain_view,
     prompt_window,
     random_view,
@@ -114,6 +115,18 @@ def test_image_masks_and_prompt_turn_together(masks, turns, mirror, corner):
     bright = view_pixel_values(image, view, processor)[0] > 0
     expected = view_readers(masks, view, 96)["labels"][0]
     assert (bright & expected).sum() > 0.95 * (bright | expected).sum()
+
+
+def test_prompt_is_placed_where_the_processor_places_it():
+    box, processor = [10.0, 20.0, 30.0, 28.0], ProbabilisticSamProcessor(image_size=96, crop_size=24)
+    placed = place_prompt({"input_boxes": box}, (6, 16, 24), 96)["input_boxes"]
+    assert placed.tolist() == [16, 16, 96, 48]  # 4 px of the input per px of the image
+    features = processor(np.zeros((40, 40)), input_boxes=[[box]])
+    window = tuple(features["windows"][0].tolist())
+    again = place_prompt({"input_boxes": box}, window, 96)["input_boxes"]
+    assert torch.allclose(again, features["input_boxes"][0, 0])
+    point = place_prompt({"input_points": [8.0, 18.5], "input_labels": 1}, (6, 16, 24), 96)
+    assert point["input_points"].tolist() == [8, 10] and len(point) == 1
 
 
 def test_whether_a_reader_annotated_is_decided_between_cutting_and_resizing():

@@ -16,11 +16,13 @@ pytest.importorskip("datasets")
 
 from tiny import load_script
 
-from probabilistic_sam import evaluation
-from probabilistic_sam.data import split_of
+from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamProcessor, evaluation
+from probabilistic_sam.baselines import EllipseConfig, EllipseModel
+from probabilistic_sam.data import make_prompt, row_prompt, row_seed, split_of
 from probabilistic_sam.data.build import write_dataset
 from probabilistic_sam.data.format import decode_masks, encode_png, image_row, load_split
 from probabilistic_sam.errors import UserError
+from probabilistic_sam.inference import load_model
 from probabilistic_sam.metrics import COLUMNS, METRICS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -212,6 +214,14 @@ def test_reader_box_scores_readers_with_samples_of_their_own_box(script, dataset
     assert slice_["four_readers"]["dice_max_per_reader"] == pytest.approx(np.mean(expected))
 
 
+@pytest.mark.parametrize("prompt", ["union_box", "center_point"])
+def test_prompt_follows_from_the_identity_of_the_row(dataset, prompt):
+    row = dataset[0]
+    masks = decode_masks(row)
+    expected = make_prompt(masks, prompt, np.random.default_rng(row_seed(row, prompt)))
+    assert row_prompt(row, masks, prompt) == expected != row_prompt(dataset[1], masks, prompt)
+
+
 def test_samples_that_cannot_be_scored_are_refused(script, dataset):
     model = StubModel()
     model.sample = lambda **kwargs: SimpleNamespace(pred_masks=torch.zeros(1, 1, 1, SIZE, SIZE))
@@ -223,8 +233,6 @@ def test_samples_that_cannot_be_scored_are_refused(script, dataset):
 
 
 def test_latent_state_does_not_change_the_samples(script, model_dir, dataset):
-    from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamProcessor
-
     model, processor = ProbabilisticSamModel.from_pretrained(model_dir), ProbabilisticSamProcessor(32, 24)
     rows = [dataset[index] for index in range(2)]
     (first, second), _ = evaluation.evaluate_rows(model.eval(), processor, rows, "union_box", 3, (0, 1))
@@ -245,8 +253,6 @@ def test_latent_state_does_not_change_the_samples(script, model_dir, dataset):
 
 @pytest.mark.parametrize("shipped", [False, True])
 def test_latent_space_counts_masks_that_vanish_in_the_window(script, model_dir, shipped):
-    from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamProcessor
-
     # Tiny: 24 pixels of the image become 8. Shipped: a lesion of 100 pixels needs a window wider than the 64 of a mask
     size, first, last = (160, 30, 130) if shipped else (SIZE, 12, 20)
     folder = ROOT / "model_cards" / "psam-lidc" if shipped else model_dir
@@ -285,7 +291,7 @@ def test_max_slices_takes_a_fixed_subset(script, dataset):
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
-    from probabilistic_sam import ProbabilisticSamConfig, ProbabilisticSamModel, ProbabilisticSamProcessor
+    from probabilistic_sam import ProbabilisticSamConfig
 
     torch.manual_seed(0)
     config = ProbabilisticSamConfig(
@@ -390,6 +396,29 @@ def test_incomplete_weights_are_refused(script, model_dir, dataset_dir, tmp_path
     (broken / "model.safetensors").write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match="cannot be loaded"):
         script.main(arguments(broken, dataset_dir, tmp_path / "results.json"))
+
+
+def test_baselines_open_only_where_they_are_asked_for(tmp_path):
+    model = EllipseModel(EllipseConfig(image_size=SIZE))
+    torch.nn.init.constant_(model.log_scale_mean, 0.25)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="has no processor_config.json"):
+        load_model(tmp_path, baselines=True)
+    ProbabilisticSamProcessor(SIZE, 24).save_pretrained(tmp_path)
+    opened, processor = load_model(tmp_path, baselines=True)
+    assert isinstance(opened, EllipseModel) and not opened.training and processor.crop_size == 24
+    assert opened.log_scale_mean.item() == 0.25
+    with pytest.raises(UserError, match="is of type 'ellipse', not a Probabilistic SAM; accepted: "):
+        load_model(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(UserError, match="is of type 'bert', neither a Probabilistic SAM nor one of its baselines"):
+        load_model(tmp_path, baselines=True)
+
+
+def test_shipped_model_opens_for_evaluation():
+    model, processor = load_model(ROOT / "model_cards" / "psam-lidc", torch.device("cpu"), baselines=True)
+    assert isinstance(model, ProbabilisticSamModel) and model.dtype == torch.float32
+    assert processor.image_size == model.config.vision_config.image_size == 256
 
 
 @pytest.mark.slow

@@ -83,6 +83,9 @@ def test_expected_share_of_empty_samples_is_that_of_the_readers(script, run_fold
     assert ndtr(-means).mean() == pytest.approx(shares.mean(), abs=1e-4)
     with pytest.raises(UserError, match="is a file or not empty"):
         script.main()
+    monkeypatch.setattr(sys, "argv", ["finish_run.py", *map(str, arguments), "--output", str(SCRIPT)])
+    with pytest.raises(UserError, match="is a file or not empty"):
+        script.main()
 
 
 def test_a_folder_that_is_no_run(tmp_path):

@@ -198,8 +198,8 @@ def _number(value: float) -> float | None:
     return round(float(value), DECIMALS) + 0.0 if np.isfinite(value) else None  # + 0.0 turns -0.0 into 0.0
 
 
-# Every statistic is a function of sums over slices, so a resample is one row of weights times the sums of all patients.
-# Summed are: 1 per slice, the slice metrics, two sets of calibration bins, and the moments of the two empty shares
+# Every statistic is a function of sums over slices, so a resample is a row of weights times the sums of all patients.
+# The sums: 1 per slice, the slice metrics, two sets of calibration bins, and the moments of the two empty shares
 _BINS = 3 * functional.NUM_BINS
 _NUM_SUMS = 1 + len(SLICE_METRICS) + 2 * _BINS + 3
 

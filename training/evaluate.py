@@ -75,7 +75,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.model.startswith("oracle:") and args.model not in ORACLES:
         raise UserError(f"--model is {args.model}; accepted: a model, {', '.join(ORACLES)}")
     if args.model in ORACLES and args.prompt == "reader_box":
-        raise UserError(f"--prompt is reader_box, but {args.model} uses no prompt; accepted: any other prompt")
+        raise UserError(f"--prompt is reader_box, but {args.model} takes no prompt; accepted: any other")
     if len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0:
         raise UserError(f"--seeds are {args.seeds}; accepted: different numbers, 0 or more")
     if args.output.is_dir():

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from . import ProbabilisticSamModel, ProbabilisticSamProcessor, __version__
+from .baselines import BASELINES
 from .errors import UserError
 from .images import luminance
 from .plotting import sample_figure, save_figure
@@ -44,12 +45,23 @@ class SampledMasks:
     empty_share: float
 
 
-def load_model(name: str | os.PathLike) -> tuple[ProbabilisticSamModel, ProbabilisticSamProcessor]:
-    """Load a trained model and its processor from a directory, or from the Hub by `owner/name`.
+def load_model(
+    name: str | os.PathLike, device: str | torch.device = "cpu", baselines: bool = False
+) -> tuple[Any, ProbabilisticSamProcessor]:
+    """Load a trained model and its processor.
+
+    Args:
+        name: directory, or `owner/name` on the Hub.
+        device: where the model goes.
+        baselines: open the models of `probabilistic_sam.baselines` too, not only Probabilistic SAM.
+
+    Returns:
+        The model in evaluation mode, and its processor.
 
     Raises:
         UserError: missing directory, files or tensors, damaged files, or a model of another kind.
     """
+    classes = {item.config_class.model_type: item for item in (ProbabilisticSamModel, *BASELINES * baselines)}
     accepted = "accepted: a directory that training/train.py wrote, or owner/name on the Hub"
     directory = Path(name)
     if directory.is_dir():
@@ -57,8 +69,6 @@ def load_model(name: str | os.PathLike) -> tuple[ProbabilisticSamModel, Probabil
             raise UserError(f"model directory {name} has no config.json; {accepted}")
         if not any(any(directory.glob(pattern)) for pattern in ("*.safetensors", "pytorch_model*.bin")):
             raise UserError(f"model directory {name} has no weights (model.safetensors); {accepted}")
-        if not (directory / "processor_config.json").is_file() and _model_type(name) == "probabilistic_sam":
-            raise UserError(f"model directory {name} has no processor_config.json; {accepted}")
     elif directory.exists():
         raise UserError(f"model {name} is a file; {accepted}")
     elif str(name).count("/") != 1 or str(name).startswith(("/", ".", "~")) or str(name).endswith("/"):
@@ -67,23 +77,26 @@ def load_model(name: str | os.PathLike) -> tuple[ProbabilisticSamModel, Probabil
     model_type = _model_type(name)
     if model_type in ("sam", "sam_hq"):
         raise UserError(
-            f"model {name} is a plain SAM checkpoint, which draws one mask: training/train.py makes a Probabilistic "
-            "SAM of it; give the directory that it writes"
+            f"model {name} is a plain SAM checkpoint, which predicts a single mask; accepted: a Probabilistic SAM, "
+            "which training/train.py trains from such a checkpoint"
         )
-    if model_type != ProbabilisticSamModel.config_class.model_type:
-        raise UserError(f"model {name} is of type {model_type!r}, not a Probabilistic SAM; {accepted}")
+    if model_type not in classes:
+        wanted = "neither a Probabilistic SAM nor one of its baselines" if baselines else "not a Probabilistic SAM"
+        raise UserError(f"model {name} is of type {model_type!r}, {wanted}; {accepted}")
+    if directory.is_dir() and not (directory / "processor_config.json").is_file():
+        raise UserError(f"model directory {name} has no processor_config.json; {accepted}")
     try:
-        model, info = ProbabilisticSamModel.from_pretrained(name, output_loading_info=True)
+        model, info = classes[model_type].from_pretrained(name, output_loading_info=True)
         processor = ProbabilisticSamProcessor.from_pretrained(name)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, EOFError) as error:
         raise UserError(f"model {name} cannot be loaded ({_first_line(error)}); {accepted}") from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise UserError(
-            f"model {name} lacks {len(missing)} tensors ({missing[0]} is the first), so it was never trained as a "
-            f"Probabilistic SAM or its file is not whole; {accepted}"
+            f"model {name} lacks {len(missing)} tensors, such as {missing[0]}: its weights are incomplete or those "
+            f"of another model; {accepted}"
         )
-    return model.eval(), processor
+    return model.to(device).eval(), processor
 
 
 def sample_image(

@@ -1,4 +1,4 @@
-"""Where a file of results comes from, and how it is written."""
+"""The provenance of a results file."""
 
 import platform
 import shlex
@@ -12,7 +12,15 @@ from typing import Any
 
 
 def provenance(root: Path, packages: Sequence[str]) -> dict[str, Any]:
-    """What is needed to make a results file again: command, commit of the repository `root`, date, versions."""
+    """What is needed to reproduce a results file.
+
+    Args:
+        root: folder of the repository.
+        packages: whose versions are recorded.
+
+    Returns:
+        `command`, `commit`, `date` (UTC) and `versions`.
+    """
     versions = {"python": platform.python_version()}
     for package in packages:
         try:
@@ -28,7 +36,7 @@ def provenance(root: Path, packages: Sequence[str]) -> dict[str, Any]:
 
 
 def git_commit(root: Path) -> str:
-    """The repository's commit, with `+dirty` when tracked files differ from it; `unknown` outside of a repository."""
+    """The commit of a repository, with `+dirty` if tracked files differ from it; `unknown` outside a repository."""
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
         status = ["git", "status", "--porcelain", "--untracked-files=no"]

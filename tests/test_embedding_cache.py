@@ -1,4 +1,4 @@
-"""Views that turn image, masks and prompt together, and a cache of their embeddings that is never stale."""
+"""Views turn image, masks and prompt together, and the cache of their embeddings is never stale."""
 
 import itertools
 import math
@@ -21,13 +21,13 @@ from probabilistic_sam.training import embedding_cache
 from probabilistic_sam.training.embedding_cache import EmbeddingCache
 from probabilistic_sam.training.windows import (
     View,
+    place_prompt,
     plain_view,
     prompt_window,
     random_view,
-    view_annotated,
-    view_masks,
     view_pixel_values,
     view_prompt,
+    view_readers,
 )
 
 AUGMENTATION = {"max_shift": 4.0, "max_zoom": 0.3, "max_gamma": 0.25}
@@ -71,7 +71,7 @@ def tight_box(masks):
 # ----------------------------------------------------------------------------------------------------------- views
 
 
-def test_plain_view_is_what_the_processor_cuts(dataset, processor):
+def test_plain_view_equals_the_window_of_the_processor(dataset, processor):
     for row in dataset:
         image, masks = decode_image(row), decode_masks(row)
         expected = processor(image, input_boxes=[[tight_box(masks)]])
@@ -81,7 +81,7 @@ def test_plain_view_is_what_the_processor_cuts(dataset, processor):
 
 
 class Still:
-    """A generator for prompts without jitter."""
+    """A random generator that gives prompts without jitter."""
 
     def uniform(self, low, high, size=None):
         return np.zeros(size)
@@ -89,7 +89,7 @@ class Still:
 
 @pytest.fixture(scope="module")
 def masks():
-    """Two readers' masks without any symmetry, of an image that is wider than high."""
+    """Two asymmetric masks of an image that is wider than high."""
     masks = np.zeros((2, 40, 60), bool)
     masks[0, 10:15, 20:34] = masks[0, 10:20, 20:23] = masks[1, 12:17, 21:31] = True
     return masks
@@ -101,9 +101,9 @@ def test_image_masks_and_prompt_turn_together(masks, turns, mirror, corner):
     processor = ProbabilisticSamProcessor(image_size=96, crop_size=24, stretch_percentiles=(0, 100))
     x, y, side = prompt_window(View(turns, mirror, (0, 0, 0), 1.0).turn(masks), processor)
     view = View(turns, mirror, (x + corner[0], y + corner[1], side), 1.0)
-    assert side == 24  # 14 px are less than three quarters of it
+    assert side == 24  # 14 px are less than three quarters of the window
 
-    seen = view_masks(masks, view, side).numpy()  # pixel by pixel
+    seen = view_readers(masks, view, side)["labels"].numpy()  # not resized
     assert seen.sum(axis=(1, 2)).tolist() == masks.sum(axis=(1, 2)).tolist()
     box = view_prompt(masks, view, "union_box", Still(), image_size=96)["input_boxes"]
     assert (box / 4).tolist() == tight_box(seen)
@@ -113,8 +113,20 @@ def test_image_masks_and_prompt_turn_together(masks, turns, mirror, corner):
 
     image = masks[0].astype(np.uint8) * 100
     bright = view_pixel_values(image, view, processor)[0] > 0
-    expected = view_masks(masks, view, 96)[0]
+    expected = view_readers(masks, view, 96)["labels"][0]
     assert (bright & expected).sum() > 0.95 * (bright | expected).sum()
+
+
+def test_prompt_is_placed_where_the_processor_places_it():
+    box, processor = [10.0, 20.0, 30.0, 28.0], ProbabilisticSamProcessor(image_size=96, crop_size=24)
+    placed = place_prompt({"input_boxes": box}, (6, 16, 24), 96)["input_boxes"]
+    assert placed.tolist() == [16, 16, 96, 48]  # 4 px of the input per px of the image
+    features = processor(np.zeros((40, 40)), input_boxes=[[box]])
+    window = tuple(features["windows"][0].tolist())
+    again = place_prompt({"input_boxes": box}, window, 96)["input_boxes"]
+    assert torch.allclose(again, features["input_boxes"][0, 0])
+    point = place_prompt({"input_points": [8.0, 18.5], "input_labels": 1}, (6, 16, 24), 96)
+    assert point["input_points"].tolist() == [8, 10] and len(point) == 1
 
 
 def test_whether_a_reader_annotated_is_decided_between_cutting_and_resizing():
@@ -123,10 +135,11 @@ def test_whether_a_reader_annotated_is_decided_between_cutting_and_resizing():
     masks[1, 12, 12] = True  # one pixel, a ninth of one after resizing
     masks[2, 35, 35] = True  # outside of the window
     view = View(0, False, (6, 6, 24), 1.0)
-    assert view_masks(masks, view, 8).flatten(1).any(dim=1).tolist() == [True, False, False, False]
-    assert view_annotated(masks, view).tolist() == [True, True, False, False]
+    readers = view_readers(masks, view, 8)
+    assert readers["labels"].flatten(1).any(dim=1).tolist() == [True, False, False, False]
+    assert readers["annotated"].tolist() == [True, True, False, False]
     half_turn = View(2, False, (0, 0, 24), 1.0)  # pixel (35, 35) comes to (4, 4), pixel (12, 12) to (27, 27)
-    assert view_annotated(masks, half_turn).tolist() == [True, False, True, False]
+    assert view_readers(masks, half_turn, 8)["annotated"].tolist() == [True, False, True, False]
 
 
 def test_the_eight_symmetries_differ(masks):
@@ -178,7 +191,7 @@ def test_embeddings_are_those_of_the_model(make, model, processor, dataset):
     assert len({cache.view(index, number) for index in range(6) for number in range(2)}) == 12
 
 
-def test_without_views_the_plain_one_is_stored(make, model, processor, dataset):
+def test_without_augmented_views_the_plain_view_is_stored(make, model, processor, dataset):
     cache = make(num_views=0, augmentation=None)
     assert cache.embeddings.shape == (6, 1, 32, 2, 2)
     boxes = [[tight_box(decode_masks(row))] for row in dataset]
@@ -216,7 +229,7 @@ def test_latent_networks_do_not_make_a_new_cache(make):
     assert make(model=other).path == first.path
 
 
-def test_model_without_an_encoder_has_the_pixels_alone(make, dataset, processor):
+def test_model_without_an_encoder_stores_the_pixels(make, dataset, processor):
     unets = [
         DropoutUNetModel(DropoutUNetConfig(image_size=SIZE, hidden_size=8, num_blocks=1, dropout=share))
         for share in (0.0, 0.5)
@@ -255,7 +268,7 @@ def test_processes_share_the_work(make, tmp_path):
     first, second = together(lambda: process(0), lambda: process(1))
     alone = make()
     assert first.path.name == second.path.name == alone.path.name
-    # Other rows share a batch, and with it the last digit
+    # Batches hold other rows, so the last digit may differ
     assert np.allclose(first.embeddings, alone.embeddings, atol=2e-3)
     assert (first.embeddings == second.embeddings).all()
     assert not list((tmp_path / "two").glob("*.part"))
@@ -272,11 +285,11 @@ def test_of_two_runs_one_builds_and_the_other_waits(make, monkeypatch):
     assert (first.embeddings == second.embeddings).all()
 
 
-def test_interrupted_build_leaves_nothing_that_looks_whole(make, model, tmp_path, monkeypatch):
+def test_interrupted_build_leaves_no_cache_file(make, model, tmp_path, monkeypatch):
     calls = itertools.count()
 
     def interrupted(pixel_values):
-        if next(calls) == 2:  # the first call finds out the shape
+        if next(calls) == 2:  # the first call determines the shape
             raise KeyboardInterrupt
         return torch.ones(len(pixel_values), 32, 2, 2)
 
@@ -290,7 +303,7 @@ def test_interrupted_build_leaves_nothing_that_looks_whole(make, model, tmp_path
     assert not list((tmp_path / "cache").glob("*.part"))
 
 
-def test_places_that_cannot_be_written(make, tmp_path, monkeypatch):
+def test_cache_that_cannot_be_written_is_refused(make, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="embedding cache .* cannot be written: "):
         make(cache_dir=tmp_path / "file" / "cache")

@@ -1,4 +1,4 @@
-"""training/evaluate.py: on stub models in process, on a tiny Probabilistic SAM from the command line."""
+"""training/evaluate.py: stub models in process, a tiny Probabilistic SAM from the command line."""
 
 import json
 import os
@@ -16,11 +16,13 @@ pytest.importorskip("datasets")
 
 from tiny import load_script
 
-from probabilistic_sam import evaluation
-from probabilistic_sam.data import split_of
+from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamProcessor, evaluation
+from probabilistic_sam.baselines import EllipseConfig, EllipseModel
+from probabilistic_sam.data import make_prompt, row_prompt, row_seed, split_of
 from probabilistic_sam.data.build import write_dataset
 from probabilistic_sam.data.format import decode_masks, encode_png, image_row, load_split
 from probabilistic_sam.errors import UserError
+from probabilistic_sam.inference import load_model
 from probabilistic_sam.metrics import COLUMNS, METRICS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,7 +42,7 @@ def make_rows():
     for number, patient in enumerate(PATIENTS):
         for slice_index in range(3):
             radii = rng.uniform(3, 6, size=4) * (rng.random(4) < 0.8)
-            radii[0] = 4  # somebody drew
+            radii[0] = 4  # at least one reader annotated
             masks = [encode_png((y - 16) ** 2 + (x - 15) ** 2 < radius**2) for radius in radii]
             image = encode_png(rng.integers(0, 255, size=(SIZE, SIZE), dtype=np.uint8))
             yield image_row(
@@ -91,7 +93,7 @@ class StubProcessor:
 
 
 class StubModel:
-    """Draws boxes that are the prompt's, each side moved by noise from the generator."""
+    """Its samples are the prompt's box, each side moved by noise from the generator."""
 
     noise = 1.5
 
@@ -113,7 +115,7 @@ class StubModel:
 
 
 class EmbeddingModel(StubModel):
-    """The same with an encoder that the script can run once for a batch."""
+    """The same with an encoder, which is called once per batch."""
 
     def __init__(self):
         super().__init__()
@@ -161,7 +163,7 @@ def test_seeds_are_separate_runs(script, dataset):
 
 
 class AlternatingModel(StubModel):
-    """Of the samples of one call the first half is the box, the second half empty: spread, not independent."""
+    """Half of the samples of one call are the box, half are empty: spread evenly, not independent."""
 
     noise = 0.0
 
@@ -179,7 +181,7 @@ def test_independent_samples_have_a_call_each(script, dataset):
     assert (len(few.calls), len(many.calls)) == (15, 4 * 15)
     shares = [[slice_["all"]["empty_rate_samples"] for slice_ in slices] for slices in (together, independent)]
     assert set(shares[0]) == {0.5}
-    assert len(set(shares[1])) > 2  # each call has its own luck
+    assert len(set(shares[1])) > 2  # random from call to call
     assert geds(run(script, AlternatingModel(), dataset, independent=True)[1][0]) == geds(independent)
 
 
@@ -193,9 +195,9 @@ def test_prompts_reach_the_model_in_its_shapes(script, dataset):
     assert labels.tolist() == [[[1]]]
 
 
-def test_reader_box_scores_each_reader_with_his_own_samples(script, dataset):
-    # Without noise each sample fills its reader's box; a disc fills the same share of every box, so for those who drew
-    # the Dice is the disc's with its own box. The union box would be too large for all but the largest.
+def test_reader_box_scores_readers_with_samples_of_their_own_box(script, dataset):
+    # Without noise each sample fills the box of its reader, so the Dice is that of a disc and its own tight box. The
+    # union box would be too large for all readers but the one with the largest disc.
     model = StubModel()
     model.noise = 0.0
     index = next(i for i, row in enumerate(dataset) if row["num_nonempty"] == 4)
@@ -212,23 +214,29 @@ def test_reader_box_scores_each_reader_with_his_own_samples(script, dataset):
     assert slice_["four_readers"]["dice_max_per_reader"] == pytest.approx(np.mean(expected))
 
 
+@pytest.mark.parametrize("prompt", ["union_box", "center_point"])
+def test_prompt_follows_from_the_identity_of_the_row(dataset, prompt):
+    row = dataset[0]
+    masks = decode_masks(row)
+    expected = make_prompt(masks, prompt, np.random.default_rng(row_seed(row, prompt)))
+    assert row_prompt(row, masks, prompt) == expected != row_prompt(dataset[1], masks, prompt)
+
+
 def test_samples_that_cannot_be_scored_are_refused(script, dataset):
     model = StubModel()
     model.sample = lambda **kwargs: SimpleNamespace(pred_masks=torch.zeros(1, 1, 1, SIZE, SIZE))
-    with pytest.raises(UserError, match="drew 1 masks instead of 4"):
+    with pytest.raises(UserError, match="returned 1 masks instead of 4"):
         run(script, model, dataset)
     model.sample = lambda **kwargs: SimpleNamespace(pred_masks=torch.full((1, 1, 4, SIZE, SIZE), torch.nan))
     with pytest.raises(UserError, match="not finite"):
         run(script, model, dataset)
 
 
-def test_looking_into_the_latent_space_leaves_the_samples_alone(script, model_dir, dataset):
-    from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamProcessor
-
+def test_latent_state_does_not_change_the_samples(script, model_dir, dataset):
     model, processor = ProbabilisticSamModel.from_pretrained(model_dir), ProbabilisticSamProcessor(32, 24)
     rows = [dataset[index] for index in range(2)]
     (first, second), _ = evaluation.evaluate_rows(model.eval(), processor, rows, "union_box", 3, (0, 1))
-    assert "collapse" not in second  # once is enough: only the noise of the reconstructions would differ
+    assert "collapse" not in second  # only the noise of the reconstructions would differ
     state = first.pop("collapse")
     assert state["kl"].shape == state["posterior_mean"].shape == (4, 3)
     assert state["annotated"].tolist() == decode_masks(rows[0]).any(axis=(1, 2)).tolist()
@@ -245,8 +253,6 @@ def test_looking_into_the_latent_space_leaves_the_samples_alone(script, model_di
 
 @pytest.mark.parametrize("shipped", [False, True])
 def test_latent_space_counts_masks_that_vanish_in_the_window(script, model_dir, shipped):
-    from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamProcessor
-
     # Tiny: 24 pixels of the image become 8. Shipped: a lesion of 100 pixels needs a window wider than the 64 of a mask
     size, first, last = (160, 30, 130) if shipped else (SIZE, 12, 20)
     folder = ROOT / "model_cards" / "psam-lidc" if shipped else model_dir
@@ -264,17 +270,20 @@ def test_latent_space_counts_masks_that_vanish_in_the_window(script, model_dir, 
 
 
 def test_max_slices_takes_a_fixed_subset(script, dataset):
+    def choose(rows, count):
+        return rows.select(evaluation.choose_rows(rows, count, "evaluated slices"))
+
     def identity(chosen):
         return [(row["patient_id"], row["slice_index"]) for row in chosen]
 
-    few, more = (identity(evaluation.choose_slices(dataset, count)) for count in (4, 8))
+    few, more = (identity(choose(dataset, count)) for count in (4, 8))
     assert (len(few), len(more)) == (4, 8)
-    assert set(few) < set(more)  # more slices, the same ones and others
+    assert set(few) < set(more)  # more slices include the fewer
     assert more == [item for item in identity(dataset) if item in more]  # in the order of the file
     assert more != identity(dataset)[:8]
-    assert len(evaluation.choose_slices(dataset, 100)) == len(dataset)
+    assert evaluation.choose_rows(dataset, 100, "") == evaluation.choose_rows(dataset, None, "") == list(range(15))
     shuffled = dataset.select(range(len(dataset) - 1, -1, -1))
-    assert set(identity(evaluation.choose_slices(shuffled, 4))) == set(few)
+    assert set(identity(choose(shuffled, 4))) == set(few)
 
 
 # ---------------------------------------------------------------------------------------------- from the command line
@@ -282,7 +291,7 @@ def test_max_slices_takes_a_fixed_subset(script, dataset):
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
-    from probabilistic_sam import ProbabilisticSamConfig, ProbabilisticSamModel, ProbabilisticSamProcessor
+    from probabilistic_sam import ProbabilisticSamConfig
 
     torch.manual_seed(0)
     config = ProbabilisticSamConfig(
@@ -354,7 +363,7 @@ def test_results_file(script, model_dir, dataset_dir, tmp_path, capsys, monkeypa
     [
         (["--split", "test"], "has no split 'test'; accepted: validation"),
         (["--dataset", "nowhere"], "nowhere: no such directory"),
-        (["--model", "no/such/model"], "no/such/model: does not open as a model with a processor"),
+        (["--model", "no/such/model"], "no model directory at no/such/model; accepted: "),
         (["--num_samples", "0"], "--num_samples is 0; accepted: 1 or more"),
         (["--batch_size", "-1"], "--batch_size is -1"),
         (["--seeds", "1", "1"], "accepted: different numbers"),
@@ -380,13 +389,36 @@ def test_incomplete_weights_are_refused(script, model_dir, dataset_dir, tmp_path
     lost = sorted(name for name in tensors if name.startswith("prior"))[0]
     del tensors[lost]
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=f"weights lack 1 parameters of the model, {lost} the first"):
+    with pytest.raises(UserError, match=f"lacks 1 tensors, such as {lost}: its weights are incomplete"):
         script.main(arguments(broken, dataset_dir, tmp_path / "results.json"))
 
     content = (model_dir / "model.safetensors").read_bytes()
     (broken / "model.safetensors").write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match="does not open as a model"):
+    with pytest.raises(UserError, match="cannot be loaded"):
         script.main(arguments(broken, dataset_dir, tmp_path / "results.json"))
+
+
+def test_baselines_open_only_where_they_are_asked_for(tmp_path):
+    model = EllipseModel(EllipseConfig(image_size=SIZE))
+    torch.nn.init.constant_(model.log_scale_mean, 0.25)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="has no processor_config.json"):
+        load_model(tmp_path, baselines=True)
+    ProbabilisticSamProcessor(SIZE, 24).save_pretrained(tmp_path)
+    opened, processor = load_model(tmp_path, baselines=True)
+    assert isinstance(opened, EllipseModel) and not opened.training and processor.crop_size == 24
+    assert opened.log_scale_mean.item() == 0.25
+    with pytest.raises(UserError, match="is of type 'ellipse', not a Probabilistic SAM; accepted: "):
+        load_model(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(UserError, match="is of type 'bert', neither a Probabilistic SAM nor one of its baselines"):
+        load_model(tmp_path, baselines=True)
+
+
+def test_shipped_model_opens_for_evaluation():
+    model, processor = load_model(ROOT / "model_cards" / "psam-lidc", torch.device("cpu"), baselines=True)
+    assert isinstance(model, ProbabilisticSamModel) and model.dtype == torch.float32
+    assert processor.image_size == model.config.vision_config.image_size == 256
 
 
 @pytest.mark.slow

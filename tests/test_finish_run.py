@@ -1,4 +1,4 @@
-"""training/finish_run.py: the mean of two weights, and a prior that draws nothing as often as the readers do."""
+"""training/finish_run.py: averaged weights, and a calibrated share of empty samples."""
 
 import json
 import subprocess
@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.special import ndtr
 from tiny import load_script, tiny_model, tiny_rows, tiny_vit_parts
 
 pytest.importorskip("accelerate")
@@ -15,7 +16,10 @@ pytest.importorskip("datasets")
 
 from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamProcessor
 from probabilistic_sam.data.build import write_dataset
+from probabilistic_sam.data.format import load_split
 from probabilistic_sam.errors import UserError
+from probabilistic_sam.training import finish
+from probabilistic_sam.training.embedding_cache import EmbeddingCache
 
 SCRIPT = Path(__file__).resolve().parent.parent / "training" / "finish_run.py"
 
@@ -27,7 +31,7 @@ def script():
 
 @pytest.fixture
 def run_folder(tmp_path):
-    """A run folder: a model, and a checkpoint whose running average lies one higher."""
+    """A run folder: a model, and a checkpoint whose averaged weights are larger by 1."""
     model = tiny_model(tiny_vit_parts)
     model.save_pretrained(tmp_path / "run")
     ProbabilisticSamProcessor(32, 32).save_pretrained(tmp_path / "run")
@@ -38,27 +42,27 @@ def run_folder(tmp_path):
     return tmp_path / "run"
 
 
-def test_shift_by_hand(script):
-    # P(x <= 0) with mean 0 is a half; .1587 is that of mean 1, so 1 has to be added
-    assert script.find_shift(np.zeros(3), np.full(3, 0.15865525)) == pytest.approx(1, abs=1e-6)
-    assert script.find_shift(np.array([-1.0, 1.0]), np.array([0.25, 0.75])) == pytest.approx(0, abs=1e-9)
-    with pytest.raises(UserError, match="drew nothing is 0"):
-        script.find_shift(np.zeros(2), np.zeros(2))
+def test_shift_by_hand():
+    # P(z <= 0) is .1587 for a mean of 1
+    assert finish.find_shift(np.zeros(3), np.full(3, 0.15865525)) == pytest.approx(1, abs=1e-6)
+    assert finish.find_shift(np.array([-1.0, 1.0]), np.array([0.25, 0.75])) == pytest.approx(0, abs=1e-9)
+    with pytest.raises(UserError, match="empty masks is 0"):
+        finish.find_shift(np.zeros(2), np.zeros(2))
 
 
-def test_average_is_half_of_the_way(script):
+def test_average_is_half_of_the_way():
     model = tiny_model(tiny_vit_parts)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    script.average(model, {"prior.lin2.bias": before["prior.lin2.bias"] + 1})
+    finish.average(model, {"prior.lin2.bias": before["prior.lin2.bias"] + 1})
     for name, value in model.named_parameters():
         moved = 0.5 if name == "prior.lin2.bias" else 0
         assert torch.allclose(value, before[name] + moved), name
     for wrong in ({}, {"absent": torch.zeros(1)}, {"prior.lin2.bias": torch.zeros(1)}):
         with pytest.raises(UserError, match="of another model"):
-            script.average(model, wrong)
+            finish.average(model, wrong)
 
 
-def test_finished_run_draws_nothing_as_often_as_the_readers(script, run_folder, tmp_path, monkeypatch, capsys):
+def test_expected_share_of_empty_samples_is_that_of_the_readers(script, run_folder, tmp_path, monkeypatch, capsys):
     arguments = ["--run", run_folder, "--dataset", tmp_path / "lidc", "--output", tmp_path / "done"]
     arguments += ["--cache_dir", tmp_path / "cache"]
     monkeypatch.setattr(sys, "argv", ["finish_run.py", *map(str, arguments)])
@@ -73,18 +77,21 @@ def test_finished_run_draws_nothing_as_often_as_the_readers(script, run_folder, 
         if name == "prior.lin2.bias":
             moved[0] += record["shift"]
         assert torch.allclose(value, moved, atol=1e-4), name
-    rows = script.load_split(tmp_path / "lidc", "validation")
-    cache = script.EmbeddingCache(after, processor, rows, 0, 0, tmp_path / "cache", bf16=True)
-    means, shares = script.presence_means(after, cache, rows, batch_size=2)
-    assert script.ndtr(-means).mean() == pytest.approx(shares.mean(), abs=1e-4)
-    with pytest.raises(UserError, match="is not empty"):
+    rows = load_split(tmp_path / "lidc", "validation")
+    cache = EmbeddingCache(after, processor, rows, 0, 0, tmp_path / "cache", bf16=True)
+    means, shares = finish.presence_means(after, cache, rows, batch_size=2)
+    assert ndtr(-means).mean() == pytest.approx(shares.mean(), abs=1e-4)
+    with pytest.raises(UserError, match="is a file or not empty"):
+        script.main()
+    monkeypatch.setattr(sys, "argv", ["finish_run.py", *map(str, arguments), "--output", str(SCRIPT)])
+    with pytest.raises(UserError, match="is a file or not empty"):
         script.main()
 
 
 def test_a_folder_that_is_no_run(tmp_path):
     command = [sys.executable, str(SCRIPT), "--run", tmp_path, "--dataset", tmp_path, "--output", tmp_path / "done"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert done.returncode == 2 and "does not open" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "has no config.json" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_damaged_checkpoint_is_named(script, run_folder, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""The metrics against numbers found by hand and against plain loops over pixels."""
+"""The metrics against numbers computed by hand and against plain loops over pixels."""
 
 import doctest
 import itertools
@@ -11,8 +11,10 @@ import pytest
 from probabilistic_sam.metrics import (
     COLUMNS,
     METRICS,
+    bootstrap,
     breakdown,
     calibration_sums,
+    collapse,
     functional,
     paired_difference,
     patient_sums,
@@ -49,8 +51,9 @@ def loop_iou(a, b):
     return both / inside if inside else 1.0
 
 
-def test_examples_of_the_docstrings():
-    results = doctest.testmod(functional)
+@pytest.mark.parametrize("module", [functional, bootstrap, collapse], ids=lambda module: module.__name__)
+def test_examples_of_the_docstrings(module):
+    results = doctest.testmod(module)
     assert results.attempted > 0
     assert results.failed == 0
 
@@ -71,7 +74,7 @@ def test_iou_matrix_agrees_with_loops():
     np.testing.assert_allclose(functional.iou_matrix(a, b), expected)
 
 
-def test_masks_that_do_not_fit_are_refused():
+def test_masks_of_different_sizes_are_refused():
     with pytest.raises(ValueError, match="one size, got a .*16, 16.* b .*8, 8"):
         functional.iou_matrix(A[None], np.zeros((1, 8, 8), bool))
     with pytest.raises(ValueError, match="samples must be a bool array .*float64"):
@@ -238,7 +241,7 @@ def test_ncc_of_constant_maps_is_zero():
     assert abs(functional.ncc(np.stack([A, A]).astype(np.float32), np.stack([B]))) < 1e-6
 
 
-def test_ncc_is_high_where_doubt_and_disagreement_meet():
+def test_ncc_is_high_where_samples_are_uncertain_and_readers_disagree():
     samples = np.where(np.stack([A, B]), 0.95, 0.05)
     assert functional.ncc(samples, np.stack([A, B])) > 0.5
     assert functional.ncc(samples, np.stack([A, B])) > functional.ncc(samples, np.stack([C, C]))
@@ -276,7 +279,7 @@ def score(samples, readers, **kwargs):
     return slice_metrics(samples, samples.astype(np.float32), np.stack(readers), **kwargs)
 
 
-def test_slice_columns_follow_who_drew():
+def test_slice_columns_depend_on_who_annotated():
     def columns(*readers):
         scores = score([A], readers)
         return [name for name in COLUMNS if scores[name] is not None]
@@ -285,7 +288,7 @@ def test_slice_columns_follow_who_drew():
     assert columns(A, EMPTY, EMPTY, EMPTY) == ["all"]
     assert columns(A, B, EMPTY, EMPTY) == ["all", "shape"]
     assert columns(A, B, A, B) == ["all", "four_readers", "shape"]
-    assert columns(A, B, A) == ["all", "shape"]  # every reader drew, but they are three
+    assert columns(A, B, A) == ["all", "shape"]  # every reader annotated, but there are only three
 
 
 def test_slice_metrics_are_the_functions():
@@ -322,8 +325,8 @@ def test_shape_column_without_a_sample_to_score():
     assert shape["dice_mean"] == shape["dice_max_per_reader"] == 0
 
 
-def test_samples_of_a_reader_meet_that_reader():
-    # The first reader's box gave A, the second one's gave C: each right for his own.
+def test_samples_of_a_readers_box_are_compared_with_that_reader():
+    # The box of the first reader gave A, that of the second C: each correct for its own reader
     own = score([A, A, C, C], [A, C], owners=np.array([0, 0, 1, 1]))["all"]
     assert own["dice_max_per_reader"] == own["dice_mean"] == own["iou_mean"] == 1
     swapped = score([C, C, A, A], [A, C], owners=np.array([0, 0, 1, 1]))["all"]
@@ -338,7 +341,7 @@ def test_samples_of_a_reader_meet_that_reader():
     assert score([A, EMPTY], [A, C], owners=np.array([0, 1]))["shape"]["dice_mean"] == 0.5
 
 
-def test_slice_metrics_refuses_what_does_not_fit():
+def test_slice_metrics_refuses_shapes_that_do_not_match():
     with pytest.raises(ValueError, match="must have one shape"):
         slice_metrics(A[None], np.zeros((2, 16, 16)), A[None])
     with pytest.raises(ValueError, match="a reader for each of the 1 samples, got 2"):
@@ -388,7 +391,7 @@ def test_calibration_errors_pool_all_slices():
     assert results["empty_correlation"]["mean"] == pytest.approx(np.corrcoef(shares.T)[0, 1], abs=1e-6)
 
 
-def test_bootstrap_draws_patients():
+def test_bootstrap_resamples_patients():
     per_slice, patients = many_slices(30)
     results = summarize(per_slice, patients, seed=3)
     assert results == summarize(per_slice, patients, seed=3)
@@ -400,7 +403,7 @@ def test_bootstrap_draws_patients():
     low, high = summarize(per_slice, ["same"] * 30)["all"]["ged"]["ci95"]
     assert low == high == results["all"]["ged"]["mean"]
 
-    # The definition by loops, with its own draws: the same interval up to the noise of 1,000 resamples.
+    # The definition by loops, with other random numbers: the same interval up to the noise of 1,000 resamples
     rng = np.random.default_rng(5)
     ged = {name: [] for name in patients}
     for slice_, name in zip(per_slice, patients, strict=True):
@@ -460,13 +463,13 @@ def test_calibration_sums_count_pixels_and_slices():
     assert [row[2] for row in sums["emptiness"]] == [2.0, 0.5, 1.0] and np.sum(sums["emptiness"]) == 3.5
 
 
-def test_breakdown_names_the_slices_that_hold_the_number_up():
+def test_breakdown_groups_the_error_by_readers_and_area():
     large = np.ones_like(A)
     slices = [
-        slice_metrics(np.stack([A, A]), np.stack([A, A]).astype(float), np.stack([A, EMPTY])),  # one drew 16 px
+        slice_metrics(np.stack([A, A]), np.stack([A, A]).astype(float), np.stack([A, EMPTY])),  # one reader, 16 px
         slice_metrics(np.stack([A, B]), np.stack([A, B]).astype(float), np.stack([A, A])),  # d(A, B) = 2 / 3
         slice_metrics(np.stack([large]), np.stack([large]).astype(float), np.stack([large, large])),  # 256 px, exact
-        slice_metrics(np.stack([A]), np.stack([A]).astype(float), np.stack([EMPTY])),  # nobody drew: in no column
+        slice_metrics(np.stack([A]), np.stack([A]).astype(float), np.stack([EMPTY])),  # empty: in no column
     ]
     assert (slices[0]["all"]["readers_annotated"], slices[0]["all"]["reader_area"]) == (1, 16.0)
     groups = breakdown([slices, slices])  # two runs: as many slices

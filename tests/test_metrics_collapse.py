@@ -1,4 +1,4 @@
-"""The state of a latent space, by hand."""
+"""The state of a latent space, with numbers computed by hand."""
 
 import json
 
@@ -19,7 +19,7 @@ def make_slice(kl, means, reconstructions, targets, annotated=None):
     return slice_collapse(*arrays, masks(*reconstructions), masks(*targets), annotated)
 
 
-# Two readers, three coordinates. In the first slice the second reader drew nothing.
+# Two readers, three coordinates; in the first slice the mask of the second reader is empty
 FIRST = make_slice(
     kl=[[0.5, 2, 0], [1.5, 9, 9]], means=[[1, 0, 5], [-1, 7, 7]],
     reconstructions=[[1, 1, 0, 0], [1, 1, 1, 1]], targets=[[1, 1, 1, 1], [0, 0, 0, 0]],
@@ -36,7 +36,7 @@ def test_one_slice():
     assert SECOND["iou"].tolist() == [1.0, 0.0]
 
 
-def test_summary_counts_outlines_of_those_who_drew_only():
+def test_summary_counts_outlines_of_annotated_masks_only():
     state = summarize_collapse([FIRST, SECOND])
     # Coordinate 0: (0.5 + 1.5) / 2 and 0. Coordinate 1: 2 and (4 + 2) / 2; the 9 of the empty mask does not count.
     assert state["kl_per_dimension"] == [0.5, 2.5, 0.0]
@@ -52,7 +52,7 @@ def test_mask_that_vanishes_when_it_is_resized_is_annotated():
     targets = [[0, 0], [0, 0], [0, 0]]  # the first two readers annotated a pixel, which is lost at this resolution
     state = make_slice(np.ones((3, 2)), np.ones((3, 2)), [[0, 0], [1, 0], [0, 0]], targets, [True, True, False])
     assert state["annotated"].tolist() == [True, True, False]
-    assert state["iou"].tolist() == [1, 0]  # both masks are empty, one is
+    assert state["iou"].tolist() == [1, 0]  # both masks are empty; only one is
     assert summarize_collapse([state])["posterior_iou"] == 0.5
 
 
@@ -62,7 +62,7 @@ def test_collapsed_posterior_has_no_active_unit():
     assert (state["active_outline_units"], state["kl_per_dimension"]) == (0, [0, 0, 0])
 
 
-def test_where_nobody_drew_the_outline_is_unknown():
+def test_outline_is_unknown_if_all_masks_are_empty():
     nobody = make_slice([[0.25, 1], [0.75, 1]], [[0, 0], [1, 0]], [[0, 0], [0, 0]], [[0, 0], [0, 0]])
     assert summarize_collapse([nobody]) == {
         "kl_per_dimension": [0.5, None],

@@ -1,4 +1,4 @@
-"""The modules for the `evaluate` library, loaded from their files as a user does."""
+"""The modules for the `evaluate` library, loaded from their files."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ evaluate = pytest.importorskip("evaluate")
 
 @pytest.fixture
 def load(tmp_path, monkeypatch):
-    """`evaluate.load` of a module of ours, without network and with caches in a folder of the test."""
+    """`evaluate.load` of one of our modules, without network and with caches in a temporary folder."""
     folder = Path(functional.__file__).parent
     monkeypatch.setattr(evaluate.config, "HF_EVALUATE_OFFLINE", True)
     monkeypatch.setattr(evaluate.config, "HF_MODULES_CACHE", str(tmp_path / "modules"))
@@ -24,7 +24,7 @@ def load(tmp_path, monkeypatch):
 def test_modules_agree_with_the_functions(load):
     rng = np.random.default_rng(0)
     images = [(rng.random((n, 9, 9)) < 0.5, rng.random((m, 9, 9)) < 0.5) for n, m in ((4, 2), (3, 4), (1, 1))]
-    images.append((rng.random((2, 8, 16)) < 0.5, rng.random((3, 8, 16)) < 0.5))  # each image has a size of its own
+    images.append((rng.random((2, 8, 16)) < 0.5, rng.random((3, 8, 16)) < 0.5))  # images may differ in size
     expected_ged = np.mean([functional.ged(samples, readers) for samples, readers in images], axis=0)
     expected_hm_iou = np.mean([functional.hm_iou(samples, readers) for samples, readers in images])
     predictions = [functional.pack_masks(samples) for samples, _ in images]

@@ -1,4 +1,4 @@
-"""training/train.py: a run of eight steps, resuming after a kill, faults in one line."""
+"""training/train.py: a run of eight steps, resuming after a kill, errors in one line."""
 
 import json
 import os
@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from loopback_hub import LoopbackHub
 from tiny import SIZE, load_script, tiny_model, tiny_rows, tiny_vit_parts
 from transformers import AutoModel, AutoProcessor
@@ -27,12 +28,15 @@ from probabilistic_sam.data import split_of
 from probabilistic_sam.data.build import write_dataset
 from probabilistic_sam.errors import UserError
 from probabilistic_sam.training import checkpoint, loop, models
-from probabilistic_sam.training import config as config_module
+from probabilistic_sam.training.batches import Batches
+from probabilistic_sam.training.config import TrainingConfig, parse_overrides, read_config
+from probabilistic_sam.training.log import latent_values
+from probabilistic_sam.training.optimization import Ema
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "training" / "train.py"
 ENVIRONMENT = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-# Three steps an epoch; neither checkpoints nor validation fall on the end of one, nor on a line of the log.
+# Three steps per epoch; neither checkpoints nor validations coincide with the end of one or with a line of the log
 CONFIG = {
     "image_size": SIZE, "crop_size": 24, "batch_size": 4, "max_steps": 8, "warmup_steps": 1, "log_every": 3,
     "eval_every": 4, "eval_slices": 5, "eval_samples": 3, "checkpoint_every": 4, "energy_ramp_steps": 4,
@@ -43,7 +47,7 @@ CONFIG = {
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """As in the processes that the tests start: sums over more threads differ in the last bit."""
+    """As in the processes that the tests start, since sums over more threads differ in the last bit."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -84,7 +88,7 @@ def train(script, workspace, monkeypatch):
 
 
 def start_apart(workspace, output, *more, processes=1, **variables):
-    """Start the script as a user does; with several processes, by torchrun."""
+    """Start the script like a user, with several processes through torchrun."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = [sys.executable, *(launcher if processes > 1 else []), *arguments(workspace, output, *more)]
     return subprocess.Popen(
@@ -99,14 +103,14 @@ def train_apart(*args, **kwargs):
     try:
         stdout, stderr = process.communicate(timeout=570)
     finally:
-        if process.poll() is None:  # torchrun would leave its processes behind
+        if process.poll() is None:  # torchrun alone would leave its processes running
             os.killpg(process.pid, signal.SIGKILL)
     return SimpleNamespace(returncode=process.returncode, stdout=stdout, stderr=stderr)
 
 
 @pytest.fixture(scope="module")
 def finished(script, workspace):
-    """The folder of a run that nothing interrupted."""
+    """The folder of an uninterrupted run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_CPU", "true")
         patch.setattr(sys, "argv", arguments(workspace, workspace / "finished"))
@@ -120,7 +124,7 @@ def read_log(run):
 
 
 def assert_same_run(run, expected, steps=8):
-    """Weights, their average, optimizer, log and best model are equal bit for bit."""
+    """Weights, their average, optimizer, log and best model are identical bit for bit."""
     states = [torch.load(path / f"checkpoint-{steps}" / "training_state.pt") for path in (run, expected)]
     for part in ("model", "ema"):
         assert states[0][part].keys() == states[1][part].keys()
@@ -140,7 +144,7 @@ def test_run_folder_opens_as_a_model_with_its_processor(finished, workspace):
     model, processor = AutoModel.from_pretrained(finished), AutoProcessor.from_pretrained(finished)
     assert isinstance(model, ProbabilisticSamModel) and isinstance(processor, ProbabilisticSamProcessor)
     assert (processor.image_size, processor.crop_size) == (SIZE, 24)
-    assert model.config.energy_weight == 5  # that of the configuration, not where the ramp stood
+    assert model.config.energy_weight == 5  # that of the configuration, not of a step of the ramp
     inputs = processor(np.arange(40 * 40).reshape(40, 40), input_boxes=[[[4, 4, 12, 12]]])
     assert model.sample(**inputs, num_samples=2).pred_masks.shape == (1, 1, 2, 8, 8)
 
@@ -209,19 +213,19 @@ def test_push_that_cannot_work_is_refused_before_training(train, workspace, tmp_
 # -------------------------------------------------------------------------------------------------------- resuming
 
 
-def test_killed_and_resumed_run_equals_one_that_was_not(train, finished, workspace, tmp_path):
+def test_killed_and_resumed_run_equals_an_uninterrupted_one(train, finished, workspace, tmp_path):
     killed = train_apart(workspace, tmp_path, "--stop_after", 6)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
-    assert read_log(tmp_path)[-1]["step"] == 6  # it had gone on, and the lines will be written again
+    assert read_log(tmp_path)[-1]["step"] == 6  # later than the checkpoint; the line will be written again
     with (tmp_path / "log.jsonl").open("a") as file:
-        file.write('{"step": 7, "lo')  # a kill may come in the middle of a line
+        file.write('{"step": 7, "lo')  # a kill may cut a line
     train(tmp_path, "--resume_from_checkpoint", "latest")
     assert_same_run(tmp_path, finished)
 
 
 def test_run_killed_from_outside_resumes(train, workspace, tmp_path):
-    """A checkpoint at each step, so that the kill comes while one is written or another removed."""
+    """A checkpoint per step, so that the kill is likely to come while one is written or removed."""
     values = yaml.safe_load((workspace / "config.yaml").read_text())
     changes = {"checkpoint_every": 1, "max_steps": 60, "eval_every": 60, "log_every": 7}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values | changes))
@@ -286,7 +290,7 @@ def test_another_dataset_is_not_resumed(train, finished, tmp_path):
 
 
 def test_run_resumes_with_a_copy_of_its_inputs_and_other_intervals(train, finished, workspace, tmp_path):
-    """Neither the places of dataset and base model nor how often a run writes make it another run."""
+    """The places of dataset and base model may change, and how often a run writes."""
     run = shutil.copytree(finished, tmp_path / "run")
     for name in ("base", "lidc"):
         shutil.copytree(workspace / name, tmp_path / name)
@@ -306,7 +310,7 @@ def test_max_steps_of_zero_and_checkpoints_of_another_run_are_refused(train, fin
 
 
 @pytest.mark.slow
-def test_two_processes_killed_and_resumed_equal_two_that_were_not(workspace, tmp_path):
+def test_two_processes_killed_and_resumed_equal_two_uninterrupted_ones(workspace, tmp_path):
     whole = train_apart(workspace, tmp_path / "whole", processes=2)
     assert whole.returncode == 0, whole.stderr
     assert whole.stdout.count("the best model") == 1
@@ -322,13 +326,15 @@ def test_two_processes_killed_and_resumed_equal_two_that_were_not(workspace, tmp
 
 
 class StubCache:
-    """Rows whose embeddings tell their index."""
+    """Rows whose embedding is their index."""
 
     num_views = 2
-    embeddings = np.arange(12, dtype=np.float16)[:, None, None, None, None].repeat(2, axis=1)
 
     def __len__(self):
         return 12
+
+    def embedding(self, index, view):
+        return torch.full((1, 1, 1), float(index))
 
     def row_masks(self, index):
         masks = np.zeros((2 + index % 2, SIZE, SIZE), bool)  # two or three readers
@@ -340,8 +346,8 @@ class StubCache:
 
 
 def make_batches(script, rank=0, world_size=1, **changes):
-    config = config_module.TrainingConfig(base_model="", image_size=SIZE, batch_size=4, **changes)
-    return loop.Batches(StubCache(), config, SIZE // 16, rank, world_size)
+    config = TrainingConfig(base_model="random", image_size=SIZE, batch_size=4, **changes)
+    return Batches(StubCache(), config, SIZE // 4, rank, world_size)
 
 
 def rows_of(batch):
@@ -366,7 +372,7 @@ def test_batch_follows_from_seed_and_step_alone(script):
 def test_processes_share_the_rows_of_a_batch(script):
     parts = [make_batches(script, rank, 2)(4) for rank in (0, 1)]
     assert rows_of(parts[0]) + rows_of(parts[1]) == rows_of(make_batches(script)(4))
-    with pytest.raises(UserError, match="batch_size 4 does not divide by 3 processes"):
+    with pytest.raises(UserError, match="batch_size is 4 with 3 processes; accepted: a multiple of 3"):
         make_batches(script, 0, 3)
 
 
@@ -375,12 +381,16 @@ def test_batch_has_the_shapes_of_the_model(script):
     assert batch["input_boxes"].shape == (4, 1, 4)
     assert batch["labels"].shape == (4, 1, 3, 8, 8) and batch["labels"].dtype == torch.bool
     two = rows_of(batch).index(next(row for row in rows_of(batch) if row % 2 == 0))
-    assert batch["labels"][two, 0].any(dim=(1, 2)).tolist() == [True, True, False]  # a missing reader drew nothing
+    assert batch["labels"][two, 0].any(dim=(1, 2)).tolist() == [
+        True,
+        True,
+        False,
+    ]  # the third is missing
     assert make_batches(script, prompts={"center_point": 1.0})(0)["input_points"].shape == (4, 1, 1, 2)
 
 
 def test_batch_tells_who_annotated_before_masks_are_resized(script, monkeypatch):
-    def row_masks(self, index):  # as the others, but the second reader's mask is one pixel
+    def row_masks(self, index):  # the second reader's mask is one pixel
         masks = np.zeros((2 + index % 2, SIZE, SIZE), bool)
         masks[0, 8:20, 10:18] = masks[1, 12, 12] = True
         return masks
@@ -395,29 +405,87 @@ def test_batch_tells_who_annotated_before_masks_are_resized(script, monkeypatch)
 def test_log_averages_the_outline_over_annotated_masks(script):
     kl = torch.tensor([[9.0, 1, 2], [9, 3, 4], [0, 50, 50]])[None, None]  # (B, P, R, L)
     annotated = torch.tensor([[[True, True, False]]])
-    values = loop.latent_values(kl, annotated, True)
+    values = latent_values(kl, annotated, True)
     assert values["outline_kl"].item() == 5  # (1 + 2 + 3 + 4) / 2
     assert values["presence_nll"].item() == 6
-    assert loop.latent_values(kl, annotated, False)["kl"].item() == pytest.approx(128 / 3)
+    assert latent_values(kl, annotated, False)["kl"].item() == pytest.approx(128 / 3)
 
 
 def test_a_field_of_version_0_1_is_read_as_the_new_one(tmp_path):
     (tmp_path / "old.yaml").write_text("base_model: random\nmodel: {drawing_weight: 7}\n")
-    arguments = dict.fromkeys(("base_model", "max_steps", "seed", "push_to_hub"))
-    config = config_module.read_config(SimpleNamespace(config=tmp_path / "old.yaml", **arguments))
-    assert config.model == {"presence_weight": 7.0}
+    assert read_config(tmp_path / "old.yaml").model == {"presence_weight": 7.0}
+    assert read_config(tmp_path / "old.yaml", {"model.drawing_weight": 8}).model == {"presence_weight": 8.0}
+    assert read_config(tmp_path / "old.yaml", {"model.presence_weight": 8}).model == {"presence_weight": 8.0}
+    (tmp_path / "both.yaml").write_text("base_model: random\nmodel: {drawing_weight: 7, presence_weight: 8}\n")
+    with pytest.raises(UserError, match="presence_weight is given twice"):
+        read_config(tmp_path / "both.yaml")
+
+
+def test_overrides_replace_fields_of_the_file(train, workspace, tmp_path):
+    values = ["max_steps=1", "model.energy_weight=0", "prompts.union_box=0.125", "augmentation.max_shift=2"]
+    train(tmp_path / "run", *values, "--seed", 3, "learning_rate=2e-5", "mixed_precision=no")
+    config = yaml.safe_load((tmp_path / "run" / "training_config.yaml").read_text())
+    assert (config["max_steps"], config["seed"], config["learning_rate"]) == (1, 3, 2e-5)
+    assert config["model"] == CONFIG["model"] | {"energy_weight": 0.0}
+    assert config["prompts"] == CONFIG["prompts"] | {"union_box": 0.125}
+    assert config["augmentation"] == {"max_shift": 2.0, "max_zoom": 0.15, "max_gamma": 0.25}  # the others by default
+    assert config["mixed_precision"] == "no"
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["energy_weight"] == 0
+
+
+def test_override_may_replace_a_whole_group(workspace):
+    overrides = parse_overrides(["prompts={center_point: 1}"])
+    assert read_config(workspace / "config.yaml", overrides).prompts == {"center_point": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("batch_size", "'batch_size' is no override; accepted: name=value"),
+        ("=3", "'=3' is no override"),
+        ("batchsize=3", "config.yaml batchsize=3: unknown field 'batchsize'; accepted: .*batch_size"),
+        ("batch_size=0", "config.yaml batch_size=0: batch_size is 0; accepted: 1 or more"),
+        ("batch_size=", "'batch_size' expected int, got NoneType"),
+        ("batch_size=[", "is not valid YAML"),
+        ("model.latent_dims=3", "unknown field 'model.latent_dims'; accepted: .*latent_dim"),
+        ("model.latent_dim=1", "latent_dim must be at least 2"),
+        (
+            "seed.latent_dim=3",
+            "unknown field 'seed.latent_dim'; accepted: model.NAME, prompts.NAME, augmentation.NAME",
+        ),
+        ("prompts.reader_box=1", "unknown field 'prompts.reader_box'; accepted: union_box, center_box, center_point"),
+        ("model=3", "'model' expected a dict, got int"),
+    ],
+)
+def test_wrong_overrides(train, tmp_path, override, message):
+    with pytest.raises(UserError, match=message):
+        train(tmp_path / "run", override)
+    with pytest.raises(UserError, match="seed is given twice"):
+        train(tmp_path / "run", "seed=1", "seed=2")
+    assert not (tmp_path / "run").exists()
+
+
+def test_configuration_made_in_python_is_checked():
+    assert TrainingConfig(base_model="random").model_type == "probabilistic_sam"
+    for values, message in (
+        ({"batch_size": "16"}, "expected int, got str"),
+        ({"ema_decay": 1.0}, "ema_decay is 1.0; accepted: 0 or more, less than 1"),
+        ({"prompts": {"reader_box": 1.0}}, "unknown field 'prompts.reader_box'"),
+        ({"base_model": ""}, "base_model is not given"),
+    ):
+        with pytest.raises(StrictDataclassError, match=message):
+            TrainingConfig(**({"base_model": "random"} | values))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "training" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configurations_are_read(script, path):
-    arguments = dict.fromkeys(("base_model", "max_steps", "seed", "push_to_hub"))
-    config = config_module.read_config(SimpleNamespace(config=path, **arguments))
+    config = read_config(path)
     assert path.stem == "ellipse" or config.max_steps > config.warmup_steps
     assert config.crop_size == 64 and config.image_size % 16 == 0
 
 
 def test_base_model_without_weights(script):
-    config = config_module.TrainingConfig(base_model="random", image_size=SIZE)
+    config = TrainingConfig(base_model="random", image_size=SIZE)
     found = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
@@ -427,18 +495,20 @@ def test_base_model_without_weights(script):
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
     images = torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
     embeddings = found[0].eval().get_image_embeddings(images)[:, :-16]
-    assert embeddings.std() > 0.1 and not torch.allclose(embeddings[0], embeddings[1], atol=0.01)  # it sees the image
+    assert embeddings.std() > 0.1 and not torch.allclose(
+        embeddings[0], embeddings[1], atol=0.01
+    )  # they depend on the image
 
 
 def test_average_of_weights(script):
     model = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.constant_(model.weight, 1.0)
-    ema = loop.Ema(model, decay=0.995)
+    ema = Ema(dict(model.named_parameters()), decay=0.995)
     torch.nn.init.constant_(model.weight, 12.0)
-    ema.update(model, step=1)  # decay 1 / 11: 1 / 11 + 12 * 10 / 11
-    ema.swap(model)
+    ema.update(step=1)  # decay 1 / 11: 1 / 11 + 12 * 10 / 11
+    ema.swap()
     assert model.weight.item() == pytest.approx(11.0)
-    ema.swap(model)
+    ema.swap()
     assert model.weight.item() == 12.0
 
 
@@ -458,20 +528,26 @@ def configured(workspace, tmp_path, **changes):
     [
         ({"batchsize": 3}, "unknown field 'batchsize'; accepted: .*batch_size"),
         ({"batch_size": 0}, "batch_size is 0; accepted: 1 or more"),
-        ({"batch_size": "many"}, "batch_size is 'many'; accepted: a value of type int"),
-        ({"learning_rate": "fast"}, "learning_rate is 'fast'; accepted: a value of type float"),
-        ({"learning_rate": float("nan")}, "learning_rate is nan"),
-        ({"base_model": None}, "names no base_model"),
+        ({"batch_size": "many"}, "'batch_size' expected int, got str .value: 'many'"),
+        ({"learning_rate": "fast"}, "'learning_rate' expected float, got str"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan; accepted: a finite number"),
+        ({"base_model": None}, "base_model is not given; accepted: MobileSAM's file"),
         ({"base_model": "no/such/model"}, "base_model 'no/such/model' does not open .*accepted: MobileSAM's file"),
         ({"base_model": "nowhere.pt"}, "no checkpoint at nowhere.pt"),
-        ({"model": {"latent_dims": 3}}, "model: unknown field 'latent_dims'; accepted: .*latent_dim"),
+        ({"model": {"latent_dims": 3}}, "unknown field 'model.latent_dims'; accepted: .*latent_dim"),
         ({"model": {"latent_dim": 1}}, "latent_dim must be at least 2"),
         ({"model": {"latent_dim": 7}}, "has latent_dim 4, the configuration 7; accepted: 4"),
         ({"image_size": 64}, "has image_size 32, the configuration 64; accepted: 32"),
-        ({"prompts": {"reader_box": 1.0}}, "prompts: unknown field 'reader_box'; accepted: center_box"),
+        ({"prompts": {"reader_box": 1.0}}, "unknown field 'prompts.reader_box'; accepted: union_box"),
         ({"prompts": {"union_box": 0}}, "accepted: names with shares above 0"),
         ({"augmentation": {"max_shift": 1}}, "accepted: all of max_shift, max_zoom, max_gamma"),
-        ({"mixed_precision": "fp8"}, "mixed_precision is 'fp8'; accepted: no, bf16"),
+        ({"mixed_precision": "fp8"}, "'mixed_precision' expected one of .'no', 'bf16'., got fp8"),
+        ({"batch_size": True}, "'batch_size' expected int, got bool"),
+        ({"max_steps": -1}, "max_steps is -1; accepted: 0 or more"),
+        ({"model": {"model_type": "bert"}}, "model.model_type is 'bert'; accepted: probabilistic_sam, "),
+        ({"model": {"model_type": [1]}}, "model.model_type is .1.; accepted: probabilistic_sam, "),
+        ({"model": {"energy_weight": float("nan")}}, "model.energy_weight is nan; accepted: a finite number"),
+        ({"model": {"model_type": "ellipse"}}, "max_steps is 8; accepted for an ellipse, which is fitted: 0"),
     ],
 )
 def test_wrong_configuration(train, workspace, tmp_path, changes, message):
@@ -480,11 +556,12 @@ def test_wrong_configuration(train, workspace, tmp_path, changes, message):
 
 
 def test_numbers_that_yaml_takes_for_text_or_integers_are_read(script, tmp_path):
-    (tmp_path / "config.yaml").write_text("base_model: x\nlearning_rate: 2e-4\nmodel: {kl_weight: 1}\n")
-    config = config_module.read_config(
-        SimpleNamespace(config=tmp_path / "config.yaml", base_model=None, max_steps=9, seed=None, push_to_hub=None)
+    (tmp_path / "config.yaml").write_text(
+        "base_model: x\nlearning_rate: 2e-4\nmodel: {kl_weight: 1}\nmixed_precision: no\n"
     )
+    config = read_config(tmp_path / "config.yaml", {"max_steps": 9})
     assert (config.learning_rate, config.max_steps, config.seed) == (2e-4, 9, 0)
+    assert config.mixed_precision == "no"  # which YAML reads as false
     assert isinstance(config.model["kl_weight"], float)
 
 
@@ -549,7 +626,7 @@ def test_nothing_to_resume_from(train, finished, tmp_path, monkeypatch):
     damages = (
         lambda state: state["model"].pop(name),
         lambda state: state["ema"].pop(name),
-        lambda state: state["model"].update({name: torch.zeros(1)}),  # would be copied into all of them
+        lambda state: state["model"].update({name: torch.zeros(1)}),  # would be broadcast to all elements
         lambda state: state["optimizer"]["state"][0].update(exp_avg=torch.zeros(1)),
         lambda state: state["scheduler"].update(last_epoch=3),
         lambda state: state.pop("fingerprint"),
@@ -575,7 +652,7 @@ def test_checkpoint_of_an_earlier_version_says_why(script, tmp_path):
         {name: kind() for name, kind in checkpoint.CHECKPOINT.items() if name != "fingerprint"}, tmp_path / "a.pt"
     )
     (tmp_path / "a.pt").rename(tmp_path / "training_state.pt")
-    with pytest.raises(UserError, match="lacks 'fingerprint', as those of earlier versions do; accepted"):
+    with pytest.raises(UserError, match="lacks 'fingerprint', like those of earlier versions; accepted"):
         checkpoint.read_checkpoint(tmp_path)
 
 
@@ -585,7 +662,7 @@ def test_earlier_run_is_not_overwritten(train, finished):
 
 
 def test_sharded_weights_are_refused(script, train, tmp_path, monkeypatch):
-    # accelerate shards on GPUs only: take what it says here for a way to shard
+    # accelerate shards on GPUs only, so the type it reports on a CPU is declared a sharded one
     monkeypatch.setattr(loop, "SHARDED", (loop.DistributedType.NO,))
     with pytest.raises(UserError, match="accelerate is configured for .*accepted: one process"):
         train(tmp_path / "run")
@@ -599,7 +676,7 @@ def test_errors_are_one_line_and_exit_code_2(workspace, tmp_path):
 
 
 @pytest.mark.slow
-def test_of_two_processes_one_speaks(workspace, tmp_path):
+def test_of_two_processes_one_prints_the_error(workspace, tmp_path):
     ended = train_apart(workspace, tmp_path / "run", "--config", tmp_path / "nowhere.yaml", processes=2)
     assert ended.returncode != 0
     assert sum(line.startswith("error: ") for line in ended.stderr.splitlines()) == 1

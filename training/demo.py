@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from probabilistic_sam import cli, files, inference
-from probabilistic_sam.data import make_prompt, row_seed
+from probabilistic_sam.data import row_prompt
 from probabilistic_sam.data.format import decode_image, decode_masks
 from probabilistic_sam.data.lidc.phantom import demo_nodules, phantom_row
 from probabilistic_sam.errors import UserError, run
@@ -49,7 +49,7 @@ def main() -> None:
         for index, nodule in enumerate(nodules, start=1):
             row = phantom_row(nodule, nodule.middle)
             image, readers = decode_image(row), decode_masks(row)
-            box = make_prompt(readers, PROMPT, np.random.default_rng(row_seed(row, PROMPT)))["input_boxes"]
+            box = row_prompt(row, readers, PROMPT)["input_boxes"]
             sampled = inference.sample_image(
                 model, processor, image, {"box": box}, arguments.num_samples, arguments.seed
             )

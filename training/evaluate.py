@@ -2,16 +2,15 @@
 
     python training/evaluate.py --model M --dataset DIR --split validation --num_samples 16 --output results.json
 
-The same command under `accelerate launch` or `torchrun` shares the slices among processes and gives the same results:
-batches are the same whatever the number of processes, and each slice's samples come from a generator seeded by the
+Under `accelerate launch` or `torchrun` the same command distributes the slices among processes, with identical
+results: batches do not depend on the number of processes, and each slice has its own random generator, seeded by the
 slice and `--seed`. The metrics are those of `probabilistic_sam.metrics`.
 
-A model is anything that `AutoModel.from_pretrained` opens and that has `sample(pixel_values, input_boxes, num_samples,
-generator)`; its processor comes from the same place. When it has a `posterior` too, the state of its latent space is
-reported under "collapse": see `probabilistic_sam.metrics.collapse`.
+The model is a Probabilistic SAM or a baseline, saved with its processor. For a model with a `posterior` the state of
+the latent space is reported under "collapse", see `probabilistic_sam.metrics.collapse`.
 
-Two oracles see the readers' masks instead of image and prompt, and bound what a model can reach: with `--model
-oracle:majority` every sample is the majority of the readers, with `oracle:readers` that of a reader chosen at random.
+Two oracles see the readers' masks instead of image and prompt, and bound what a model can reach. With `--model
+oracle:majority` every sample is the majority of the readers; with `oracle:readers` it is the mask of a random reader.
 """
 
 import argparse
@@ -26,20 +25,13 @@ import transformers
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
-import probabilistic_sam.baselines  # noqa: F401  (registers all our models for AutoModel and AutoProcessor)
 from probabilistic_sam import ProbabilisticSamModel
 from probabilistic_sam.data import PROMPTS
 from probabilistic_sam.data.format import load_split
 from probabilistic_sam.errors import UserError, run
-from probabilistic_sam.evaluation import (
-    ORACLES,
-    READER_BOX_NOTE,
-    SELECTION,
-    choose_slices,
-    evaluate_dataset,
-    load_model,
-)
+from probabilistic_sam.evaluation import ORACLES, READER_BOX_NOTE, SELECTION, Oracle, choose_rows, evaluate_dataset
 from probabilistic_sam.files import write_json
+from probabilistic_sam.inference import load_model
 from probabilistic_sam.metrics import (
     COLUMNS,
     METRICS,
@@ -65,17 +57,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dataset", required=True, help="build of training/build_dataset.py: folder or Hub name")
     parser.add_argument("--split", default="validation")
     parser.add_argument("--prompt", default="union_box", choices=PROMPTS)
-    parser.add_argument("--num_samples", type=int, default=16, help="masks drawn for each slice")
+    parser.add_argument("--num_samples", type=int, default=16, help="samples per slice")
     parser.add_argument("--output", type=Path, required=True, help="results file to write (JSON)")
-    parser.add_argument(
-        "--independent", action="store_true", help="draw each sample by a call of its own, not all of a slice together"
-    )
+    parser.add_argument("--independent", action="store_true", help="a call per sample, not one for all of a slice")
     seeds = parser.add_mutually_exclusive_group()
-    seeds.add_argument("--seed", type=int, default=0, help="of the samples")
+    seeds.add_argument("--seed", type=int, default=0, help="of the samples; default 0")
     seeds.add_argument("--seeds", type=int, nargs="+", help="several seeds; the results are their mean")
-    parser.add_argument("--batch_size", type=int, default=8, help="images encoded at once")
+    parser.add_argument("--batch_size", type=int, default=8, help="slices per call of the image encoder")
     parser.add_argument("--max_slices", type=int, help=f"score only {SELECTION}")
-    parser.add_argument("--device", help="such as cpu or cuda:0; by default what accelerate finds")
+    parser.add_argument("--device", help="such as cpu or cuda:0; by default the one that accelerate finds")
     args = parser.parse_args(argv)
     args.seeds = [args.seed] if args.seeds is None else args.seeds
     for name in ("num_samples", "batch_size", "max_slices"):
@@ -85,7 +75,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.model.startswith("oracle:") and args.model not in ORACLES:
         raise UserError(f"--model is {args.model}; accepted: a model, {', '.join(ORACLES)}")
     if args.model in ORACLES and args.prompt == "reader_box":
-        raise UserError(f"--prompt is reader_box, but {args.model} takes no prompt; accepted: any other, to no effect")
+        raise UserError(f"--prompt is reader_box, but {args.model} takes no prompt; accepted: any other")
     if len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0:
         raise UserError(f"--seeds are {args.seeds}; accepted: different numbers, 0 or more")
     if args.output.is_dir():
@@ -94,14 +84,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def start_process(device: str | None) -> tuple[PartialState, torch.device]:
-    """Join the other processes, if any, and choose this one's device."""
+    """Join the other processes, if any, and choose the device of this one."""
     try:
         wanted = None if device is None else torch.device(device)
     except RuntimeError as error:
         raise UserError(f"--device is {device!r}; accepted: cpu, cuda, cuda:1, mps and so on") from error
     if wanted is not None and wanted.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device is {device!r}, but no CUDA device is available; accepted: cpu")
-    # PartialState alone overlooks ACCELERATE_USE_CPU, and without an accelerator each process would think it is alone.
+    # PartialState alone ignores ACCELERATE_USE_CPU, and without an accelerator device it would not join the processes
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     state = PartialState(cpu=cpu if wanted is None else wanted.type == "cpu")
     if wanted is None or state.num_processes > 1 and wanted.type == state.device.type:
@@ -112,7 +102,7 @@ def start_process(device: str | None) -> tuple[PartialState, torch.device]:
 
 
 def format_table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Results as text: a row a metric, a column a set of slices, means with 95 % intervals."""
+    """Results as text: one line per metric, one column per set of slices, means with 95 % intervals."""
 
     def cell(entry: Mapping[str, Any]) -> str:
         if entry["mean"] is None:
@@ -127,55 +117,74 @@ def format_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def check_output(output: Path) -> None:
+    """Make the folder of the results file before the evaluation, which may take hours."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {output}: its folder cannot be made: {error.strerror}") from error
+    if not os.access(output.parent, os.W_OK):
+        raise UserError(f"--output {output}: its folder cannot be written to; accepted: one that can")
+
+
+def summarize_runs(
+    args: argparse.Namespace, patients: Sequence[str], runs: Sequence[Sequence[dict]], has_presence: bool
+) -> dict[str, Any]:
+    """The content of a results file, without its provenance.
+
+    Args:
+        args: of the command line.
+        patients: of the scored slices.
+        runs: for each seed the scores of all slices.
+        has_presence: see `summarize_collapse`.
+    """
+    content: dict[str, Any] = {
+        "model": args.model,
+        "dataset": args.dataset,
+        "split": args.split,
+        "prompt": args.prompt,
+        "num_samples": args.num_samples,
+        "sampling": "independent" if args.independent else "together",
+        "seed": args.seeds[0] if len(args.seeds) == 1 else args.seeds,
+        "num_slices": len(patients),
+        "num_patients": len(set(patients)),
+        "results": summarize_seeds(runs, patients),
+        "ged_by_patient": patient_sums(runs, patients),
+        "calibration": calibration_sums(runs),
+        "breakdown": breakdown(runs),
+    }
+    latent_states = [scores["collapse"] for scores in runs[0] if "collapse" in scores]
+    if latent_states:
+        content["collapse"] = summarize_collapse(latent_states, has_presence)
+    if len(args.seeds) > 1:
+        content["per_seed"] = {str(seed): summarize(run, patients) for seed, run in zip(args.seeds, runs, strict=True)}
+    if args.prompt == "reader_box":
+        content["note"] = READER_BOX_NOTE
+    return content
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Evaluate a model and write its results file."""
     args = parse_args(argv)
     dataset = load_split(args.dataset, args.split)
-    chosen = choose_slices(dataset, args.max_slices)
+    chosen = dataset.select(choose_rows(dataset, args.max_slices, "evaluated slices"))
     state, device = start_process(args.device)
     if not state.is_main_process:
         transformers.logging.disable_progress_bar()
-    model, processor = load_model(args.model, device)
-    try:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {args.output}: its folder cannot be made: {error.strerror}") from error
-    if not os.access(args.output.parent, os.W_OK):
-        raise UserError(f"--output {args.output}: its folder cannot be written to; accepted: one that can")
+    is_oracle = args.model in ORACLES
+    model, processor = (Oracle(args.model), None) if is_oracle else load_model(args.model, device, baselines=True)
+    check_output(args.output)
 
-    # Before the run: the commit may move on while it lasts
+    # Before the evaluation, since the repository may change while it runs
     origin, started = provenance(ROOT, PACKAGES), time.monotonic()
     patients, runs = evaluate_dataset(
         model, processor, chosen, args.prompt, args.num_samples, args.seeds, args.batch_size, state, device,
         args.independent,
     )  # fmt: skip
     if state.is_main_process:
-        content: dict[str, Any] = {
-            "model": args.model,
-            "dataset": args.dataset,
-            "split": args.split,
-            "prompt": args.prompt,
-            "num_samples": args.num_samples,
-            "sampling": "independent" if args.independent else "together",
-            "seed": args.seeds[0] if len(args.seeds) == 1 else args.seeds,
-            "num_slices": len(patients),
-            "num_patients": len(set(patients)),
-            "results": summarize_seeds(runs, patients),
-            "ged_by_patient": patient_sums(runs, patients),
-            "calibration": calibration_sums(runs),
-            "breakdown": breakdown(runs),
-        }
-        latent_spaces = [scores["collapse"] for scores in runs[0] if "collapse" in scores]
-        if latent_spaces:
-            content["collapse"] = summarize_collapse(latent_spaces, isinstance(model, ProbabilisticSamModel))
-        if len(args.seeds) > 1:
-            content["per_seed"] = {
-                str(seed): summarize(run, patients) for seed, run in zip(args.seeds, runs, strict=True)
-            }
+        content = summarize_runs(args, patients, runs, isinstance(model, ProbabilisticSamModel))
         if len(chosen) < len(dataset):
-            content["max_slices"], content["slice_selection"] = args.max_slices, SELECTION
-        if args.prompt == "reader_box":
-            content["note"] = READER_BOX_NOTE
+            content |= {"max_slices": args.max_slices, "slice_selection": SELECTION}
         content |= origin | {
             "device": str(device),
             "num_processes": state.num_processes,

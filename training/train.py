@@ -1,46 +1,53 @@
-"""Train Probabilistic SAM or a baseline on a LIDC build, with a frozen vision encoder and cached image embeddings.
+"""Train Probabilistic SAM or a baseline on a dataset build, with a frozen vision encoder and cached image embeddings.
 
     accelerate launch training/train.py --config training/configs/psam_lidc.yaml --dataset LIDC --output_dir RUN
+    accelerate launch training/train.py --config C --dataset LIDC --output_dir RUN batch_size=32 model.latent_dim=6
 
-Which model is the `model_type` under `model:` in the configuration, Probabilistic SAM when there is none. With
-`max_steps: 0` nothing is trained: SAM as it is, or the ellipse, which is fitted in closed form.
+Arguments of the form `name=value` replace fields of the configuration; groups have dots, as in
+`prompts.union_box=0.5`. `model.model_type` chooses the model, Probabilistic SAM by default. With `max_steps=0` nothing
+is trained: the result is the SAM as converted, or the ellipse baseline, which is fitted in closed form.
 
-Everything random follows from (seed, step), so a run that was killed and resumed gives the weights of one that was
-not. A run resumes with the dataset, the configuration and the frozen weights it started with; anything else is refused
-before a file of the run is touched. Only `log_every` and `checkpoint_every` may change, and the path of `base_model`.
-`max_steps` may not, since the learning rates of all steps follow from it. With another number of processes a run
-resumes too, but the random numbers of its further steps are others.
+Everything random follows from (seed, step), so a run that was killed and resumed gives the same weights as an
+uninterrupted one. A run resumes only with the dataset, the configuration and the frozen weights it started with;
+otherwise it is refused before any file changes. Only `log_every`, `checkpoint_every` and the path of `base_model` may
+change. `max_steps` may not, because the learning rate of every step depends on it. A run also resumes with another
+number of processes, but the random numbers of its further steps then differ.
 """
 
 import argparse
 
 from probabilistic_sam.errors import run
-from probabilistic_sam.training.config import read_config
+from probabilistic_sam.training.config import parse_overrides, read_config
 from probabilistic_sam.training.loop import train
 
 
 def parse_args() -> argparse.Namespace:
-    """Command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="YAML file with the fields of TrainingConfig")
     parser.add_argument("--dataset", required=True, help="build of training/build_dataset.py: folder or Hub name")
-    parser.add_argument("--output_dir", required=True, help="run folder: log, checkpoints, the best model at its top")
-    parser.add_argument("--base_model", help="in place of the configuration's base_model")
+    parser.add_argument(
+        "--output_dir", required=True, help="run folder: log, checkpoints, and the best model at its top"
+    )
+    parser.add_argument("--base_model", help="replaces base_model of the configuration")
+    parser.add_argument("--max_steps", type=int, help="replaces max_steps of the configuration")
+    parser.add_argument("--seed", type=int, help="replaces seed of the configuration")
     parser.add_argument("--cache_dir", default="~/.cache/probabilistic_sam", help="folder of the embedding caches")
     parser.add_argument("--resume_from_checkpoint", help='a checkpoint folder, or "latest"')
-    parser.add_argument("--max_steps", type=int, help="in place of the configuration's max_steps")
-    parser.add_argument("--seed", type=int, help="in place of the configuration's seed")
     parser.add_argument("--push_to_hub", metavar="ORG/NAME", help="push the best model to this repository at the end")
     # For tests of resuming: the process kills itself after this step
     parser.add_argument("--stop_after", type=int, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    parser.add_argument("overrides", nargs="*", metavar="name=value", help="replaces a field of the configuration")
+    return parser.parse_intermixed_args()
 
 
 def main() -> None:
     """Train."""
     arguments = parse_args()
+    options = {name: getattr(arguments, name) for name in ("base_model", "max_steps", "seed")}
+    given = {name: value for name, value in options.items() if value is not None}
     train(
-        read_config(arguments),
+        read_config(arguments.config, given | parse_overrides(arguments.overrides)),
         arguments.dataset,
         arguments.output_dir,
         arguments.cache_dir,

@@ -4,7 +4,7 @@ This package re-exports only what needs numpy and the standard library. `format`
 them; the sources of LIDC-IDRI are in `lidc`.
 """
 
-from .prompts import PROMPTS, make_prompt, row_seed
+from .prompts import PROMPTS, make_prompt, row_prompt, row_seed
 from .splits import SPLITS, patient_bucket, split_of
 
-__all__ = ["PROMPTS", "SPLITS", "make_prompt", "patient_bucket", "row_seed", "split_of"]
+__all__ = ["PROMPTS", "SPLITS", "make_prompt", "patient_bucket", "row_prompt", "row_seed", "split_of"]

@@ -30,6 +30,20 @@ def row_seed(row: Mapping[str, Any], prompt: str) -> int:
     return int.from_bytes(digest[:8], "big")
 
 
+def row_prompt(
+    row: Mapping[str, Any], masks: np.ndarray, prompt: str, reader: int | None = None
+) -> dict[str, list[float] | int]:
+    """The prompt of a row wherever results are compared: `make_prompt`, seeded by `row_seed`.
+
+    Args:
+        row: with the columns that `row_seed` reads.
+        masks: the row's decoded masks (R, H, W).
+        prompt: one of `PROMPTS`.
+        reader: index of the scored reader, for `reader_box` only.
+    """
+    return make_prompt(masks, prompt, np.random.default_rng(row_seed(row, prompt)), reader)
+
+
 def make_prompt(
     masks: np.ndarray, prompt: str, rng: np.random.Generator, reader: int | None = None
 ) -> dict[str, list[float] | int]:
@@ -47,8 +61,7 @@ def make_prompt(
     Args:
         masks: boolean masks (R, H, W) of the readers, at least one not empty.
         prompt: one of `PROMPTS`.
-        rng: source of the jitter: `np.random.default_rng(row_seed(row, prompt))` in evaluation, any generator in
-            training.
+        rng: source of the jitter; `row_prompt` has the one of evaluation.
         reader: index of the scored reader, for `reader_box` only.
 
     Returns:

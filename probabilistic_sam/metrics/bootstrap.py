@@ -1,7 +1,6 @@
-"""From one slice's masks to its metrics, and from many slices to a table with intervals over patients.
+"""Means over slices with confidence intervals over patients: the `results` of a results file.
 
-`slice_metrics` runs where the samples were drawn; what it returns is small, so that processes can gather it.
-`summarize` turns the gathered list into the `results` of a results file.
+The input is a list of what `slice_metrics` returned, which is small enough to be gathered from many processes.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from . import functional
-from .slice_metrics import COLUMNS, METRICS, SLICE_METRICS
+from .per_slice import COLUMNS, METRICS, SLICE_METRICS
 
-# Of a group of slices: GED, its terms, and who drew nothing.
+# Of a group of slices: GED, its terms, and the shares of empty masks
 GROUP_METRICS = (*functional.GeneralizedEnergyDistance._fields, "empty_rate_samples", "empty_rate_readers")
-AREA_GROUPS = {"below 25": 25, "25 to 100": 100, "100 to 400": 400, "400 or more": np.inf}  # pixels, upper ends
+AREA_GROUPS = {"below 25": 25, "25 to 100": 100, "100 to 400": 400, "400 or more": np.inf}  # upper ends in pixels
 
 NUM_RESAMPLES = 1000
 DECIMALS = 6
@@ -23,21 +22,21 @@ DECIMALS = 6
 def summarize(per_slice: Sequence[dict], patient_ids: Sequence[str], seed: int = 0) -> dict[str, dict[str, Any]]:
     """Means over slices with 95 % intervals from a bootstrap over patients.
 
-    Patients, not slices, are drawn with replacement (`NUM_RESAMPLES` times), since the slices of a patient are not
-    independent. Calibration errors pool the bins of all slices, the correlation all slices' pairs of shares, in the
-    estimate as in every resample.
+    Patients, not slices, are resampled with replacement (`NUM_RESAMPLES` times), since the slices of a patient are not
+    independent. The calibration errors are computed from the summed bins of all slices, the correlation from the pairs
+    of empty shares of all slices, both in the estimate and in every resample.
 
     Args:
-        per_slice: what `slice_metrics` returned, a dictionary a slice.
+        per_slice: what `slice_metrics` returned for each slice.
         patient_ids: the patient of each slice.
         seed: of the bootstrap.
 
     Returns:
         For each name of `COLUMNS` `{"count": slices, "num_patients": patients, metric: {"mean": x, "ci95": [lo, hi]}}`
-        with every name of `METRICS`; a number that does not exist (no slice, a correlation without variance) is None.
+        with every name of `METRICS`. A number that is not defined (no slice, a correlation without variance) is None.
 
     Raises:
-        ValueError: when the two lists differ in length.
+        ValueError: the two lists differ in length.
     """
     return summarize_seeds([per_slice], patient_ids, seed)
 
@@ -45,13 +44,13 @@ def summarize(per_slice: Sequence[dict], patient_ids: Sequence[str], seed: int =
 def summarize_seeds(
     runs: Sequence[Sequence[dict]], patient_ids: Sequence[str], seed: int = 0
 ) -> dict[str, dict[str, Any]]:
-    """`summarize` for several runs over the same slices, say with several sampling seeds.
+    """`summarize` for several runs over the same slices, such as several sampling seeds.
 
-    Each number is computed in every run, then averaged; the resampled patients are the same for all runs. With more
-    than one run each metric also has `std`, the standard deviation over runs (with `runs - 1` in the denominator).
+    Each number is computed in every run and then averaged; all runs share the resampled patients. With more than one
+    run each metric also has `std`, the standard deviation over runs (`runs - 1` in the denominator).
 
     Args:
-        runs: for each run what `slice_metrics` returned, the slices in the same order.
+        runs: for each run, what `slice_metrics` returned for each slice, the slices in the same order.
         patient_ids: the patient of each slice.
         seed: of the bootstrap.
     """
@@ -63,10 +62,10 @@ def summarize_seeds(
 def patient_sums(
     runs: Sequence[Sequence[dict]], patient_ids: Sequence[str], metric: str = "ged"
 ) -> dict[str, dict[str, list[float]]]:
-    """What `paired_difference` needs of a model: for each column and patient its slices and the sum of a metric.
+    """For each column and patient, the number of slices and the sum of a metric: the input of `paired_difference`.
 
     Args:
-        runs: as in `summarize_seeds`; the sum is averaged over runs.
+        runs: see `summarize_seeds`; the sum is averaged over runs.
         patient_ids: the patient of each slice.
         metric: one of `SLICE_METRICS`.
     """
@@ -81,10 +80,11 @@ def patient_sums(
 
 
 def calibration_sums(runs: Sequence[Sequence[dict]], column: str = "all") -> dict[str, list[list[float]]]:
-    """Of a reliability diagram, summed over slices and runs: count, prediction and truth by bin, (3, bins) each.
+    """The sums of two reliability diagrams over slices and runs, (3, bins) each: see `functional.bin_sums`.
 
-    `pixels`: probability of a pixel against the share of readers who drew it, in the dilated union. `emptiness`: share
-    of empty samples of a slice against that of empty readers.
+    Returns:
+        `pixels`: the mean probability of a pixel against the share of readers who annotated it, over the pixels of
+        `functional.scored_region`. `emptiness`: the share of empty samples of a slice against that of empty masks.
     """
     scores = [slice_[column] for run in runs for slice_ in run if slice_[column] is not None]
     samples, readers = (
@@ -95,15 +95,15 @@ def calibration_sums(runs: Sequence[Sequence[dict]], column: str = "all") -> dic
 
 
 def breakdown(runs: Sequence[Sequence[dict]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Where the error lies: slices by how many readers drew (`readers_annotated`) and by their area (`reader_area`).
+    """Error by number of readers who annotated (`readers_annotated`) and by lesion size (`reader_area`).
 
     Args:
-        runs: as in `summarize_seeds`.
+        runs: see `summarize_seeds`.
 
     Returns:
-        For both ways to group, for each group, for the columns `all` and `shape` the `count` of slices and the mean
-        over them and over runs of each of `GROUP_METRICS`, None where there is no slice, with `ged_share`, the group's
-        part of the column's summed GED. Groups of area are those of `AREA_GROUPS`.
+        For both ways of grouping, for each group and for the columns `all` and `shape`: the `count` of slices, the
+        mean of each of `GROUP_METRICS` over slices and runs, and `ged_share`, the group's share of the summed GED of
+        the column. A number that is not defined is None. Areas are grouped by `AREA_GROUPS`.
     """
     slices = [slice_ for run in runs for slice_ in run if slice_["all"] is not None]
     names: dict[str, Callable[[float], str]] = {
@@ -133,14 +133,18 @@ def _group_means(slices: Sequence[dict], column: str, num_runs: int, total_ged: 
 def paired_difference(
     first: dict[str, list[float]], second: dict[str, list[float]], seed: int = 0
 ) -> tuple[float, float, float]:
-    """Difference of the mean over slices, first minus second, with the 95 % interval of a bootstrap over patients.
+    """Difference between two models' means over slices, with the 95 % interval of a bootstrap over patients.
 
-    Both models are scored on the same resampled patients, so what makes a patient hard for either drops out.
+    The difference is first minus second. Both models are scored on the same resampled patients, so the interval does
+    not contain the variation between patients that affects both models equally.
 
     Args:
         first: one column of `patient_sums`.
-        second: the same of another model.
+        second: the same column for another model.
         seed: of the bootstrap.
+
+    Returns:
+        Difference, lower and upper end of the interval.
 
     Raises:
         ValueError: the two were not scored on the same slices.
@@ -162,7 +166,7 @@ def paired_difference(
 def _summarize_column(
     column: str, runs: Sequence[Sequence[dict]], patient_ids: Sequence[str], seed: int
 ) -> dict[str, Any]:
-    # Who drew decides what is in a column, so the slices are the same in every run.
+    # The readers decide which slices are in a column, so they are the same in every run
     inside = [index for index, slice_ in enumerate(runs[0]) if slice_[column] is not None]
     patients, patient_index = np.unique([patient_ids[index] for index in inside], return_inverse=True)
     result: dict[str, Any] = {"count": len(inside), "num_patients": len(patients)}
@@ -190,18 +194,18 @@ def _summarize_column(
 
 
 def _number(value: float) -> float | None:
-    """A float for JSON, short enough to read; None for nan."""
-    return round(float(value), DECIMALS) + 0.0 if np.isfinite(value) else None  # + 0.0: no "-0.0" in the file
+    """A rounded float for JSON; None for nan."""
+    return round(float(value), DECIMALS) + 0.0 if np.isfinite(value) else None  # + 0.0 turns -0.0 into 0.0
 
 
-# Every statistic is a function of sums over slices, so that a resample is one row of weights times the patients' sums:
-# the number of slices, the slice metrics, two sets of calibration bins, and the moments of the two empty shares.
+# Every statistic is a function of sums over slices, so a resample is a row of weights times the sums of all patients.
+# The sums: 1 per slice, the slice metrics, two sets of calibration bins, and the moments of the two empty shares
 _BINS = 3 * functional.NUM_BINS
 _NUM_SUMS = 1 + len(SLICE_METRICS) + 2 * _BINS + 3
 
 
 def _slice_sums(scores: dict[str, Any]) -> np.ndarray:
-    """What a slice adds to its patient's sums: (`_NUM_SUMS`,)."""
+    """The summands of one slice: (`_NUM_SUMS`,)."""
     samples, readers = scores["empty_rate_samples"], scores["empty_rate_readers"]
     return np.concatenate(
         [
@@ -215,7 +219,7 @@ def _slice_sums(scores: dict[str, Any]) -> np.ndarray:
 
 
 def _statistics(sums: np.ndarray) -> dict[str, np.ndarray]:
-    """All `METRICS` from sums (..., `_NUM_SUMS`), each of shape (...)."""
+    """All `METRICS` from sums (..., `_NUM_SUMS`), each of shape (...); nan where one is not defined."""
     count, scalars, calibration, empties, moments = np.split(
         sums, np.cumsum([1, len(SLICE_METRICS), _BINS, _BINS]), axis=-1
     )

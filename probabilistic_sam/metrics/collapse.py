@@ -1,9 +1,9 @@
-"""Is the latent space used? KL by dimension, active outline units, and what the posterior can reconstruct.
+"""Whether the latent space is used: KL per coordinate, active outline units, and IoU of the reconstructions.
 
-A posterior that has collapsed equals the prior and tells nothing about its reader: its KL is 0, its mean does not vary
+A collapsed posterior equals the prior and carries no information about its reader: its KL is 0, its mean does not vary
 over the data, and its reconstructions are no better than samples of the prior.
 
-`slice_collapse` runs where the model ran; what it returns is small, so that processes can gather it.
+`slice_collapse` reduces the outputs of the model for one slice to a few numbers, `summarize_collapse` averages them.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-ACTIVE_UNIT_VARIANCE = 0.01  # of the posterior mean over the data (Burda et al. 2016, arXiv 1509.00519, section 4)
+ACTIVE_UNIT_VARIANCE = 0.01  # of the posterior mean over the data
 DECIMALS = 6
 
 
@@ -22,22 +22,22 @@ def slice_collapse(
     targets: np.ndarray,
     annotated: np.ndarray,
 ) -> dict[str, Any]:
-    """What one slice says about the latent space.
+    """The state of the latent space for one slice with R readers and L latent coordinates.
 
     Args:
-        kl: (R, L) KL divergence of each reader's posterior from the prior, in nats by latent coordinate.
+        kl: (R, L) KL divergence of each reader's posterior from the prior, in nats per latent coordinate.
         posterior_mean: (R, L).
         reconstructions: (R, h, w) bool, the masks decoded from each reader's posterior.
         targets: (R, h, w) bool, the readers' masks at the same resolution.
-        annotated: (R,) bool, which masks have a pixel at the image's own resolution. At that of `targets` a mask of
+        annotated: (R,) bool, which masks have a pixel at the resolution of the image. At that of `targets` a mask of
             one or two pixels may be empty.
 
     Returns:
-        `kl` and `posterior_mean` in float64, `annotated` (R,) bool, and `iou` of the reconstruction for each
-        of these; two empty masks have IoU 1.
+        `kl` and `posterior_mean` in float64, `annotated`, and `iou`: the IoU of reconstruction and target for each
+        annotated mask. Two empty masks have IoU 1.
 
     Raises:
-        ValueError: for shapes that do not fit each other.
+        ValueError: shapes that do not match.
     """
     if kl.shape != posterior_mean.shape or kl.ndim != 2:
         raise ValueError(f"kl {kl.shape} and posterior_mean {posterior_mean.shape} must have one shape (R, L)")
@@ -52,34 +52,45 @@ def slice_collapse(
 
 
 def active_outline_units(variance: Sequence[float | None], has_presence: bool = True) -> int | None:
-    """How many latent coordinates vary over the data, the presence coordinate aside, which does so by construction.
+    """The number of latent coordinates that vary over the data (Burda et al. 2016, arXiv 1509.00519, section 4).
+
+    The presence is left out, since it varies by construction.
 
     Args:
-        variance: of the posterior mean over the data, by coordinate; None where it is not known. Also the
-            `posterior_mean_variance` of older results files, whose `active_units` counts the presence coordinate.
-        has_presence: coordinate 0 is the presence; all coordinates count without it (Probabilistic U-Net).
+        variance: of the posterior mean over the data, per coordinate; None where it is unknown. The
+            `posterior_mean_variance` of older results files, whose `active_units` counts the presence, is accepted.
+        has_presence: coordinate 0 is the presence. Without a presence (Probabilistic U-Net) all coordinates count.
 
     Returns:
-        The number of coordinates whose variance exceeds `ACTIVE_UNIT_VARIANCE`; None where none is known.
+        The number of coordinates whose variance exceeds `ACTIVE_UNIT_VARIANCE`; None if all are unknown.
+
+    >>> active_outline_units([0.9, 0.5, 0.001])
+    1
     """
     known = [value for value in variance[1 if has_presence else 0 :] if value is not None]
     return sum(value > ACTIVE_UNIT_VARIANCE for value in known) if known else None
 
 
 def summarize_collapse(slices: Sequence[dict[str, Any]], has_presence: bool = True) -> dict[str, Any]:
-    """State of the latent space over many slices.
+    """The state of the latent space over many slices.
 
-    Coordinate 0, which decides whether a reader draws, counts every reader. The others shape an outline and count the
-    readers who drew: for the rest the posterior is the prior by construction, which would look like collapse.
+    Coordinate 0 counts all readers. The others, which shape the outline, count only annotated masks: the posterior of
+    an empty mask equals the prior there by construction, which would look like collapse.
 
     Args:
         slices: what `slice_collapse` returned, at least one.
         has_presence: see `active_outline_units`.
 
     Returns:
-        `kl_per_dimension`, L numbers in nats: mean over a slice's readers, then over slices;
-        `posterior_mean_variance`, L numbers: variance over the readers of all slices; `active_outline_units`, counted
-        from these; `posterior_iou`: IoU of the reconstructions, averaged like the KL. None stands where nobody drew.
+        - `kl_per_dimension`: L numbers in nats, the mean over the readers of a slice, then over slices;
+        - `posterior_mean_variance`: L numbers, the variance over the readers of all slices;
+        - `active_outline_units` of these variances;
+        - `posterior_iou`: the IoU of the reconstructions, averaged like the KL.
+
+        A number is None where no mask is annotated.
+
+    Raises:
+        ValueError: no slice.
     """
     if not slices:
         raise ValueError("no slice was given")
@@ -105,5 +116,5 @@ def summarize_collapse(slices: Sequence[dict[str, Any]], has_presence: bool = Tr
 
 
 def _number(value: float) -> float | None:
-    """A float for JSON, short enough to read; None for nan."""
+    """A rounded float for JSON; None for nan."""
     return round(float(value), DECIMALS) if np.isfinite(value) else None

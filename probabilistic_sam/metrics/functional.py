@@ -1,13 +1,13 @@
-"""How close a set of sampled masks is to a set of readers' masks: pure functions, arrays in, numbers out.
+"""Metrics of a set of sampled masks against a set of readers' masks: pure functions of arrays.
 
-Conventions that hold in the whole module:
+Conventions of this module:
 
-- `samples` is (N, H, W) bool, `readers` is (M, H, W) bool, `probabilities` is (N, H, W) float in [0, 1],
-  `probability` is their mean over samples, (H, W).
-- Two empty masks have IoU 1 and Dice 1; an empty and a non-empty mask have 0. The distance is `d = 1 - IoU`.
-- A mean probability becomes a mask where it is above one half; the readers' majority is where strictly more than half
-  of them drew, so that two of four is background.
-- `N`, `M` of zero, other dtypes than bool for masks and unequal image sizes raise `ValueError`.
+- `samples` is (N, H, W) bool, `readers` is (M, H, W) bool, `probabilities` is (N, H, W) float in [0, 1], and
+  `probability` (H, W) is their mean over samples.
+- Two empty masks have IoU 1 and Dice 1; an empty and a non-empty mask have 0. The distance is d = 1 - IoU.
+- The mask of a mean probability is where it exceeds 1/2. The majority of the readers is where strictly more than half
+  of them annotated, so two of four is background.
+- N or M of zero, masks of another dtype than bool, and different image sizes raise `ValueError`.
 """
 
 import struct
@@ -20,14 +20,13 @@ from scipy.ndimage import distance_transform_edt
 from scipy.optimize import linear_sum_assignment
 
 NUM_BINS = 10
-PACKED_SIZE = struct.Struct(">II")  # height and width, in front of the pixels of a packed mask
+PACKED_SIZE = struct.Struct(">II")  # height and width, the header of a packed mask
 DILATION_PX = 4
-# The constant inside the logarithm of S_NCC, as in PHiSeg's public evaluation.
-NCC_EPSILON = 1e-8
+NCC_EPSILON = 1e-8  # inside the logarithm of S_NCC, as in the public evaluation code of PHiSeg
 
 
 class GeneralizedEnergyDistance(NamedTuple):
-    """Squared generalised energy distance and the three means it is made of, all in units of `1 - IoU`."""
+    """Squared generalised energy distance and the three mean distances that it consists of, see `ged`."""
 
     ged: float
     cross_distance: float
@@ -36,7 +35,7 @@ class GeneralizedEnergyDistance(NamedTuple):
 
 
 def check_masks(**masks: np.ndarray) -> None:
-    """Raise `ValueError` unless every argument is a non-empty stack of boolean masks of one common size."""
+    """Raise `ValueError` unless every argument is boolean (masks, H, W), with at least one mask and a common size."""
     sizes = set()
     for name, array in masks.items():
         if array.ndim != 3 or array.dtype != bool or len(array) == 0:
@@ -50,7 +49,7 @@ def check_masks(**masks: np.ndarray) -> None:
 
 
 def nonempty(masks: np.ndarray) -> np.ndarray:
-    """Which of the masks (N, H, W) have a pixel: (N,) bool."""
+    """Whether each of the masks (N, H, W) has a pixel: (N,) bool."""
     return np.asarray(masks.any(axis=(1, 2)))
 
 
@@ -60,9 +59,9 @@ def union_mask(masks: np.ndarray) -> np.ndarray:
 
 
 def bounding_box(mask: np.ndarray, margin: int = 0) -> tuple[slice, slice]:
-    """Rows and columns of the tight box of a (H, W) mask, grown by `margin` px and clipped to the image.
+    """Rows and columns of the tight box of a mask (H, W), enlarged by `margin` px and clipped to the image.
 
-    An empty mask gives the first pixel, so that a crop always has pixels.
+    The box of an empty mask is the first pixel, so that a crop is never empty.
     """
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if len(rows) == 0:
@@ -74,14 +73,14 @@ def bounding_box(mask: np.ndarray, margin: int = 0) -> tuple[slice, slice]:
 
 
 def iou_matrix(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Intersection over union of every mask of `a` with every mask of `b`.
+    """Intersection over union of every mask of `a` with every mask of `b`: |a & b| / |a | b|.
 
     Args:
         a: (N, H, W) bool.
         b: (M, H, W) bool.
 
     Returns:
-        (N, M) float64; 1 where both masks are empty, 0 where one is.
+        (N, M) float64; 1 where both masks are empty, 0 where only one is.
 
     >>> left, right = np.array([[[True, True, False]]]), np.array([[[False, True, True]], [[False, False, False]]])
     >>> iou_matrix(left, right).round(3).tolist()
@@ -90,7 +89,7 @@ def iou_matrix(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     check_masks(a=a, b=b)
     rows, columns = bounding_box(union_mask(a) | union_mask(b))
     a, b = a[:, rows, columns], b[:, rows, columns]
-    # Counts up to 2**24 are exact in float32, whose matrix product is several times faster than an integer one.
+    # Counts up to 2**24 are exact in float32, and its matrix product is several times faster than that of integers
     dtype: type = np.float32 if a[0].size < 2**24 else np.float64
     flat_a: np.ndarray = a.reshape(len(a), -1).astype(dtype)
     flat_b: np.ndarray = b.reshape(len(b), -1).astype(dtype)
@@ -101,9 +100,14 @@ def iou_matrix(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def dice_matrix(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Dice coefficient of every mask of `a` (N, H, W) with every mask of `b` (M, H, W): (N, M) float64.
+    """Dice coefficient of every mask of `a` with every mask of `b`: 2 |a & b| / (|a| + |b|) = 2 IoU / (1 + IoU).
 
-    Computed as `2 IoU / (1 + IoU)`, which is the same number and keeps the two conventions on empty masks.
+    Args:
+        a: (N, H, W) bool.
+        b: (M, H, W) bool.
+
+    Returns:
+        (N, M) float64; 1 where both masks are empty, 0 where only one is.
 
     >>> left, right = np.array([[[True, True, False]]]), np.array([[[False, True, True]], [[False, False, False]]])
     >>> dice_matrix(left, right).tolist()
@@ -114,18 +118,20 @@ def dice_matrix(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def ged(samples: np.ndarray, readers: np.ndarray) -> GeneralizedEnergyDistance:
-    """Squared generalised energy distance with `d = 1 - IoU` between samples and readers.
+    """Squared generalised energy distance between samples and readers (Kohl et al. 2018, arXiv 1806.05034).
 
-    `2 mean d(s, y) - mean d(s, s') - mean d(y, y')` over all pairs, a mask with itself included (the V-statistic of
-    Kohl et al. 2018, arXiv 1806.05034). Its expectation falls with N, so values for different N are not
-    comparable.
+        GED^2 = 2 mean d(s, y) - mean d(s, s') - mean d(y, y'), with d = 1 - IoU
+
+    The means are over all pairs, including each mask with itself (V-statistic). The expectation falls with N, so
+    values for different N are not comparable. Two sets of empty masks have distance 0.
 
     Args:
         samples: (N, H, W) bool.
         readers: (M, H, W) bool.
 
     Returns:
-        `ged`, `cross_distance` (mean d(s, y)), `sample_diversity` (mean d(s, s')), `reader_diversity` (mean d(y, y')).
+        `ged` in [0, 2], `cross_distance` = mean d(s, y), `sample_diversity` = mean d(s, s'), `reader_diversity` =
+        mean d(y, y').
 
     >>> one, other = np.array([[[True, False]]]), np.array([[[False, True]]])
     >>> ged(one, other).ged
@@ -137,7 +143,7 @@ def ged(samples: np.ndarray, readers: np.ndarray) -> GeneralizedEnergyDistance:
 
 
 def ged_from_iou(iou: np.ndarray, num_samples: int) -> GeneralizedEnergyDistance:
-    """`ged` from the IoU matrix (N + M, N + M) of samples and readers stacked."""
+    """`ged` from the IoU matrix (N + M, N + M) of the concatenated samples and readers."""
     distance = 1 - iou
     cross = float(distance[:num_samples, num_samples:].mean())
     within_samples = float(distance[:num_samples, :num_samples].mean())
@@ -148,14 +154,17 @@ def ged_from_iou(iou: np.ndarray, num_samples: int) -> GeneralizedEnergyDistance
 
 
 def hm_iou(samples: np.ndarray, readers: np.ndarray) -> float:
-    """Hungarian-matched IoU, balanced: the best mean IoU of a matching that uses every mask equally often.
+    """Hungarian-matched IoU: the largest mean IoU of a matching that uses every mask equally often.
 
-    With `L = lcm(N, M)` each sample takes part L / N times and each reader L / M times (Kohl et al. 2019,
-    arXiv 1905.13077). Matching only the best M of N samples would be another, higher number.
+    With L = lcm(N, M), each sample is matched L / N times and each reader L / M times (Kohl et al. 2019,
+    arXiv 1905.13077). Matching only the best M of N samples would give a different, higher number.
 
     Args:
         samples: (N, H, W) bool.
         readers: (M, H, W) bool.
+
+    Returns:
+        A number in [0, 1]; a match of two empty masks counts 1.
 
     >>> reader = np.array([[[True, True, False, False]]])
     >>> hm_iou(np.concatenate([reader, ~reader]), reader)
@@ -173,17 +182,26 @@ def hm_iou_from_iou(iou: np.ndarray) -> float:
 
 
 def dice_max_per_reader(samples: np.ndarray, readers: np.ndarray) -> float:
-    """Mean over readers of the best Dice that any of the samples reaches with that reader."""
+    """Mean over readers of the largest Dice of any sample with that reader: mean_y max_s Dice(s, y).
+
+    Args:
+        samples: (N, H, W) bool.
+        readers: (M, H, W) bool. An empty mask has Dice 1 if any sample is empty, otherwise 0.
+    """
     return float(dice_matrix(samples, readers).max(axis=0).mean())
 
 
 def mean_mask(probability: np.ndarray) -> np.ndarray:
-    """The one mask a mean probability (H, W) stands for: where it is above one half."""
+    """The mask of a mean probability (H, W): where it exceeds 1/2."""
     return probability > 0.5
 
 
 def majority_mask(readers: np.ndarray) -> np.ndarray:
-    """Where strictly more than half of the readers (M, H, W) drew: (H, W) bool; a tie is background."""
+    """Where strictly more than half of the readers (M, H, W) annotated: (H, W) bool. A tie is background.
+
+    >>> majority_mask(np.array([[[True, True]], [[True, False]], [[True, False]], [[False, True]]])).tolist()
+    [[True, False]]
+    """
     return 2 * np.count_nonzero(readers, axis=0) > len(readers)
 
 
@@ -208,15 +226,15 @@ def iou_majority(probability: np.ndarray, readers: np.ndarray) -> float:
 
 
 def scored_region(readers: np.ndarray) -> np.ndarray:
-    """Pixels on which calibration is scored: at most `DILATION_PX` (Euclidean) from the union of the readers.
+    """The pixels on which calibration is scored: at most `DILATION_PX` (Euclidean) from the union of the readers.
 
-    Over the whole image the sure background would drown every other pixel.
+    Over the whole image, the mean would be dominated by background that is easy to predict.
 
     Args:
         readers: (M, H, W) bool.
 
     Returns:
-        (H, W) bool; empty when no reader drew.
+        (H, W) bool; empty if all masks are.
     """
     union = union_mask(readers)
     region = np.zeros_like(union)
@@ -227,15 +245,18 @@ def scored_region(readers: np.ndarray) -> np.ndarray:
 
 
 def brier(probability: np.ndarray, readers: np.ndarray, region: np.ndarray | None = None) -> float:
-    """Mean over the scored region of `(p - y)^2`, y being the share of readers that drew the pixel.
+    """Brier score: mean of (p - y)^2 over the scored region, where y is the share of readers who annotated a pixel.
 
     Args:
-        probability: (H, W) mean probability.
+        probability: (H, W) mean probability p.
         readers: (M, H, W) bool.
-        region: (H, W) bool, `scored_region(readers)` when not given.
+        region: (H, W) bool; default `scored_region(readers)`.
 
     Returns:
-        A number in [0, 1]; nan when no reader drew, since the region is empty then.
+        A number in [0, 1]; nan for an empty region.
+
+    >>> brier(np.array([[0.5, 1.0]]), np.array([[[False, True]]]))
+    0.125
     """
     region = scored_region(readers) if region is None else region
     if not region.any():
@@ -244,16 +265,16 @@ def brier(probability: np.ndarray, readers: np.ndarray, region: np.ndarray | Non
 
 
 def calibration_bins(probability: np.ndarray, readers: np.ndarray, region: np.ndarray | None = None) -> np.ndarray:
-    """Sums from which a calibration error over many slices is made, see `calibration_error`.
+    """`bin_sums` of one slice, which are added over slices before `calibration_error` is computed.
 
     Args:
-        probability: (H, W) mean probability.
+        probability: (H, W) mean probability p.
         readers: (M, H, W) bool.
-        region: (H, W) bool, `scored_region(readers)` when not given.
+        region: (H, W) bool; default `scored_region(readers)`.
 
     Returns:
-        (3, `NUM_BINS`) float64: in each bin of p the number of pixels of the scored region, the sum of p, and the sum
-        of the share of readers that drew the pixel.
+        (3, `NUM_BINS`) float64: for each bin of p the number of pixels of the region, the sum of p, and the sum of the
+        share of readers who annotated the pixel.
     """
     region = scored_region(readers) if region is None else region
     return bin_sums(probability[region], readers[:, region].mean(axis=0))
@@ -262,7 +283,10 @@ def calibration_bins(probability: np.ndarray, readers: np.ndarray, region: np.nd
 def bin_sums(predicted: np.ndarray, observed: np.ndarray) -> np.ndarray:
     """Count, sum of `predicted` and sum of `observed` in `NUM_BINS` equal bins of `predicted`: (3, `NUM_BINS`).
 
-    A bin holds its lower edge; the last one holds 1 too.
+    A bin contains its lower edge; the last one also contains 1.
+
+    >>> bin_sums(np.array([0.05, 0.25, 0.25]), np.array([0.0, 0.5, 0.0]))[:, :3].tolist()
+    [[1.0, 0.0, 2.0], [0.05, 0.0, 0.5], [0.0, 0.0, 0.5]]
     """
     index = np.minimum((predicted * NUM_BINS).astype(np.int64), NUM_BINS - 1)
     sums = [np.bincount(index, weights, minlength=NUM_BINS) for weights in (None, predicted, observed)]
@@ -270,9 +294,16 @@ def bin_sums(predicted: np.ndarray, observed: np.ndarray) -> np.ndarray:
 
 
 def calibration_error(sums: np.ndarray) -> np.ndarray:
-    """Expected calibration error `sum_b |sum p - sum y| / count` from bin sums (..., 3, bins).
+    """Expected calibration error: sum over bins of |sum of p - sum of y|, divided by the number of pixels.
 
-    The bins of several slices may be added up first. Without a pixel the error is nan.
+    Args:
+        sums: (..., 3, bins) of `bin_sums`, possibly added over slices.
+
+    Returns:
+        (...) float64 in [0, 1]; nan without pixels.
+
+    >>> calibration_error(bin_sums(np.array([0.25, 0.75]), np.array([0.5, 1.0]))).item()
+    0.25
     """
     count, predicted, observed = np.moveaxis(sums, -2, 0)
     total = count.sum(axis=-1)
@@ -282,20 +313,21 @@ def calibration_error(sums: np.ndarray) -> np.ndarray:
 
 
 def ncc(probabilities: np.ndarray, readers: np.ndarray) -> float:
-    """Does the samples' uncertainty lie where samples and readers disagree (PHiSeg's S_NCC).
+    """S_NCC: whether the samples are uncertain where they disagree with the readers (Baumgartner et al. 2019).
 
-    With CE the cross-entropy in a pixel, s the soft samples, m their mean and y_j a reader, the mean over readers of
-    the Pearson correlation over all pixels between `E_s CE(m, s)` and `E_s CE(y_j, s)` (Baumgartner et al. 2019,
-    arXiv 1906.04045). A map that is constant has no correlation and counts 0.
+        S_NCC = mean_j corr(E_s CE(m, s), E_s CE(y_j, s))
+
+    CE is the cross-entropy per pixel, s are the probability maps of the samples, m is their mean, y_j are the readers,
+    and corr is the Pearson correlation over all pixels (arXiv 1906.04045).
 
     Args:
         probabilities: (N, H, W) probability maps of the samples.
         readers: (M, H, W) bool.
 
     Returns:
-        A number in [-1, 1].
+        A number in [-1, 1]; a constant map has no correlation and counts 0.
     """
-    # CE is linear in its first argument, so the expectations need only two mean logarithms.
+    # CE is linear in its first argument, so the expectations need only two mean logarithms
     probabilities = np.asarray(probabilities, dtype=np.float32).reshape(len(probabilities), -1)
     log_inside = np.log(probabilities + np.float32(NCC_EPSILON)).mean(axis=0)
     log_outside = np.log(1 - probabilities + np.float32(NCC_EPSILON)).mean(axis=0)
@@ -311,7 +343,7 @@ def ncc(probabilities: np.ndarray, readers: np.ndarray) -> float:
 
 
 def _standardized(values: np.ndarray) -> np.ndarray | None:
-    """Zero mean and unit deviation in float64, or None for a constant map."""
+    """The map with zero mean and unit standard deviation, in float64; None for a constant map."""
     values = values.astype(np.float64)
     centred = values - values.mean()
     deviation = np.sqrt(np.square(centred).mean())
@@ -324,9 +356,9 @@ def empty_rate(masks: np.ndarray) -> float:
 
 
 def pack_masks(masks: np.ndarray) -> list[bytes]:
-    """Masks (N, H, W) as one bytes object each: the form in which the `evaluate` modules take them.
+    """Masks (N, H, W) as one bytes object each, the input of the `evaluate` modules.
 
-    Height and width come first, `PACKED_SIZE.size` bytes, then the pixels row by row, 8 per byte.
+    Height and width come first (`PACKED_SIZE`), then the pixels row by row, 8 per byte.
 
     Raises:
         ValueError: no mask, no pixel, or another dtype than bool.
@@ -345,7 +377,7 @@ def unpack_masks(packed: Sequence[bytes]) -> np.ndarray:
     (2, 3, 5)
 
     Raises:
-        ValueError: no mask, masks of different sizes, or bytes that `pack_masks` does not make.
+        ValueError: no mask, masks of different sizes, or bytes of another format.
     """
     if not packed:
         raise ValueError("packed masks must be one or more, got none")

@@ -8,27 +8,20 @@
 {'hm_iou': 0.61}
 """
 
-import datasets
-import evaluate
 import numpy as np
 
-from probabilistic_sam.metrics import functional
+from probabilistic_sam.metrics import functional, packed_metric
 
-_DESCRIPTION = """\
-Balanced Hungarian-matched IoU between N sampled masks and M readers' masks: both are repeated to lcm(N, M) masks and
-matched one to one so that the mean IoU is greatest; two empty masks have IoU 1. Averaged over images.
+
+class HmIou(packed_metric.PackedMetric):
+    """Mean over images of `functional.hm_iou`, which has the formula."""
+
+    explanation = """\
+Balanced Hungarian-matched IoU of N sampled masks and M readers' masks: both are repeated to lcm(N, M) masks and
+matched one to one so that the mean IoU is largest. Two empty masks have IoU 1. Mean over images.
 """
-
-_INPUTS_DESCRIPTION = """\
-Args:
-    predictions: for each image the sampled masks, packed to bits by `probabilistic_sam.metrics.functional.pack_masks`,
-        which keeps their height and width.
-    references: for each image the readers' masks, packed in the same way. Their number may differ, their size may not.
-Returns:
-    hm_iou: mean over images.
-"""
-
-_CITATION = """\
+    outputs = "hm_iou"
+    bibtex = """\
 @article{kohl2019hierarchical,
   title = {A Hierarchical Probabilistic {U-Net} for Modeling Multi-Scale Ambiguities},
   author = {Kohl, Simon A. A. and others},
@@ -37,22 +30,6 @@ _CITATION = """\
 }
 """
 
-
-class HmIou(evaluate.Metric):
-    """Mean over images of `functional.hm_iou`, which has the formula."""
-
-    def _info(self) -> evaluate.MetricInfo:
-        masks = datasets.Sequence(datasets.Value("binary"))
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            inputs_description=_INPUTS_DESCRIPTION,
-            features=datasets.Features({"predictions": masks, "references": masks}),
-        )
-
-    def _compute(self, predictions: list[list[bytes]], references: list[list[bytes]]) -> dict[str, float]:
-        matched = [
-            functional.hm_iou(functional.unpack_masks(samples), functional.unpack_masks(readers))
-            for samples, readers in zip(predictions, references, strict=True)
-        ]
-        return {"hm_iou": float(np.mean(matched))}
+    def score(self, samples: np.ndarray, readers: np.ndarray) -> dict[str, float]:
+        """The number for one image."""
+        return {"hm_iou": functional.hm_iou(samples, readers)}

@@ -1,1 +1,1 @@
-"""Training: configuration, windows of rows, the embedding cache and the loop."""
+"""Training: configuration, windows of rows, the embedding cache, the loop, and how a run is finished."""

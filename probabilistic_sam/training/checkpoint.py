@@ -1,4 +1,4 @@
-"""Checkpoints: written whole, and resumed only with the same data and configuration."""
+"""Checkpoints of a training run: written as a whole, and resumed only with the same data and configuration."""
 
 import hashlib
 import json
@@ -16,30 +16,30 @@ from ..data.format import split_content
 from ..errors import UserError
 from ..files import replaced_directory
 from .config import TrainingConfig
+from .optimization import Optimization
 
-# Of the configuration, what a resumed run may change: none of it moves its weights or its scores. The weights that
-# base_model stands for are compared instead of its name
+# Fields that a resumed run may change, since neither weights nor scores depend on them. `base_model` is among them
+# because its weights are compared instead of its name
 FREE_WHEN_RESUMED = ("base_model", "log_every", "checkpoint_every")
 
-
-CHECKPOINT = {  # what training_state.pt holds
+CHECKPOINT = {  # content of training_state.pt
     "step": int, "best": dict, "log": dict, "ema": dict, "optimizer": dict, "scheduler": dict, "model": dict,
     "fingerprint": dict,
 }  # fmt: skip
 
 
 def fingerprint(config: TrainingConfig, model: PreTrainedModel, splits: dict[str, Any]) -> dict[str, Any]:
-    """What a run has in common with the checkpoint that it resumes from, by field.
+    """What must be the same when a run resumes from a checkpoint, by field.
 
     Args:
         config: of the run.
-        model: as `load_model` gives it, frozen already.
+        model: from `build_model`, its encoder frozen.
         splits: rows by the name of their split.
     """
     values: dict[str, Any] = {}
     for name, value in asdict(config).items():
         if name == "prompts":
-            values[name] = json.dumps(value)  # their order matters, since a random number chooses among them
+            values[name] = json.dumps(value)  # the order matters, since a random number chooses among them
         elif isinstance(value, dict):
             values |= {f"{name}.{key}": item for key, item in value.items()}
         elif name not in FREE_WHEN_RESUMED:
@@ -51,21 +51,19 @@ def fingerprint(config: TrainingConfig, model: PreTrainedModel, splits: dict[str
             frozen.update(name.encode() + value.detach().cpu().float().numpy().tobytes())
     values["frozen weights of base_model"] = f"sha256 {frozen.hexdigest()}"
     for split, rows in splits.items():
-        content = split_content(rows)  # as manifest.json has it
+        content = split_content(rows)  # as in manifest.json
         values[f"{split} split of the dataset"] = f"{content['rows']} rows, sha256 {content['sha256']}"
     return values
 
 
-def save_checkpoint(
-    directory: Path, step: int, model, optimizer, scheduler, ema, best: dict, log: dict, same: dict
-) -> None:
-    """`checkpoint-{step}`: everything that resuming needs, moved into place when it is complete; older ones go."""
-    target = directory / f"checkpoint-{step}"
-    state = {
-        "step": step, "best": best, "log": log, "ema": ema.weights, "optimizer": optimizer.state_dict(),
-        "scheduler": scheduler.state_dict(), "fingerprint": same,
-        "model": {n: p.detach() for n, p in model.named_parameters() if p.requires_grad},
-    }  # fmt: skip
+def save_checkpoint(directory: Path, state: dict[str, Any]) -> None:
+    """Write `checkpoint-{step}` completely or not at all, and remove the older ones.
+
+    Args:
+        directory: of the run.
+        state: with the keys of `CHECKPOINT`.
+    """
+    target = directory / f"checkpoint-{state['step']}"
     with replaced_directory(target, ("*",)) as folder:
         torch.save(state, folder / "training_state.pt")
     for old in directory.glob("checkpoint-*"):
@@ -74,7 +72,15 @@ def save_checkpoint(
 
 
 def find_checkpoint(name: str, directory: Path) -> Path:
-    """The checkpoint folder that `--resume_from_checkpoint` means."""
+    """The checkpoint folder that `--resume_from_checkpoint` names.
+
+    Args:
+        name: "latest" or a folder.
+        directory: of the run.
+
+    Raises:
+        UserError: there is no checkpoint, or it is of another run.
+    """
     if name == "latest":
         found = [path for path in directory.glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
         if not found:
@@ -90,12 +96,35 @@ def find_checkpoint(name: str, directory: Path) -> Path:
     return path
 
 
-def read_checkpoint(path: Path, names: Sequence[str] = tuple(CHECKPOINT)) -> dict:
+def resume_from(path: Path, wanted: dict[str, Any], optimization: Optimization) -> dict[str, Any]:
+    """Restore weights, average, optimizer and learning rates from a checkpoint.
+
+    Args:
+        path: checkpoint folder.
+        wanted: `fingerprint` of the run that resumes.
+        optimization: of the same run, changed in place.
+
+    Returns:
+        The content of the checkpoint.
+
+    Raises:
+        UserError: the checkpoint is damaged or of another run.
+    """
+    try:
+        state = read_checkpoint(path)
+        check_same_run(state["fingerprint"], wanted)
+        optimization.load_state_dict(state)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} cannot be resumed from: {error}") from error
+    return state
+
+
+def read_checkpoint(path: Path, names: Sequence[str] = tuple(CHECKPOINT)) -> dict[str, Any]:
     """Read the file of a checkpoint folder.
 
     Args:
         path: the folder.
-        names: what is needed, of `CHECKPOINT`.
+        names: keys of `CHECKPOINT` that are needed.
 
     Raises:
         UserError: the file is damaged or not one that `save_checkpoint` wrote.
@@ -103,13 +132,13 @@ def read_checkpoint(path: Path, names: Sequence[str] = tuple(CHECKPOINT)) -> dic
     state = load_torch_file(path / "training_state.pt")
     for name in names:
         if not isinstance(state, dict) or not isinstance(state.get(name), CHECKPOINT[name]):
-            age = ", as those of earlier versions do" if name == "fingerprint" else ""
+            age = ", like those of earlier versions" if name == "fingerprint" else ""
             raise UserError(f"{path / 'training_state.pt'} lacks {name!r}{age}; accepted: a file of training/train.py")
     return state
 
 
 def check_same_run(recorded: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raise `ValueError` unless the `fingerprint` of a checkpoint is that of the run which is to resume from it."""
+    """Raise `ValueError` unless the `fingerprint` of a checkpoint equals that of the run which resumes from it."""
     for name in [*wanted, *recorded]:
         values = [str(given[name]) if name in given else "not set" for given in (recorded, wanted)]
         if values[0] != values[1]:
@@ -118,25 +147,3 @@ def check_same_run(recorded: dict[str, Any], wanted: dict[str, Any]) -> None:
                 f"{name} is {values[0]} there and {values[1]} here; accepted: the same dataset, configuration and "
                 f"base model, only {free} may differ"
             )
-
-
-def restore(state: dict, model, optimizer, scheduler, ema) -> None:
-    """Put the content of a checkpoint in place.
-
-    Raises:
-        RuntimeError, ValueError, KeyError, TypeError, AttributeError: it is of another model or damaged.
-    """
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    for part, weights in (("model", trained), ("ema", ema.weights)):
-        if {name: value.shape for name, value in state[part].items()} != {n: w.shape for n, w in weights.items()}:
-            raise ValueError("its weights are of another model")
-        with torch.no_grad():
-            for name, value in state[part].items():
-                weights[name].copy_(value)
-    optimizer.load_state_dict(state["optimizer"])
-    for parameter, values in optimizer.state.items():
-        if any(value.ndim and value.shape != parameter.shape for value in values.values()):
-            raise ValueError("its optimizer is of another model")
-    scheduler.load_state_dict(state["scheduler"])
-    if scheduler.last_epoch != state["step"]:
-        raise ValueError(f"its learning rates are those of step {scheduler.last_epoch}, not {state['step']}")

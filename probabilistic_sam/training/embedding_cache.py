@@ -1,8 +1,8 @@
-"""Image embeddings of augmented views, computed once and read from disk: what makes training cheap on a laptop.
+"""Image embeddings of augmented views, computed once and then read from disk. They make training cheap on a laptop.
 
-The vision encoder is frozen while a model is trained, so its output for a view of a slice never changes. A
-view is a window around the union of the readers' masks, turned, mirrored, shifted, zoomed and with another contrast;
-its parameters follow from (seed, row, view), so that only embeddings are stored and prompts and masks are cut to fit.
+The vision encoder is frozen during training, so its output for a view of a row never changes. A view is a window
+around the union of the readers' masks, see `windows.View`. Its parameters follow from (seed, row, view). Only the
+embeddings are stored; masks and prompts are computed for each view when they are needed.
 """
 
 import hashlib
@@ -31,20 +31,23 @@ CACHE_VERSION = 2
 class EmbeddingCache:
     """Embeddings (rows, views, C, g, g) in float16, memory-mapped, and the packed masks of the rows in memory.
 
+    The file is named by a hash of everything that its content depends on: weights of the vision encoder, settings of
+    the processor, images, masks and the arguments marked *.
+
     Args:
-        model, processor: whose embeddings; the cache is keyed by the weights of the model's `vision_encoder` and the
-            processor's settings. A model without one has embeddings that follow from the image alone.
-        dataset: rows with `image` and `masks` of one split.
-        num_views: augmented views a row; 0 stores the plain view only, as the processor cuts it.
-        seed: of the views.
-        cache_dir: folder for all caches; one file each, named by its key.
-        augmentation: `max_shift` (px), `max_zoom`, `max_gamma` of `random_view`.
+        model: has `get_image_embeddings`. Without a `vision_encoder` its embeddings must follow from the image alone.
+        processor: cuts the windows.
+        dataset: rows of one split.
+        num_views: * augmented views per row; 0 stores only the plain view, which the processor cuts.
+        seed: * of the views.
+        cache_dir: folder of all caches.
+        augmentation: * `max_shift`, `max_zoom`, `max_gamma` of `random_view`.
         rank, world_size, barrier: the processes that share the work, and how they wait for each other.
-        batch_size: images encoded at once.
-        bf16: encode in bfloat16.
+        batch_size: images per call of the encoder.
+        bf16: * encode in bfloat16.
 
     Raises:
-        UserError: the file cannot be written, or would not fit on the disk.
+        UserError: the file cannot be written, or the disk has no room for it.
     """
 
     def __init__(
@@ -96,8 +99,12 @@ class EmbeddingCache:
     def __len__(self) -> int:
         return len(self.masks)
 
+    def embedding(self, index: int, view: int) -> torch.Tensor:
+        """The embedding (C, g, g) of a view of a row, in float32."""
+        return torch.from_numpy(np.array(self.embeddings[index, view])).float()
+
     def row_masks(self, index: int) -> np.ndarray:
-        """Readers' masks (R, H, W) of a row at the image's size."""
+        """Readers' masks (R, H, W) of a row, at the image's size."""
         packed, shape = self.masks[index]
         return np.unpackbits(packed, count=math.prod(shape)).reshape(shape).astype(bool)
 
@@ -109,11 +116,11 @@ class EmbeddingCache:
         return random_view(masks, self.processor, np.random.default_rng((self.seed, index, view)), **self.augmentation)
 
     def _build_once(self, model, dataset, rank, world_size, barrier, batch_size, bf16) -> None:
-        """Build unless the file is there; of several runs that want the same file one builds and the others wait."""
+        """Build the file unless it exists; of several runs that need it, one builds it and the others wait."""
         lock = FileLock(self.path.with_suffix(".lock"))
         if rank == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            lock.acquire()  # the other processes of this run wait at the barrier; a killed run leaves no lock
+            lock.acquire()  # the other processes of this run wait at the barrier; a killed run releases it
         try:
             barrier()
             if not self.path.exists():
@@ -124,7 +131,7 @@ class EmbeddingCache:
             lock.release()
 
     def _build(self, model, dataset, rank, world_size, barrier, batch_size, bf16) -> None:
-        """Encode every view; each process writes its rows into one file, which gets its name when all are done."""
+        """Encode every view; all processes write to one file, which gets its final name when it is complete."""
         part = self.path.with_suffix(".part")
         if rank == 0:
             blank = torch.zeros(1, 3, self.processor.image_size, self.processor.image_size, device=model.device)
@@ -132,7 +139,7 @@ class EmbeddingCache:
             needed = math.prod(shape) * np.dtype(np.float16).itemsize
             part.unlink(missing_ok=True)
             free = shutil.disk_usage(part.parent).free
-            if needed > free:  # writing to memory-mapped pages that the disk cannot hold kills a process
+            if needed > free:  # writing to a memory map that the disk cannot hold kills the process
                 raise UserError(
                     f"embedding cache {self.path} needs {needed / 1e9:.1f} GB; {free / 1e9:.1f} GB are free"
                 )

@@ -1,4 +1,4 @@
-"""The model that a configuration asks for, what of it is trained, and at which rate."""
+"""The model that a configuration describes, before training."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -13,19 +13,22 @@ from .. import ProbabilisticSamConfig, ProbabilisticSamModel
 from ..baselines import EllipseModel
 from ..baselines.common import SamVariant
 from ..conversion import convert_mobile_sam, convert_sam, mobile_sam_config
-from ..data import make_prompt, row_seed
+from ..data import row_prompt
 from ..data.format import decode_masks
 from ..errors import UserError
-from .config import MODELS, RANDOM, TrainingConfig, model_type
+from .config import MODELS, RANDOM, TrainingConfig
 
 
-def load_model(config: TrainingConfig) -> PreTrainedModel:
-    """The model to train."""
-    kind = model_type(config)
+def build_model(config: TrainingConfig) -> PreTrainedModel:
+    """The model to train, with the weights of `base_model` where it has such parts.
+
+    Raises:
+        UserError: `base_model` does not open or does not fit the configuration, or the model cannot be built.
+    """
     values = {name: value for name, value in config.model.items() if name != "model_type"}
-    if kind == ProbabilisticSamConfig.model_type:
+    model_class = MODELS[config.model_type]
+    if model_class is ProbabilisticSamModel:
         return load_base_model(config, values)
-    model_class = MODELS[kind]
     try:
         if not issubclass(model_class, SamVariant):
             return model_class(model_class.config_class(image_size=config.image_size, **values))
@@ -34,11 +37,19 @@ def load_model(config: TrainingConfig) -> PreTrainedModel:
     except UserError:
         raise
     except (ValueError, StrictDataclassError) as error:
-        raise UserError(f"model {config.model} is not one that can be built: {error}") from error
+        raise UserError(f"model {config.model} cannot be built: {error}") from error
 
 
 def load_base_model(config: TrainingConfig, values: dict) -> ProbabilisticSamModel:
-    """A MobileSAM file, a SAM, or a Probabilistic SAM, with `values` in its configuration."""
+    """A Probabilistic SAM from `base_model`: a MobileSAM file, a SAM, or a Probabilistic SAM.
+
+    Args:
+        config: its `base_model` and `image_size`.
+        values: further fields of the model's configuration.
+
+    Raises:
+        UserError: `base_model` does not open, is another model, or does not fit the configuration.
+    """
     base, accepted = config.base_model, "MobileSAM's file (.pt, .safetensors), or directory or Hub name of a SAM"
     try:
         if base == RANDOM:
@@ -51,7 +62,7 @@ def load_base_model(config: TrainingConfig, values: dict) -> ProbabilisticSamMod
         if kind != "probabilistic_sam":
             raise UserError(f"base_model {base!r} is a {kind!r} model; accepted: {accepted}")
         given = ProbabilisticSamConfig.from_pretrained(base)
-        wanted = ProbabilisticSamConfig.from_dict(given.to_dict() | values)  # checks the fields anew
+        wanted = ProbabilisticSamConfig.from_dict(given.to_dict() | values)  # checks the fields again
         sizes = {name: (getattr(given, name), getattr(wanted, name)) for name in ("latent_dim", "latent_hidden_size")}
         sizes["image_size"] = (given.vision_config.image_size, config.image_size)
         for name, (old, new) in sizes.items():
@@ -65,34 +76,18 @@ def load_base_model(config: TrainingConfig, values: dict) -> ProbabilisticSamMod
 
 
 def freeze(model: PreTrainedModel) -> None:
-    """Train what is new, and the part of SAM's mask decoder that is used: the model itself freezes the rest of SAM."""
+    """Freeze the vision encoder. The model itself freezes the other parts of SAM that are not trained."""
     if isinstance(model, ProbabilisticSamModel):
         model.vision_encoder.requires_grad_(False)
 
 
 def fit_ellipse(model: EllipseModel, rows) -> None:
-    """Fit to the boxes and readers' masks of the training split, the boxes as they are in the evaluation."""
+    """Fit to the readers' masks of the training split and to the boxes that evaluation uses."""
 
     def boxes() -> Iterator[tuple[list[float], np.ndarray]]:
         for row in rows.remove_columns("image").with_format(None):
             masks = decode_masks(row)
-            prompt: Any = make_prompt(masks, "union_box", np.random.default_rng(row_seed(row, "union_box")))
+            prompt: Any = row_prompt(row, masks, "union_box")
             yield prompt["input_boxes"], masks
 
     model.fit(boxes())
-
-
-def parameter_groups(model: PreTrainedModel, config: TrainingConfig) -> list[dict]:
-    """Two learning rates; no weight decay on vectors (norms, biases)."""
-    groups: dict[tuple[bool, bool], list] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            groups.setdefault((name.startswith("mask_decoder."), parameter.ndim > 1), []).append(parameter)
-    return [
-        {
-            "params": parameters,
-            "lr": config.learning_rate if pretrained else config.latent_learning_rate,
-            "weight_decay": config.weight_decay if decays else 0.0,
-        }
-        for (pretrained, decays), parameters in groups.items()
-    ]

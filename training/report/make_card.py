@@ -14,7 +14,6 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import save_file
@@ -107,7 +106,7 @@ def export_weights(source: str, output: Path) -> None:
 
 def write_examples(folder: Path) -> None:
     """Write the example images and their boxes: phantom slices of validation patients (needs the extra `data`)."""
-    from probabilistic_sam.data import make_prompt, row_seed
+    from probabilistic_sam.data import row_prompt
     from probabilistic_sam.data.format import decode_masks
     from probabilistic_sam.data.lidc.phantom import demo_nodules, phantom_row
 
@@ -115,7 +114,7 @@ def write_examples(folder: Path) -> None:
     folder.mkdir()
     for number, nodule in enumerate(demo_nodules(NUM_EXAMPLES), start=1):
         row = phantom_row(nodule, nodule.middle)
-        box = make_prompt(decode_masks(row), "union_box", np.random.default_rng(row_seed(row, "union_box")))
+        box = row_prompt(row, decode_masks(row), "union_box")
         name = f"phantom-{number}.png"
         (folder / name).write_bytes(row["image"]["bytes"])
         place = {key: row[key] for key in ("patient_id", "nodule_id", "slice_index", "pixel_spacing_mm")}

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamProcessor
-from probabilistic_sam.data import make_prompt, row_seed
+from probabilistic_sam import ProbabilisticSamProcessor
+from probabilistic_sam.data import row_prompt, row_seed
 from probabilistic_sam.data.format import decode_image, decode_masks, load_split
 from probabilistic_sam.errors import UserError, run
+from probabilistic_sam.inference import load_model
 from probabilistic_sam.metrics.functional import ged
 from probabilistic_sam.plotting import (
     calibration_figure,
@@ -58,7 +59,7 @@ def read_results(folder: Path) -> dict[str, dict]:
 def prepare(row: dict, processor: ProbabilisticSamProcessor) -> tuple[np.ndarray, np.ndarray, dict]:
     """Image, masks of the readers and model inputs of a row, with the prompt of the evaluation."""
     image, readers = decode_image(row), decode_masks(row)
-    box = make_prompt(readers, PROMPT, np.random.default_rng(row_seed(row, PROMPT)))["input_boxes"]
+    box = row_prompt(row, readers, PROMPT)["input_boxes"]
     return image, readers, processor(image, input_boxes=[[box]])
 
 
@@ -138,8 +139,7 @@ def main() -> None:
             f"{arguments.dataset}: split {arguments.split!r} has {len(rows)} slices; accepted: {3 * SHOWN}"
         )
     rows = [rows[index] for index in range(min(len(rows), arguments.max_slices))]
-    model = ProbabilisticSamModel.from_pretrained(arguments.model).eval()
-    processor = ProbabilisticSamProcessor.from_pretrained(arguments.model)
+    model, processor = load_model(arguments.model)
     arguments.output.mkdir(parents=True, exist_ok=True)
 
     plot_gallery(model, processor, rows, arguments.output / "gallery.png")

@@ -1,4 +1,4 @@
-"""Metrics of one slice in the three columns of a report."""
+"""All metrics of one slice, in the three columns of a results file."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import numpy as np
 from . import functional
 
 COLUMNS = ("all", "four_readers", "shape")
-# Means over slices; every one of these is a number in each slice's dictionary.
+# Defined for each slice, and averaged over slices
 SLICE_METRICS = (
     "ged",
     "cross_distance",
@@ -24,9 +24,7 @@ SLICE_METRICS = (
     "empty_rate_samples",
     "empty_rate_readers",
 )
-
-
-# Numbers that exist only over many slices.
+# Defined over many slices only
 POOLED_METRICS = ("ece", "empty_ece", "empty_correlation")
 METRICS = SLICE_METRICS + POOLED_METRICS
 
@@ -34,33 +32,34 @@ METRICS = SLICE_METRICS + POOLED_METRICS
 def slice_metrics(
     samples: np.ndarray, probabilities: np.ndarray, readers: np.ndarray, owners: np.ndarray | None = None
 ) -> dict[str, dict[str, Any] | None]:
-    """All metrics of one slice, in the three columns of the protocol.
+    """All metrics of one slice, in three columns.
 
-    - `all`: at least one reader drew.
-    - `four_readers`: there are four readers or more and every one drew.
-    - `shape`: at least two readers drew; only non-empty samples against non-empty readers. Without a non-empty sample
-      one empty mask of probability zero is scored: cross distance 1, sample diversity 0, HM-IoU 0, Dice 0.
+    - `all`: slices with at least one annotated mask.
+    - `four_readers`: slices with four readers or more, all of whose masks are annotated.
+    - `shape`: slices with at least two annotated masks. Only non-empty samples and annotated masks are compared. If
+      all samples are empty, one empty mask of probability zero is scored: cross distance 1, sample diversity 0,
+      HM-IoU 0, Dice 0.
 
-    The empty rates are those of all samples and all readers in every column, `shape` included, where they tell how
-    much was left out. So are `readers_annotated`, a count, and `reader_area`, the mean area in pixels of a
-    mask that is not empty.
+    The empty rates, `readers_annotated` and `reader_area` refer to all samples and all readers in every column; for
+    `shape` they say how much was left out.
 
     Args:
         samples: (N, H, W) bool.
-        probabilities: (N, H, W) float, the probability maps the samples were thresholded from.
-        readers: (M, H, W) bool, empty masks kept.
-        owners: (N,) int, when each sample was prompted with one reader's own box: the index of that reader. A sample
-            then meets only its owner in the metrics taken reader by reader (`dice_max_per_reader`, `dice_mean`,
-            `iou_mean`); all others score the union of the samples of all readers, and `shape` leaves out the samples
-            of empty readers.
+        probabilities: (N, H, W) float, the probability maps of which `samples` are the thresholded ones.
+        readers: (M, H, W) bool, with the empty masks.
+        owners: (N,) int, for samples prompted with a reader's own box: the index of that reader.
+            `dice_max_per_reader`, `dice_mean` and `iou_mean` then compare each reader only with the samples of their
+            own box; the other metrics score the union of all samples. `shape` leaves out the samples of empty readers.
 
     Returns:
-        For each name of `COLUMNS` None where the slice is not in the column, else a dictionary with a float for each
-        name of `SLICE_METRICS`, with `readers_annotated`, `reader_area`, and with `calibration`, the (3, bins) array
-        of `functional.calibration_bins`.
+        For each name of `COLUMNS` None if the slice is not in the column, else a dictionary with
+
+        - a float for each name of `SLICE_METRICS`;
+        - `readers_annotated`, the number of annotated masks, and `reader_area`, their mean area in pixels;
+        - `calibration`, the (3, bins) array of `functional.calibration_bins`.
 
     Raises:
-        ValueError: for shapes that do not fit each other.
+        ValueError: shapes that do not match, masks that are not boolean, or no mask.
     """
     if probabilities.shape != samples.shape:
         raise ValueError(f"probabilities {probabilities.shape} and samples {samples.shape} must have one shape")
@@ -70,7 +69,7 @@ def slice_metrics(
 
     columns: dict[str, dict[str, Any] | None] = dict.fromkeys(COLUMNS)
     annotated, visible = functional.nonempty(readers), functional.nonempty(samples)
-    region = functional.scored_region(readers)  # empty readers do not change it, so all columns share it
+    region = functional.scored_region(readers)  # empty masks do not change it, so it is the same in all columns
     if not annotated.any():
         return columns
     whole = {
@@ -87,7 +86,7 @@ def slice_metrics(
         if kept.all() and annotated.all():
             columns["shape"] = columns["all"]
         else:
-            # Owners are counted among the non-empty readers only.
+            # Indices among the annotated masks only
             kept_owners = None if owners is None else (np.cumsum(annotated) - 1)[owners[kept]]
             columns["shape"] = (
                 _score(samples[kept], probabilities[kept], readers[annotated], kept_owners, region) | whole
@@ -102,7 +101,7 @@ def _score(
     owners: np.ndarray | None,
     region: np.ndarray,
 ) -> dict[str, Any]:
-    """The metrics of one column; no sample at all counts as one empty sample."""
+    """The metrics of one column; no samples count as one empty sample."""
     if len(samples) == 0:
         samples, probabilities = np.zeros((1, *readers.shape[1:]), bool), np.zeros((1, *readers.shape[1:]), np.float32)
         owners = None

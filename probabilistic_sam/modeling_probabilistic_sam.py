@@ -739,7 +739,7 @@ class ProbabilisticSamModel(SamModel):
         targets, present, annotated, outlined = readers
         count = targets.shape[2]
 
-        # The posterior is the prior where a mask says nothing about the outline, and in the presence
+        # The posterior equals the prior in the presence, and for readers whose outline is unknown
         prior_mean_r, prior_log_std_r = (item[:, :, None].expand_as(mean) for item in (prior_mean, prior_log_std))
         known = outlined[..., None] & (torch.arange(config.latent_dim, device=mean.device) > 0)
         mean, log_std = torch.where(known, mean, prior_mean_r), torch.where(known, log_std, prior_log_std_r)

@@ -10,6 +10,7 @@ from ..modeling_probabilistic_sam import (
     MAX_DECODED,
     ProbabilisticSamOutput,
     Readers,
+    check_image_and_prompts,
     check_other_arguments,
     spread_noise,
 )
@@ -133,9 +134,10 @@ class LatentFreeSamModel(SamVariant):
         evaluation mode only.
 
         Raises:
-            ValueError: neither or both of image and embeddings, or no prompt.
+            ValueError: neither or both of image and embeddings, no prompt, or shapes that do not fit.
         """
         check_other_arguments(kwargs)
+        check_image_and_prompts(pixel_values, image_embeddings, input_points, input_boxes, input_masks)
         image_embeddings = to_embeddings(self.encode, pixel_values, image_embeddings)
         if input_points is not None and input_labels is None:
             input_labels = torch.ones_like(input_points[..., 0], dtype=torch.int)
@@ -144,8 +146,7 @@ class LatentFreeSamModel(SamVariant):
             "input_masks": input_masks,
         }  # fmt: skip
         prompts = {name: value for name, value in given.items() if value is not None}
-        if not prompts:
-            raise ValueError("A prompt must be provided: input_boxes, input_points or input_masks.")
+
         values = {}
         if labels is not None:
             masks, _ = self.passes(image_embeddings, prompts, 1, self.config.dropout, generator)

@@ -1,5 +1,6 @@
 """training/train.py: a run of eight steps, resuming after a kill, errors in one line."""
 
+import doctest
 import json
 import os
 import pickle
@@ -28,6 +29,7 @@ from probabilistic_sam.data import split_of
 from probabilistic_sam.data.build import write_dataset
 from probabilistic_sam.errors import UserError
 from probabilistic_sam.training import checkpoint, loop, models
+from probabilistic_sam.training import config as config_module
 from probabilistic_sam.training.batches import Batches
 from probabilistic_sam.training.config import TrainingConfig, parse_overrides, read_config
 from probabilistic_sam.training.log import latent_values
@@ -434,6 +436,7 @@ def test_overrides_replace_fields_of_the_file(train, workspace, tmp_path):
 
 
 def test_override_may_replace_a_whole_group(workspace):
+    assert doctest.testmod(config_module) == (0, 1)
     overrides = parse_overrides(["prompts={center_point: 1}"])
     assert read_config(workspace / "config.yaml", overrides).prompts == {"center_point": 1.0}
 
@@ -512,7 +515,7 @@ def test_average_of_weights(script):
     assert model.weight.item() == 12.0
 
 
-# ---------------------------------------------------------------------------------------------------------- faults
+# ---------------------------------------------------------------------------------------------------------- errors
 
 
 def configured(workspace, tmp_path, **changes):

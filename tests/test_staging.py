@@ -165,6 +165,7 @@ def test_card_of_a_run_with_results_has_a_table_and_a_model_index(changed, tmp_p
     result["results"]["shape"]["ged"] = {"mean": None, "ci95": [None, None]}
     (changed / "results").mkdir()
     (changed / "results" / "test.json").write_text(json.dumps(result))
+    (changed / "training_config.yaml").write_text("note: '{{ 7 * 7 }}'\n")
     stage_model(changed, tmp_path / "staged", "alice/eyes")
     card = ModelCard.load(tmp_path / "staged" / "README.md")
     assert [(item.metric_name, item.dataset_name, item.dataset_split) for item in card.data.eval_results] == [
@@ -174,6 +175,7 @@ def test_card_of_a_run_with_results_has_a_table_and_a_model_index(changed, tmp_p
     assert card.data.eval_results[0].metric_value == 0.1234
     assert "| GED ↓ | 0.123 [0.100, 0.200] |" in card.text and "by lesion size (`results/test.json`)" in card.text
     assert "checkpoint was selected" not in card.text and "0.432" not in card.text
+    assert "note: '{{ 7 * 7 }}'" in card.text  # texts of a run are not evaluated as templates
     assert (tmp_path / "staged" / "results" / "test.json").is_file()
 
 

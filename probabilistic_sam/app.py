@@ -326,7 +326,7 @@ def serve(model: ProbabilisticSamModel, processor: ProbabilisticSamProcessor, na
                 theme=gr.themes.Base(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")),
             )  # fmt: skip
         except OSError as error:
-            raise UserError(f"port {port} cannot be opened ({error}); accepted: --port with a free port") from error
+            raise UserError(f"port {port} cannot be opened; accepted: --port with a free port") from error
         print(f"open http://{HOST}:{port} in a browser; stop with Ctrl-C", flush=True)
         page.block_thread()
 

@@ -214,48 +214,17 @@ def check_prompt(prompt: dict[str, Any], width: int, height: int) -> None:
 
     A box may leave the image by less than a pixel; the processor clips it.
     """
-    size = f"the image of {width} x {height} pixels"
     unknown = [key for key in prompt if key not in ("box", "points", "negative_points", "mask")]
     if unknown:
         raise UserError(f"the prompt has the key {unknown[0]!r}; accepted: box, points, negative_points, mask")
-    if not any(len(prompt.get(key, ())) for key in ("box", "points", "mask")):
-        raise UserError("the prompt has no box, point or mask; accepted: at least one of them, refined by others")
     if "box" in prompt:
-        box = _numbers(prompt["box"], "a box", "four finite numbers x1 y1 x2 y2")
-        if box.shape != (4,):
-            raise UserError(f"a box has {box.size} numbers; accepted: four finite numbers x1 y1 x2 y2")
-        x1, y1, x2, y2 = box.tolist()
-        text = " ".join(f"{value:g}" for value in box)
-        if x2 < x1 or y2 < y1:
-            raise UserError(f"box {text} is turned around; accepted: x1 y1 x2 y2 with x1 < x2 and y1 < y2")
-        if x1 == x2 or y1 == y2:
-            raise UserError(f"box {text} has no area; accepted: x1 y1 x2 y2 with x1 < x2 and y1 < y2")
-        outside = max(-x1, -y1, x2 - width, y2 - height) >= 1
-        if outside or min(x2, width) <= max(x1, 0) or min(y2, height) <= max(y1, 0):
-            raise UserError(f"box {text} reaches outside {size}; accepted: 0 <= x <= {width}, 0 <= y <= {height}")
+        _check_box(prompt["box"], width, height)
     for key in ("points", "negative_points"):
-        accepted = f"up to {MAX_POINTS} points, each two finite numbers x y"
-        points = _numbers(prompt.get(key, []), key, accepted)
-        if points.size and (points.ndim != 2 or points.shape[1] != 2) or len(points) > MAX_POINTS:
-            raise UserError(f"{key} have the shape {points.shape}; accepted: {accepted}")
-        for x, y in points:
-            if not (0 <= x <= width and 0 <= y <= height):
-                raise UserError(
-                    f"point {x:g} {y:g} lies outside {size}; accepted: 0 <= x <= {width}, 0 <= y <= {height}"
-                )
+        _check_points(prompt.get(key, []), key, width, height)
     if "mask" in prompt:
-        mask = np.asarray(prompt["mask"])
-        if mask.shape != (height, width):
-            shape = " x ".join(str(length) for length in reversed(mask.shape))
-            raise UserError(
-                f"the mask prompt has {shape} pixels; accepted: the {width} x {height} pixels of the image"
-            )
-        try:
-            inside = _mask_inside(mask)
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        if not inside.any():
-            raise UserError("the mask prompt is empty; accepted: a mask with at least one pixel inside")
+        _check_mask(prompt["mask"], width, height)
+    if "box" not in prompt and "mask" not in prompt and not len(prompt.get("points", [])):
+        raise UserError("the prompt has no box, point or mask; accepted: at least one; negative points only refine it")
 
 
 def check_num_samples(num_samples: int, image: np.ndarray) -> None:
@@ -367,18 +336,62 @@ def _processor_arguments(prompt: dict[str, Any]) -> dict[str, Any]:
     return arguments
 
 
+def _check_box(box: Any, width: int, height: int) -> None:
+    values = _numbers(box)
+    if values is None or values.shape != (4,):
+        raise UserError("the box is not understood; accepted: four finite numbers x1 y1 x2 y2")
+    x1, y1, x2, y2 = values.tolist()
+    text = " ".join(f"{value:g}" for value in values)
+    if x2 < x1 or y2 < y1:
+        raise UserError(f"box {text} is turned around; accepted: x1 y1 x2 y2 with x1 < x2 and y1 < y2")
+    if x1 == x2 or y1 == y2:
+        raise UserError(f"box {text} has no area; accepted: x1 y1 x2 y2 with x1 < x2 and y1 < y2")
+    outside = max(-x1, -y1, x2 - width, y2 - height) >= 1
+    if outside or min(x2, width) <= max(x1, 0) or min(y2, height) <= max(y1, 0):
+        raise UserError(
+            f"box {text} reaches outside the image of {width} x {height} pixels; accepted: 0 <= x <= {width}, "
+            f"0 <= y <= {height}"
+        )
+
+
+def _check_points(points: Any, name: str, width: int, height: int) -> None:
+    values = _numbers(points)
+    if values is None or values.shape != (0,) and (values.ndim != 2 or values.shape[1] != 2):
+        raise UserError(f"the {name} are not understood; accepted: pairs of finite numbers x y")
+    if len(values) > MAX_POINTS:
+        raise UserError(f"the prompt has {len(values)} {name}; accepted: up to {MAX_POINTS}")
+    for x, y in values:
+        if not (0 <= x <= width and 0 <= y <= height):
+            raise UserError(
+                f"point {x:g} {y:g} lies outside the image of {width} x {height} pixels; accepted: 0 <= x <= {width}, "
+                f"0 <= y <= {height}"
+            )
+
+
+def _check_mask(mask: Any, width: int, height: int) -> None:
+    shape = np.shape(mask)
+    if shape != (height, width):
+        size = " x ".join(str(length) for length in reversed(shape))
+        raise UserError(f"the mask prompt has {size} pixels; accepted: the {width} x {height} pixels of the image")
+    try:
+        inside = _mask_inside(mask)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if not inside.any():
+        raise UserError("the mask prompt is empty; accepted: a mask with at least one pixel inside")
+
+
 def _mask_inside(mask: Any) -> np.ndarray:
     return mask_inside(torch.from_numpy(np.asarray(mask).astype(np.float32))).numpy()
 
 
-def _numbers(values: Any, name: str, accepted: str) -> np.ndarray:
+def _numbers(values: Any) -> np.ndarray | None:
+    """An array of finite numbers, or None if the values are anything else."""
     try:
         array = np.asarray(values, dtype=float)
     except (TypeError, ValueError):
-        array = np.asarray(np.nan)
-    if not np.isfinite(array).all():
-        raise UserError(f"{name}: not finite numbers; accepted: {accepted}")
-    return array
+        return None
+    return array if np.isfinite(array).all() else None
 
 
 def _model_type(name: str | os.PathLike) -> str | None:

@@ -100,7 +100,7 @@ element.addEventListener("pointercancel", () => { start = null; });
 """.replace("MAX_POINTS", str(MAX_POINTS))
 STYLE = """
 .gradio-container { max-width: 1500px !important; }
-#gallery .grid-wrap { max-height: none; height: auto; overflow: visible; }
+#gallery, #gallery .grid-wrap { min-height: 0; max-height: none; height: auto; overflow: visible; }
 #gallery .caption-label { font-size: 12px; max-width: 100%; padding: 2px 6px; }
 #canvas { padding: 0; }
 footer { display: none !important; }
@@ -265,7 +265,7 @@ def build(model: ProbabilisticSamModel, processor: ProbabilisticSamProcessor, na
             with gr.Column(scale=5, min_width=380):
                 file = gr.File(
                     label=f"Slice ({', '.join(IMAGE_FORMATS)} or DICOM; one slice per file)",
-                    height=110,
+                    height=160,
                     elem_id="slice",
                 )
                 offered = gr.Column(visible=bool(examples))
@@ -280,7 +280,7 @@ def build(model: ProbabilisticSamModel, processor: ProbabilisticSamProcessor, na
                         0, label="Seed", info="same seed, same samples", precision=0, minimum=0, elem_id="seed"
                     )
                     side = gr.Number(
-                        None, label="Pixel spacing (mm)", info="for areas in mm²; read from DICOM", elem_id="spacing"
+                        None, label="Pixel spacing (mm)", info="0: unknown, areas in px", elem_id="spacing"
                     )
                 start = gr.Button("Sample masks", variant="primary", elem_id="sample")
             with gr.Column(scale=8, min_width=560):

@@ -430,12 +430,11 @@ def _check_readers(readers: np.ndarray, image: np.ndarray) -> None:
 def _prompt_words(
     box: Sequence[float] | None, points: np.ndarray | None, negative: np.ndarray | None, mask: np.ndarray | None
 ) -> list[str]:
+    if mask is not None or negative is not None:  # naming all parts would not fit below the panel
+        return ["yellow: prompt" + (" (x: outside)" if negative is not None else "")]
     words = ["box"] if box is not None else []
-    words += ["mask"] if mask is not None else []
     if points is not None:
         words.append("point" if len(points) == 1 else f"{len(points)} points")
-    if negative is not None:
-        words.append("negative point (x)" if len(negative) == 1 else f"{len(negative)} negative points (x)")
     return ["yellow: " + " and ".join(words)] if words else []
 
 

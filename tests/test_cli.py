@@ -274,6 +274,22 @@ def test_box_points_and_mask_are_one_prompt_and_negative_points_have_the_label_0
     }
 
 
+def test_the_figure_shows_negative_points_and_the_mask(run_segment, tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(inference, "save_figure", lambda figure, path: figures.append(figure))
+    mask = np.zeros((48, 60), dtype=np.uint8)
+    mask[14:16, 12:15] = 1
+    Image.fromarray(mask).save(tmp_path / "rough.png")
+    prompt = ("--point", "20", "18", "--negative-point", "29", "27", "--mask", tmp_path / "rough.png")
+    run_segment("--num-samples", 1, prompt=prompt)
+    axes = figures[0].axes[0]
+    assert axes.texts[0].get_text() == "yellow: prompt (x: outside), white: zoomed view"
+    outline, points, negative = axes.collections
+    assert points.get_offsets().tolist() == [[20, 18]] and negative.get_offsets().tolist() == [[29, 27]]
+    edges = np.concatenate(outline.get_segments())  # two rows of three pixels: ten unit edges, with two ends each
+    assert len(edges) == 20 and edges.min(0).tolist() == [12, 14] and edges.max(0).tolist() == [15, 16]
+
+
 def test_several_boxes_equal_single_runs(run_segment, tmp_path, capsys):
     boxes = [("--box", "10", "12", "30", "28"), ("--box", "31.5", "20", "50", "44")]
     out = run_segment("--num-samples", 3, "--seed", 5, prompt=boxes[0] + boxes[1])

@@ -98,7 +98,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--negative-point", type=number, nargs=2, metavar=("X", "Y"), **several,
         help="point outside the lesion; repeatable; ignored far away from the rest of the prompt",
     )  # fmt: skip
-    prompt.add_argument("--mask", metavar="FILE", help="image of a rough mask, as large as IMAGE: 0 is outside")
+    prompt.add_argument(
+        "--mask", metavar="FILE",
+        help="image of a rough mask, as large as IMAGE: 0 is outside; add a box or a point unless the model was "
+        "trained with masks (the shipped weights were not)",
+    )  # fmt: skip
     prompt.add_argument(
         "--prompts", metavar="TABLE",
         help=f"instead of IMAGE and prompt: CSV file with the columns {','.join(COLUMNS)}, one box per row; image "

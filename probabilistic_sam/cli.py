@@ -1,55 +1,44 @@
-"""The command `probabilistic-sam`: an image and a prompt in, a folder of sampled masks out.
+"""The command `probabilistic-sam`: sample masks for prompts in images.
 
-    probabilistic-sam segment slice.png --box 40 52 71 80 --num-samples 16 --output result
-
-writes masks, mean probability, uncertainty, a figure and areas to `result`. `probabilistic-sam demo` opens a page that
-does the same.
+probabilistic-sam segment slice.png --box 40 52 71 80 --num-samples 16 --output result
+probabilistic-sam segment --prompts boxes.csv --output results
+probabilistic-sam demo
+probabilistic-sam info
 """
 
 import argparse
-import math
+import json
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from . import __version__
+from .arguments import ArgumentParser, number, probability, spacing, whole_number
 from .errors import UserError, run
-from .files import replaced_directory
-from .images import load_slice
-from .inference import (
-    DEFAULT_MODEL,
-    MAX_SAMPLES,
-    RESULT_FILES,
-    check_num_samples,
-    check_prompt,
-    load_model,
-    quiet_transformers,
-    result_words,
-    sample_image,
-    write_result,
-)
+from .inference import MAX_SAMPLES, choose_device, find_model, load_model, quiet_transformers
+from .info import information, information_text
 from .processing_image_files import IMAGE_FORMATS
+from .segment import COLUMNS, Options, segment_image, segment_table
 
-MODEL_HELP = "directory or owner/name; default model_cards/psam-lidc"
+MODEL_HELP = "folder of a model, or its name on the Hub (owner/name); default: model_cards/psam-lidc of the checkout"
 
 
 def segment(arguments: argparse.Namespace) -> None:
-    """`probabilistic-sam segment`: draw masks for one prompt and write them."""
-    image, side = load_slice(arguments.image)
-    prompt = {"box": arguments.box} if arguments.box else {"points": arguments.point}
-    check_prompt(prompt, image.shape[1], image.shape[0])
-    check_num_samples(arguments.num_samples, image)
-    name = _model_name(arguments)
-    with replaced_directory(arguments.output, RESULT_FILES) as folder:
-        model, processor = load_model(name)
-        if torch.cuda.is_available():
-            model = model.to("cuda")
-        sampled = sample_image(model, processor, image, prompt, arguments.num_samples, arguments.seed)
-        result = write_result(
-            folder, image, sampled, prompt, str(arguments.image), name, arguments.seed, arguments.pixel_spacing or side
+    """`probabilistic-sam segment`: sample masks and write them."""
+    options = Options(
+        find_model(arguments.model), choose_device(arguments.device), arguments.num_samples, arguments.seed,
+        arguments.threshold, arguments.pixel_spacing,
+    )  # fmt: skip
+    prompt = (arguments.box, arguments.point, arguments.negative_point, arguments.mask)
+    if arguments.prompts is None:
+        if arguments.image is None:
+            raise UserError("no image given; accepted: IMAGE with a prompt, or --prompts with a table")
+        print(*segment_image(arguments.image, *prompt, arguments.output, options), sep="\n")
+    elif arguments.image is not None or any(prompt):
+        raise UserError(
+            "--prompts takes images and boxes from the table; accepted: no IMAGE, box, point or mask with it"
         )
-    print(f"wrote {arguments.output}: {result_words(result)}; see figure.png, result.json")
+    else:
+        print(segment_table(arguments.prompts, arguments.output, options))
 
 
 def demo(arguments: argparse.Namespace) -> None:
@@ -60,97 +49,108 @@ def demo(arguments: argparse.Namespace) -> None:
         raise UserError(
             f"the page needs {error.name}, which is not installed; accepted: pip install 'probabilistic-sam[app]'"
         ) from error
-    name = _model_name(arguments)
+    name = find_model(arguments.model)
     model, processor = load_model(name)
-    if torch.cuda.is_available():
-        model = model.to("cuda")
-    serve(model, processor, name, arguments.port)
+    serve(model.to(choose_device()), processor, name, arguments.port)
 
 
-class ArgumentParser(argparse.ArgumentParser):
-    """`argparse` whose complaints are one line, as everywhere in this project."""
-
-    def error(self, message: str) -> Any:
-        """Raise `UserError` in place of printing the usage."""
-        raise UserError(f"{message} (see `{self.prog} --help`)")
-
-
-def number(text: str) -> float:
-    """A finite number from the command line."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
-    return value
-
-
-def spacing(text: str) -> float:
-    """Side of a pixel in mm from the command line."""
-    value = number(text)
-    if not 0 < value <= 1000:
-        raise argparse.ArgumentTypeError(f"{text} mm; accepted: more than 0, at most 1000")
-    return value
-
-
-def whole_number(low: int, high: int) -> Any:
-    """A type for `argparse`: whole numbers from `low` to `high`."""
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = low - 1
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text!r}; accepted: a whole number from {low} to {high}")
-        return value
-
-    return parse
+def info(arguments: argparse.Namespace) -> None:
+    """`probabilistic-sam info`: print versions, device and model."""
+    facts = information(arguments.model)
+    print(json.dumps(facts, indent=2) if arguments.json else information_text(facts))
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = ArgumentParser(prog="probabilistic-sam", description="Sample masks from images.", allow_abbrev=False)
+    parser = ArgumentParser(
+        prog="probabilistic-sam",
+        description="Segment a lesion as several readers might: sample masks for a prompt in an image.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--version", action="version", version=f"probabilistic-sam {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
     command = commands.add_parser(
         "segment",
         allow_abbrev=False,
-        help="sample masks for one prompt in one image",
-        description="Sample masks for one prompt. Coordinates are pixels of the image, counted at the pixels' edges.",
+        help="sample masks for prompts in one image, or for a table of images and boxes",
+        usage="%(prog)s IMAGE (--box X1 Y1 X2 Y2 | --point X Y | --mask FILE) ... --output DIR [options]\n"
+        "       %(prog)s --prompts TABLE --output DIR [options]",
+        description="Sample masks for a prompt and write masks, mean probability, uncertainty, areas and a figure. "
+        "A prompt is a box, points, a rough mask, or several of them together. Coordinates are pixels of the image, "
+        "measured at the pixels' edges: x from 0 to the width, y from 0 to the height.",
     )
     command.set_defaults(run=segment)
     command.add_argument(
-        "image", metavar="IMAGE", help=f"{', '.join(IMAGE_FORMATS)}, grey or colour, 8 or 16 bit; or a DICOM slice"
-    )
-    prompt = command.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--box", type=number, nargs=4, metavar=("X1", "Y1", "X2", "Y2"), help="box around the lesion")
+        "image", metavar="IMAGE", nargs="?",
+        help=f"{', '.join(IMAGE_FORMATS)} (grey or colour, 8 or 16 bit) or a DICOM slice",
+    )  # fmt: skip
+    prompt = command.add_argument_group("prompt")
+    several: Any = {"action": "append", "default": []}
     prompt.add_argument(
-        "--point", type=number, nargs=2, action="append", metavar=("X", "Y"), help="point inside it; may be repeated"
+        "--box", type=number, nargs=4, metavar=("X1", "Y1", "X2", "Y2"), **several,
+        help="box around the lesion; repeat it for several lesions, each with a folder DIR/box-0, DIR/box-1, ...",
+    )  # fmt: skip
+    prompt.add_argument(
+        "--point", type=number, nargs=2, metavar=("X", "Y"), **several, help="point inside the lesion; repeatable"
+    )
+    prompt.add_argument(
+        "--negative-point", type=number, nargs=2, metavar=("X", "Y"), **several,
+        help="point outside the lesion; repeatable; ignored far away from the rest of the prompt",
+    )  # fmt: skip
+    prompt.add_argument(
+        "--mask", metavar="FILE",
+        help="image of a rough mask, as large as IMAGE: 0 is outside; add a box or a point unless the model was "
+        "trained with masks (the shipped weights were not)",
+    )  # fmt: skip
+    prompt.add_argument(
+        "--prompts", metavar="TABLE",
+        help=f"instead of IMAGE and prompt: CSV file with the columns {','.join(COLUMNS)}, one box per row; image "
+        "paths are relative to the table's folder; writes DIR/row-0, DIR/row-1, ... and DIR/summary.csv",
+    )  # fmt: skip
+    command.add_argument(
+        "--output", required=True, metavar="DIR", help="folder for the result: new, empty, or with an earlier result"
     )
     samples = whole_number(1, MAX_SAMPLES)
-    command.add_argument("--num-samples", type=samples, default=16, metavar="N", help="masks to draw; default 16")
-    command.add_argument("--output", required=True, metavar="DIR", help="folder: new, empty or a previous result")
-    command.add_argument("--model", metavar="M", help=MODEL_HELP)
+    command.add_argument("--num-samples", type=samples, default=16, metavar="N", help="masks per prompt; default 16")
     command.add_argument("--seed", type=whole_number(0, 2**63 - 1), default=0, metavar="S", help="default 0")
     command.add_argument(
-        "--pixel-spacing", type=spacing, metavar="MM", help="side of a pixel; adds areas in mm^2; default: DICOM's own"
+        "--threshold", type=probability, default=0.5, metavar="T",
+        help="probability above which a pixel belongs to a mask; default 0.5",
+    )  # fmt: skip
+    command.add_argument(
+        "--pixel-spacing", type=spacing, metavar="MM",
+        help="side of a pixel in mm, to get areas in mm^2; default: from DICOM",
+    )  # fmt: skip
+    command.add_argument("--model", metavar="M", help=MODEL_HELP)
+    command.add_argument(
+        "--device", metavar="D", help="cpu, cuda, cuda:1 or mps; default: cuda if available, otherwise cpu"
     )
+
     command = commands.add_parser(
         "demo",
         allow_abbrev=False,
-        help="open a page on this computer: drag a box, see samples",
-        description="Serve a page at http://127.0.0.1:PORT until interrupted. Nothing leaves this computer.",
+        help="open a page on this computer: mark a lesion, see samples",
+        description="Serve a page at http://127.0.0.1:PORT until interrupted. No data leaves this computer.",
     )
     command.set_defaults(run=demo)
     command.add_argument("--port", type=whole_number(1, 65535), default=7860, metavar="N", help="default 7860")
+    command.add_argument("--model", metavar="M", help=MODEL_HELP)
+
+    command = commands.add_parser(
+        "info",
+        allow_abbrev=False,
+        help="print versions, device and model",
+        description="Print versions, the default device, and size and licence of the model.",
+    )
+    command.set_defaults(run=info)
+    command.add_argument("--json", action="store_true", help="print JSON")
     command.add_argument("--model", metavar="M", help=MODEL_HELP)
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse, and do what was asked for."""
+    """Parse the command line and run the command."""
     arguments = parse_args(argv)
     quiet_transformers()
     arguments.run(arguments)
@@ -159,12 +159,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 def entry() -> None:
     """Console script."""
     run(main)
-
-
-def _model_name(arguments: argparse.Namespace) -> str:
-    if arguments.model is None and not DEFAULT_MODEL.is_dir():
-        raise UserError("no --model given; accepted: a directory that training/train.py wrote, or owner/name")
-    return str(arguments.model or DEFAULT_MODEL)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One image from PNG, JPEG, TIFF or DICOM: pixels, spacing, and what was wrong."""
+"""Read one image from PNG, JPEG, TIFF or DICOM: its pixels and their spacing."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ from .processing_image_files import IMAGE_FORMATS, MAX_PIXELS, open_image
 
 
 def load_image(path: str | os.PathLike) -> np.ndarray:
-    """Read one image, with the pixels that the processor takes from the same file.
+    """Read one image. The processor reads the same pixels from the file.
 
     Returns:
         Grey (H, W): uint8, uint16, int32 or float32; colour (H, W, 3): uint8.
@@ -32,14 +32,14 @@ def load_image(path: str | os.PathLike) -> np.ndarray:
 
 
 def load_slice(path: str | os.PathLike) -> tuple[np.ndarray, float | None]:
-    """Read a DICOM file or what `load_image` reads.
+    """Read one slice: a DICOM file or an image as in `load_image`.
 
     Returns:
-        (H, W) grey values, Hounsfield units as float32 of a CT in DICOM; and the side of a pixel in mm, which only
-        DICOM says.
+        The pixels, as in `load_image`, or (H, W) float32 from DICOM (Hounsfield units for CT); and the side of a
+        pixel in mm if it is a DICOM file that states it, otherwise None.
 
     Raises:
-        UserError: as `load_image`; DICOM that `read_dicom` refuses, or without pydicom to read it.
+        UserError: as `load_image`; a DICOM file that `read_dicom` refuses, or pydicom is not installed.
     """
     if not _is_dicom(path):
         return load_image(path), None
@@ -57,21 +57,21 @@ def load_slice(path: str | os.PathLike) -> tuple[np.ndarray, float | None]:
 
 
 def _is_dicom(path: str | os.PathLike) -> bool:
-    """Whether a file begins as DICOM does: with a preamble, or without one at its first tag."""
+    """Whether a file starts like DICOM: with a preamble, or directly with the first tag."""
     try:
         with open(path, "rb") as file:
             start = file.read(132)
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a null byte in the path
         return False
     if start[128:] == b"DICM":
         return True
     group, element = start[:2], int.from_bytes(start[2:4], "little")
-    if start[4:6].isalpha() and start[4:6].isupper():  # the type of the value is explicit
+    if start[4:6].isalpha() and start[4:6].isupper():  # explicit value representation
         return group in (b"\2\0", b"\10\0", b"\0\10")
-    # Otherwise its length follows, and only the first tags of a group can come first
+    # Implicit: the length follows, and a file starts with one of the first tags of a group
     return group in (b"\2\0", b"\10\0") and element <= 0x18 and int.from_bytes(start[4:8], "little") <= 256
 
 
 def luminance(image: np.ndarray) -> np.ndarray:
-    """Grey values (H, W) of an image, grey (H, W) or colour (H, W, 3), for figures."""
+    """Grey values (H, W) of a grey (H, W) or colour (H, W, 3) image."""
     return image if image.ndim == 2 else np.asarray(Image.fromarray(image).convert("L"))

@@ -1,4 +1,17 @@
-"""From an image and a prompt to sampled masks, and their files."""
+"""Load a model, sample masks for a prompt in an image, and write the result.
+
+    model, processor = load_model("model_cards/psam-lidc")
+    image, pixel_spacing = load_slice("slice.png")
+    sampled = sample_image(model, processor, image, {"box": [52, 50, 78, 80]}, num_samples=16, seed=0)
+    write_result(Path("result"), image, sampled, "slice.png", "model_cards/psam-lidc", pixel_spacing)
+
+A prompt is a dictionary with any of these keys, in pixels of the image, measured at the pixels' edges:
+
+- `box`: `[x1, y1, x2, y2]`
+- `points`: `[[x, y], ...]`, inside the lesion
+- `negative_points`: `[[x, y], ...]`, outside the lesion; they refine one of the others
+- `mask`: (H, W) array, a rough mask; `processing_probabilistic_sam.mask_inside` decides which values are inside
+"""
 
 import json
 import os
@@ -18,24 +31,32 @@ from .baselines import BASELINES
 from .errors import UserError
 from .images import luminance
 from .plotting import sample_figure, save_figure
-from .processing_probabilistic_sam import QUANTILES
+from .processing_probabilistic_sam import QUANTILES, mask_inside
 
 DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "model_cards" / "psam-lidc"
 MAX_SAMPLES = 1_000
-MAX_SAMPLED_PIXELS = 2**30  # samples times pixels: one byte each is kept
+MAX_POINTS = 32  # per prompt, of each kind
+MAX_SAMPLED_PIXELS = 2**30  # samples times pixels; each takes one byte
+HOW_TO_GET_WEIGHTS = (
+    "give --model with a folder or a name on the Hub (owner/name), or clone the repository, whose "
+    "model_cards/psam-lidc holds the weights"
+)
 RESULT_FILES = ("masks", "mean.png", "uncertainty.png", "figure.png", "result.json")
 
 
 @dataclass
 class SampledMasks:
-    """Samples of one prompt at the image's own size.
+    """Masks sampled for one prompt, at the size of the image, and how they were sampled.
 
     Args:
         masks: (N, H, W) bool.
         mean: (H, W) probability, averaged over the samples.
         entropy: (H, W) of that mean in bits.
         areas: (N,) in pixels.
-        empty_share: share of the samples that are empty.
+        empty_share: share of empty samples.
+        prompt: as given to `sample_image`.
+        seed: of the noise.
+        threshold: probability above which a pixel belongs to a mask.
     """
 
     masks: np.ndarray
@@ -43,6 +64,48 @@ class SampledMasks:
     entropy: np.ndarray
     areas: np.ndarray
     empty_share: float
+    prompt: dict[str, Any]
+    seed: int
+    threshold: float
+
+
+def find_model(name: str | None) -> str:
+    """Return the folder or Hub name of the model to load: `name`, or the shipped weights if it is None.
+
+    Raises:
+        UserError: no name is given and the shipped weights are missing, as in an installation without a checkout.
+    """
+    if name is None and not DEFAULT_MODEL.is_dir():
+        raise UserError(f"no weights found; {HOW_TO_GET_WEIGHTS}")
+    return str(name or DEFAULT_MODEL)
+
+
+def choose_device(name: str | None = None) -> torch.device:
+    """Return the device of that name; without a name CUDA if available, otherwise the CPU.
+
+    Raises:
+        UserError: an unknown device, or one that this computer does not have.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"unknown device {name!r}; accepted: cpu, cuda, cuda:1, mps")
+    count = 1
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    elif device.type == "mps":
+        count = int(torch.backends.mps.is_available())
+    if (device.index or 0) >= count:
+        cuda = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+        mps = ["mps"] if torch.backends.mps.is_available() else []
+        raise UserError(
+            f"device {name} is not available; accepted on this computer: {', '.join(['cpu', *cuda, *mps])}"
+        )
+    return device
 
 
 def load_model(
@@ -104,49 +167,50 @@ def sample_image(
     processor: ProbabilisticSamProcessor,
     image: np.ndarray,
     prompt: dict[str, Any],
-    num_samples: int,
-    seed: int,
+    num_samples: int = 16,
+    seed: int = 0,
+    threshold: float = 0.5,
 ) -> SampledMasks:
-    """Draw samples for one prompt; the same seed gives the same samples.
+    """Sample masks for one prompt. The same seed gives the same samples.
 
     Args:
         model: on any device.
         processor: the one saved with the model.
         image: (H, W), any range of grey values, or (H, W, 3).
-        prompt: `{"box": [x1, y1, x2, y2]}` or `{"points": [[x, y], ...]}`, in pixels of the image.
+        prompt: dictionary with `box`, `points`, `negative_points` or `mask`, as described at the top of this module.
         num_samples: N.
         seed: of the noise.
+        threshold: probability above which a pixel belongs to a mask, between 0 and 1.
 
     Raises:
-        UserError: the model's logits are not finite.
+        UserError: a prompt that does not fit the image, a threshold out of range, or logits that are not finite.
     """
-    if "box" in prompt:
-        inputs = processor(images=image, input_boxes=[[prompt["box"]]], return_tensors="pt")
-    else:
-        labels = [[[1] * len(prompt["points"])]]
-        inputs = processor(images=image, input_points=[[prompt["points"]]], input_labels=labels, return_tensors="pt")
+    check_prompt(prompt, image.shape[1], image.shape[0])
+    inputs = processor(images=image, **_processor_arguments(prompt), return_tensors="pt")
     windows, sizes = inputs.pop("windows"), inputs.pop("original_sizes")
     generator = torch.Generator().manual_seed(seed)
     pred_masks = model.sample(**inputs.to(model.device), num_samples=num_samples, generator=generator).pred_masks
-    assert pred_masks is not None  # always there; the output's fields are optional for mypy
+    assert pred_masks is not None  # always set; the output's fields are optional for mypy
     try:
-        (result,) = processor.post_process_samples(pred_masks.cpu(), windows, sizes)
+        (result,) = processor.post_process_samples(pred_masks.cpu(), windows, sizes, threshold=threshold)
     except ValueError as error:
         raise UserError(str(error)) from error
     masks = result["masks"].numpy()
-    areas = masks.sum(axis=(1, 2))
-    return SampledMasks(masks, result["mean"].numpy(), result["entropy"].numpy(), areas, result["empty_share"])
+    return SampledMasks(
+        masks, result["mean"].numpy(), result["entropy"].numpy(), masks.sum(axis=(1, 2)), result["empty_share"],
+        prompt, seed, threshold,
+    )  # fmt: skip
 
 
 def area_summary(areas: np.ndarray, scale: float = 1.0) -> dict[str, Any]:
-    """Areas of the samples and their quantiles, times `scale` (mm^2 a pixel): a dictionary for JSON."""
+    """Return mean, quantiles and all areas of the samples, times `scale` (mm^2 per pixel), for JSON."""
     values = np.asarray(areas) * scale
     quantiles = {str(level): round(float(np.quantile(values, level)), 4) for level in QUANTILES}
     return {"mean": round(float(values.mean()), 4), "quantiles": quantiles, "samples": values.round(4).tolist()}
 
 
 def write_samples(folder: Path, sampled: SampledMasks) -> None:
-    """Write `masks/sample-00.png`, ... as 1-bit PNG."""
+    """Write each sample as a 1-bit PNG: `masks/sample-00.png`, ..."""
     (folder / "masks").mkdir(parents=True)
     digits = max(2, len(str(len(sampled.masks) - 1)))
     for index, mask in enumerate(sampled.masks):
@@ -154,33 +218,30 @@ def write_samples(folder: Path, sampled: SampledMasks) -> None:
 
 
 def write_grey(path: Path, values: np.ndarray) -> None:
-    """Write values between 0 and 1 as 16-bit grey PNG; 65535 stands for 1."""
+    """Write values from 0 to 1 as a 16-bit grey PNG; 65535 means 1."""
     Image.fromarray(np.round(np.clip(values, 0, 1) * 65535).astype(np.uint16)).save(path)
 
 
 def check_prompt(prompt: dict[str, Any], width: int, height: int) -> None:
-    """Raise `UserError` for a box or a point that does not lie in an image of `width` x `height` pixels.
+    """Raise `UserError` for a prompt that does not fit an image of `width` x `height` pixels.
 
-    A box may leave it by less than a pixel; the processor clips it.
+    A box may leave the image by less than a pixel; the processor clips it.
     """
-    size = f"the image of {width} x {height} pixels"
+    unknown = [key for key in prompt if key not in ("box", "points", "negative_points", "mask")]
+    if unknown:
+        raise UserError(f"the prompt has the key {unknown[0]!r}; accepted: box, points, negative_points, mask")
     if "box" in prompt:
-        x1, y1, x2, y2 = prompt["box"]
-        text = " ".join(f"{value:g}" for value in prompt["box"])
-        if x2 < x1 or y2 < y1:
-            raise UserError(f"box {text} is turned around; accepted: x1 y1 x2 y2 with x1 < x2 and y1 < y2")
-        if x1 == x2 or y1 == y2:
-            raise UserError(f"box {text} has no area; accepted: x1 y1 x2 y2 with x1 < x2 and y1 < y2")
-        outside = max(-x1, -y1, x2 - width, y2 - height) >= 1
-        if outside or min(x2, width) <= max(x1, 0) or min(y2, height) <= max(y1, 0):
-            raise UserError(f"box {text} reaches outside {size}; accepted: 0 <= x <= {width}, 0 <= y <= {height}")
-    for x, y in prompt.get("points", []):
-        if not (0 <= x <= width and 0 <= y <= height):
-            raise UserError(f"point {x:g} {y:g} lies outside {size}; accepted: 0 <= x <= {width}, 0 <= y <= {height}")
+        _check_box(prompt["box"], width, height)
+    for key in ("points", "negative_points"):
+        _check_points(prompt.get(key, []), key, width, height)
+    if "mask" in prompt:
+        _check_mask(prompt["mask"], width, height)
+    if "box" not in prompt and "mask" not in prompt and not len(prompt.get("points", [])):
+        raise UserError("the prompt has no box, point or mask; accepted: at least one; negative points only refine it")
 
 
 def check_num_samples(num_samples: int, image: np.ndarray) -> None:
-    """Raise `UserError` when so many masks of the image (H, W) or (H, W, 3) need too much memory."""
+    """Raise `UserError` if that many masks of an image (H, W) or (H, W, 3) need too much memory."""
     height, width = image.shape[:2]
     if num_samples * height * width > MAX_SAMPLED_PIXELS:
         raise UserError(
@@ -193,42 +254,46 @@ def write_result(
     folder: Path,
     image: np.ndarray,
     sampled: SampledMasks,
-    prompt: dict[str, Any],
     name: str,
     model: str,
-    seed: int,
     pixel_spacing: float | None = None,
+    mask_name: str | None = None,
 ) -> dict[str, Any]:
     """Write masks, mean, uncertainty, figure and `result.json` into `folder`.
 
     Args:
         folder: new or empty.
         image: (H, W) or (H, W, 3).
-        sampled: what the model sampled for it.
-        prompt: as `sample_image` takes it.
-        name: of the image.
-        model: directory or owner/name.
-        seed: of the noise.
+        sampled: from `sample_image` with this image.
+        name: file of the image.
+        model: folder or owner/name.
         pixel_spacing: side of a pixel in mm; adds areas in mm^2.
+        mask_name: file of the mask prompt.
 
     Returns:
-        What `result.json` holds.
+        The content of `result.json`.
     """
+    prompt = sampled.prompt
     write_samples(folder, sampled)
     write_grey(folder / "mean.png", sampled.mean)
     write_grey(folder / "uncertainty.png", sampled.entropy)
     figure = sample_figure(
         luminance(image), sampled.masks, sampled.mean, sampled.entropy, box=prompt.get("box"),
-        point=prompt.get("points"), title=Path(name).name,
+        point=prompt.get("points"), negative_points=prompt.get("negative_points"), title=Path(name).name,
+        mask=_mask_inside(prompt["mask"]) if "mask" in prompt else None,
     )  # fmt: skip
     save_figure(figure, folder / "figure.png")
     result = {
         "image": name,
         "image_size": {"width": image.shape[1], "height": image.shape[0]},
-        "prompt": prompt,
+        "prompt": {
+            key: mask_name if key == "mask" else np.asarray(value, dtype=float).tolist()
+            for key, value in prompt.items()
+        },
         "model": model,
         "num_samples": len(sampled.masks),
-        "seed": seed,
+        "seed": sampled.seed,
+        "threshold": sampled.threshold,
         "empty_share": sampled.empty_share,
         "area_px": area_summary(sampled.areas),
     }
@@ -236,10 +301,10 @@ def write_result(
         result["pixel_spacing_mm"] = pixel_spacing
         result["area_mm2"] = area_summary(sampled.areas, pixel_spacing**2)
     result["files"] = {
-        "masks/sample-*.png": "one mask a sample, 1 bit",
+        "masks/sample-*.png": "one mask per sample, 1 bit",
         "mean.png": "mean probability, 16 bit, 65535 = 1",
         "uncertainty.png": "entropy of the mean probability, 16 bit, 65535 = 1 bit",
-        "figure.png": "everything on one page",
+        "figure.png": "prompt, samples, mean and uncertainty in one figure",
     }
     result["versions"] = {
         "probabilistic_sam": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
@@ -248,21 +313,98 @@ def write_result(
     return result
 
 
-def result_words(result: dict[str, Any]) -> str:
-    """What `write_result` returned, in one line: number of samples, median area and its range, share of empty ones."""
+def area_quantiles(result: dict[str, Any]) -> tuple[str, dict[str, float]]:
+    """Unit ("mm2" if the pixel spacing is known, else "px") and quantiles by level of the areas in a result."""
     unit = "mm2" if "area_mm2" in result else "px"
-    low, middle, high = (result[f"area_{unit}"]["quantiles"][level] for level in ("0.05", "0.5", "0.95"))
+    return unit, result[f"area_{unit}"]["quantiles"]
+
+
+def result_words(result: dict[str, Any]) -> str:
+    """Summarise a result of `write_result` in one line: number of samples, median area and range, share of empty."""
+    unit, quantiles = area_quantiles(result)
     return (
-        f"{result['num_samples']} samples, median area {middle:.4g} {unit} (5 to 95 %: {low:.4g} to {high:.4g}), "
-        f"{result['empty_share']:.0%} empty"
+        f"{result['num_samples']} samples, median area {quantiles['0.5']:.4g} {unit} (5 to 95 %: "
+        f"{quantiles['0.05']:.4g} to {quantiles['0.95']:.4g}), {result['empty_share']:.0%} empty"
     )
 
 
 def quiet_transformers() -> None:
-    """Keep loading reports, retries and progress bars of transformers and the Hub client from the terminal."""
+    """Silence loading reports, retries and progress bars of transformers and the Hub client."""
     transformers.logging.set_verbosity_error()
     huggingface_hub.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+
+
+def _processor_arguments(prompt: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the processor for one image with one prompt."""
+    arguments: dict[str, Any] = {}
+    points, negative = ([list(point) for point in prompt.get(key, [])] for key in ("points", "negative_points"))
+    if "box" in prompt:
+        arguments["input_boxes"] = [[prompt["box"]]]
+    if points or negative:
+        arguments["input_points"] = [[points + negative]]
+        arguments["input_labels"] = [[[1] * len(points) + [0] * len(negative)]]
+    if "mask" in prompt:
+        arguments["input_masks"] = [[prompt["mask"]]]
+    return arguments
+
+
+def _check_box(box: Any, width: int, height: int) -> None:
+    values = _numbers(box)
+    if values is None or values.shape != (4,):
+        raise UserError("the box is not understood; accepted: four finite numbers x1 y1 x2 y2")
+    x1, y1, x2, y2 = values.tolist()
+    text = " ".join(f"{value:g}" for value in values)
+    if x2 < x1 or y2 < y1:
+        raise UserError(f"box {text} is turned around; accepted: x1 y1 x2 y2 with x1 < x2 and y1 < y2")
+    if x1 == x2 or y1 == y2:
+        raise UserError(f"box {text} has no area; accepted: x1 y1 x2 y2 with x1 < x2 and y1 < y2")
+    outside = max(-x1, -y1, x2 - width, y2 - height) >= 1
+    if outside or min(x2, width) <= max(x1, 0) or min(y2, height) <= max(y1, 0):
+        raise UserError(
+            f"box {text} reaches outside the image of {width} x {height} pixels; accepted: 0 <= x <= {width}, "
+            f"0 <= y <= {height}"
+        )
+
+
+def _check_points(points: Any, name: str, width: int, height: int) -> None:
+    values = _numbers(points)
+    if values is None or values.shape != (0,) and (values.ndim != 2 or values.shape[1] != 2):
+        raise UserError(f"the {name} are not understood; accepted: pairs of finite numbers x y")
+    if len(values) > MAX_POINTS:
+        raise UserError(f"the prompt has {len(values)} {name}; accepted: up to {MAX_POINTS}")
+    for x, y in values:
+        if not (0 <= x <= width and 0 <= y <= height):
+            raise UserError(
+                f"point {x:g} {y:g} lies outside the image of {width} x {height} pixels; accepted: 0 <= x <= {width}, "
+                f"0 <= y <= {height}"
+            )
+
+
+def _check_mask(mask: Any, width: int, height: int) -> None:
+    shape = np.shape(mask)
+    if shape != (height, width):
+        size = " x ".join(str(length) for length in reversed(shape))
+        raise UserError(f"the mask prompt has {size} pixels; accepted: the {width} x {height} pixels of the image")
+    try:
+        inside = _mask_inside(mask)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if not inside.any():
+        raise UserError("the mask prompt is empty; accepted: a mask with at least one pixel inside")
+
+
+def _mask_inside(mask: Any) -> np.ndarray:
+    return mask_inside(torch.from_numpy(np.asarray(mask).astype(np.float32))).numpy()
+
+
+def _numbers(values: Any) -> np.ndarray | None:
+    """An array of finite numbers, or None if the values are anything else."""
+    try:
+        array = np.asarray(values, dtype=float)
+    except (TypeError, ValueError):
+        return None
+    return array if np.isfinite(array).all() else None
 
 
 def _model_type(name: str | os.PathLike) -> str | None:

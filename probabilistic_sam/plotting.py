@@ -99,6 +99,8 @@ def sample_figure(
     point: Sequence[float] | np.ndarray | None = None,
     title: str | None = None,
     zoom: tuple[int, int, int] | None = None,
+    negative_points: Sequence[Sequence[float]] | np.ndarray | None = None,
+    mask: np.ndarray | None = None,
 ) -> Figure:
     """One prompt: slice, readers' masks, mean probability, entropy and the first eight samples.
 
@@ -114,6 +116,8 @@ def sample_figure(
         point: prompt point (2,) or points (K, 2), x and y.
         title: line above the panels.
         zoom: x0, y0 and side of the window in all panels but the first; that of `zoom_window` by default.
+        negative_points: (K, 2) prompt points outside the lesion.
+        mask: (H, W) bool, the mask prompt.
 
     Raises:
         UserError: arrays whose shapes do not fit together.
@@ -121,11 +125,16 @@ def sample_figure(
     image, samples, mean, entropy = (np.asarray(array) for array in (image, samples, mean, entropy))
     readers = None if readers is None else np.asarray(readers, dtype=bool)
     points = None if point is None else np.reshape(np.asarray(point, dtype=float), (-1, 2))
+    negative = None if negative_points is None else np.reshape(np.asarray(negative_points, dtype=float), (-1, 2))
     _check_shapes(image, samples, mean, entropy, readers)
     samples = samples.astype(bool, copy=False)
     if zoom is None:
         seen = samples if readers is None else np.concatenate([samples, readers])
-        zoom = zoom_window((image.shape[0], image.shape[1]), box, points, seen)
+        corners = [] if points is None else [points]
+        if mask is not None:
+            rows, columns = np.nonzero(mask)
+            corners.append(np.array([[columns.min(), rows.min()], [columns.max() + 1, rows.max() + 1]]))
+        zoom = zoom_window((image.shape[0], image.shape[1]), box, np.concatenate(corners) if corners else None, seen)
 
     # All positions are in inches from the top left, so panels are square and do not overlap for any image
     panel, gap, bar = 2.66, 0.1, 0.72
@@ -140,12 +149,12 @@ def sample_figure(
     left = MARGIN
     axes = _add_axes(figure, left, top, panel, "slice")
     _show(axes, image, zoom_window((image.shape[0], image.shape[1])), cmap="gray")
-    _plot_prompt(axes, box, points)
+    _plot_prompt(axes, box, points, negative, mask)
     zoomed = zoom[2] < max(image.shape)
     if zoomed:
         x0, y0, side = zoom
         axes.add_patch(Rectangle((x0, y0), side, side, fill=False, edgecolor="white", linewidth=0.9))
-    _caption(axes, "; ".join(_prompt_words(box, points) + ["white: zoomed area"] * zoomed))
+    _caption(axes, "; ".join(_prompt_words(box, points, negative, mask) + ["white: zoomed area"] * zoomed))
 
     left += panel + 0.2
     if readers is not None:
@@ -164,13 +173,13 @@ def sample_figure(
     axes = _add_axes(figure, left, top, panel, "mean probability")
     _plot_map(figure, axes, mean, zoom, "viridis")
     _plot_outline(axes, mean > 0.5, "white", 1.3)
-    _plot_prompt(axes, box, points, faint=True)
+    _plot_prompt(axes, box, points, negative, mask, faint=True)
     _caption(axes, _mean_caption(mean, box))
 
     left += panel + bar + gap
     axes = _add_axes(figure, left, top, panel, "entropy (bits)")
     _plot_map(figure, axes, entropy, zoom, "magma")
-    _plot_prompt(axes, box, points, faint=True)
+    _plot_prompt(axes, box, points, negative, mask, faint=True)
     _caption(axes, "entropy of the mean probability")
 
     for index, sample in enumerate(samples[:SAMPLES_SHOWN]):
@@ -410,7 +419,11 @@ def _check_readers(readers: np.ndarray, image: np.ndarray) -> None:
         raise UserError(f"readers have shape {readers.shape}; accepted: (M,) + {image.shape}")
 
 
-def _prompt_words(box: Sequence[float] | None, points: np.ndarray | None) -> list[str]:
+def _prompt_words(
+    box: Sequence[float] | None, points: np.ndarray | None, negative: np.ndarray | None, mask: np.ndarray | None
+) -> list[str]:
+    if mask is not None or negative is not None:  # naming all parts would not fit below the panel
+        return ["prompt (x: outside)" if negative is not None else "yellow: prompt"]
     words = ["box"] if box is not None else []
     if points is not None:
         words.append("point" if len(points) == 1 else f"{len(points)} points")
@@ -485,7 +498,14 @@ def _plot_readers(axes: Axes, readers: np.ndarray) -> None:
     )  # fmt: skip
 
 
-def _plot_prompt(axes: Axes, box: Sequence[float] | None, points: np.ndarray | None, faint: bool = False) -> None:
+def _plot_prompt(
+    axes: Axes,
+    box: Sequence[float] | None,
+    points: np.ndarray | None,
+    negative: np.ndarray | None = None,
+    mask: np.ndarray | None = None,
+    faint: bool = False,
+) -> None:
     width, alpha = (0.9, 0.7) if faint else (1.6, 1.0)
     if box is not None:
         x1, y1, x2, y2 = box
@@ -494,11 +514,14 @@ def _plot_prompt(axes: Axes, box: Sequence[float] | None, points: np.ndarray | N
             Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=PROMPT_COLOR, linewidth=width,
                       linestyle=style, alpha=alpha)
         )  # fmt: skip
-    if points is not None:
-        axes.scatter(
-            points[:, 0], points[:, 1], s=30 if faint else 70, marker="+", color=PROMPT_COLOR, linewidths=width,
-            alpha=alpha, zorder=3,
-        )  # fmt: skip
+    if mask is not None:
+        _plot_outline(axes, mask, PROMPT_COLOR, width, alpha)
+    for positions, marker in ((points, "+"), (negative, "x")):
+        if positions is not None:
+            axes.scatter(
+                positions[:, 0], positions[:, 1], s=30 if faint else 70, marker=marker, color=PROMPT_COLOR,
+                linewidths=width, alpha=alpha, zorder=3,
+            )  # fmt: skip
 
 
 def _note(axes: Axes, text: str) -> None:

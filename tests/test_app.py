@@ -1,4 +1,4 @@
-"""The page of `probabilistic-sam demo`: its functions, and the whole of it as a person uses it in Chromium."""
+"""The page of `probabilistic-sam demo`: its functions, and the complete page in Chromium."""
 
 import base64
 import io
@@ -43,7 +43,7 @@ def image_path(tmp_path):
 
 
 @pytest.fixture
-def draw(tmp_path, monkeypatch):
+def sample(tmp_path, monkeypatch):
     (tmp_path / "kept").mkdir()
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "kept"))
     model, processor = tiny_model(), ProbabilisticSamProcessor(image_size=SIZE, crop_size=32)
@@ -66,7 +66,7 @@ def test_picture_is_bounded_and_spreads_the_grey_values():
     assert app.picture(np.zeros((8, 8)))  # one grey value only
 
 
-def test_colour_is_shown_and_sampled_as_colour(draw, tmp_path):
+def test_colour_is_shown_and_sampled_as_colour(sample, tmp_path):
     colour = np.stack([lesion(), lesion() // 2, np.zeros_like(lesion())], axis=-1)
     Image.fromarray(colour).save(tmp_path / "colour.png")
     path = str(tmp_path / "colour.png")
@@ -74,7 +74,7 @@ def test_colour_is_shown_and_sampled_as_colour(draw, tmp_path):
     assert (canvas.props["width"], canvas.props["height"]) == (128, 128)
     shown = Image.open(io.BytesIO(base64.b64decode(canvas.props["src"].partition(",")[2])))
     assert shown.mode == "RGB" and shown.getpixel((60, 56))[0] > 200 and shown.getpixel((60, 56))[2] == 0
-    archive = draw(path, {"box": [45, 40, 75, 70]}, num_samples=2)[-1]
+    archive = sample(path, {"box": [45, 40, 75, 70]}, num_samples=2)[-1]
     model, processor = tiny_model(), ProbabilisticSamProcessor(image_size=SIZE, crop_size=32)
     expected = inference.sample_image(model, processor, colour, {"box": [45, 40, 75, 70]}, 2, 0)
     with zipfile.ZipFile(archive) as file:
@@ -101,13 +101,17 @@ def test_prompts_of_the_browser_are_read(value, expected):
         (None, "no prompt yet"),
         ({}, "no prompt yet"),
         ("box", "no prompt yet"),
-        ({"box": [1, 2, 3]}, "not understood"),
-        ({"box": [1, 2, "a", 4]}, "not understood"),
-        ({"box": [1, 2, float("nan"), 4]}, "not understood"),
-        ({"box": {"x": 1}}, "not understood"),
-        ({"points": [[1, 2, 3]]}, "not understood"),
-        ({"points": 7}, "not understood"),
-        ({"points": [[1, 2]] * 33}, "up to 32 points"),
+        ({"box": [1, 2, 3]}, "four finite numbers"),
+        ({"box": [1, 2, "a", 4]}, "four finite numbers"),
+        ({"box": [1, 2, float("nan"), 4]}, "four finite numbers"),
+        ({"box": {"x": 1}}, "four finite numbers"),
+        ({"box": 7}, "four finite numbers"),
+        ({"box": "1234"}, "four finite numbers"),
+        ({"points": [[1, 2, 3]]}, "pairs of finite numbers"),
+        ({"points": [[1, 2], [3]]}, "pairs of finite numbers"),
+        ({"points": 7}, "pairs of finite numbers"),
+        ({"points": {"x": 1}}, "pairs of finite numbers"),
+        ({"points": [[1, 2]] * 33}, "33 points; accepted: up to 32"),
         ({"box": [1, 2, 61, 40]}, "outside the image"),
         ({"points": [[1, 49]]}, "outside the image"),
     ],
@@ -117,8 +121,8 @@ def test_other_prompts_are_refused(value, message):
         app.read_prompt(value, 60, 48)
 
 
-def test_zip_holds_what_segment_writes_and_the_page_shows_the_same(draw, image_path):
-    line, _, maps, areas, gallery, archive = draw(image_path, {"box": [45, 40, 75, 70]}, side=0.5)
+def test_the_zip_holds_the_files_of_segment_and_the_page_shows_the_same(sample, image_path):
+    line, _, maps, areas, gallery, archive = sample(image_path, {"box": [45, 40, 75, 70]}, side=0.5)
     with zipfile.ZipFile(archive) as file:
         names = file.namelist()
         result = json.loads(file.read("result.json"))
@@ -148,26 +152,26 @@ def test_zip_holds_what_segment_writes_and_the_page_shows_the_same(draw, image_p
         ({"side": -1}, "pixel spacing"),
     ],
 )
-def test_what_the_page_would_not_send_is_refused(draw, image_path, changes, message):
+def test_forged_requests_are_refused(sample, image_path, changes, message):
     with pytest.raises(UserError, match=message):
-        draw(**{"path": image_path, "prompt": {"box": [45, 40, 75, 70]}, **changes})
+        sample(**{"path": image_path, "prompt": {"box": [45, 40, 75, 70]}, **changes})
 
 
-def test_messages_name_the_file_and_not_its_place(tmp_path):
+def test_messages_give_the_name_of_the_file_without_its_folder(tmp_path):
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(UserError, match="^image notes.txt is not an image") as caught:
         app.open_file(str(tmp_path / "notes.txt"))
     assert str(tmp_path) not in str(caught.value)
 
 
-def test_dicom_brings_its_pixel_spacing(tmp_path):
+def test_the_pixel_spacing_is_read_from_dicom(tmp_path):
     path = write_slice(tmp_path / "IM1", lesion().astype(int) * 4 - 900, "1.2", 0.0, "1.3", PixelSpacing=[0.5, 0.5])
     canvas, side, *_ = app.show(str(path))
     assert side == 0.5
     assert (canvas.props["width"], canvas.props["height"]) == (128, 128)
 
 
-def test_dicom_that_is_refused_is_one_line_that_names_file_and_tag(tmp_path):
+def test_refused_dicom_is_one_line_with_file_and_tag(tmp_path):
     path = write_slice(tmp_path / "IM1", lesion().astype(int), "1.2", 0.0, "1.3", without=("PixelData",))
     with pytest.raises(UserError, match="^DICOM file IM1 cannot be read: no PixelData .*; accepted: ") as caught:
         app.open_file(str(path))
@@ -188,7 +192,7 @@ def test_examples_are_optional(monkeypatch, tmp_path):
     assert app.write_examples(tmp_path) == []
 
 
-def test_a_port_that_is_taken_is_one_line(monkeypatch, tmp_path):
+def test_a_used_port_is_one_line(monkeypatch, tmp_path):
     with gradio.Blocks(analytics_enabled=False) as page:
         pass
     monkeypatch.setattr(app, "build", lambda *_: page)
@@ -197,32 +201,32 @@ def test_a_port_that_is_taken_is_one_line(monkeypatch, tmp_path):
     with socket.socket() as taken:
         taken.bind((app.HOST, 0))
         taken.listen()
-        with pytest.raises(UserError, match="accepted: --port with a free one"):
+        with pytest.raises(UserError, match="^port [0-9]+ cannot be opened; accepted: --port with a free port$"):
             app.serve(None, None, "tiny", taken.getsockname()[1])
 
 
 # ----------------------------------------------------------------------------------------------------------- browser
 
-# The command itself, in a process that notes each address outside this computer that it turns to
+# The command in a process that prints each address outside this computer that it contacts
 SERVER = """
 import socket
 from probabilistic_sam import cli
 connect, resolve = socket.socket.connect, socket.getaddrinfo
-def noted_connect(self, address):
+def logged_connect(self, address):
     if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1", "localhost"):
         print("OUTSIDE", address, flush=True)
     return connect(self, address)
-def noted_resolve(host, *args, **kwargs):
+def logged_resolve(host, *args, **kwargs):
     if host not in (None, "127.0.0.1", "::1", "localhost"):
         print("OUTSIDE", host, flush=True)
     return resolve(host, *args, **kwargs)
-socket.socket.connect, socket.getaddrinfo = noted_connect, noted_resolve
+socket.socket.connect, socket.getaddrinfo = logged_connect, logged_resolve
 cli.entry()
 """
 
 
 def until(question, seconds=120):
-    """The first true answer; what is not there yet, or drawn anew just now, is asked again."""
+    """Repeat a question until its answer is true; elements may be missing or be replaced meanwhile."""
     from selenium.common.exceptions import WebDriverException
 
     end = time.monotonic() + seconds
@@ -269,7 +273,7 @@ def browser(tmp_path):
     (tmp_path / "downloads").mkdir()
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
-    # Chromium's own services are kept from the network, so that only the page's requests are seen
+    # Chromium's background services are off, so that the log contains the page's requests only
     for argument in (
         "--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1400,1600",
         "--disable-background-networking", "--disable-component-update", f"--user-data-dir={tmp_path / 'profile'}",
@@ -283,7 +287,7 @@ def browser(tmp_path):
 
 
 class Page:
-    """What a person does on the page."""
+    """Actions of a user on the page."""
 
     def __init__(self, driver, url, downloads):
         self.driver, self.downloads = driver, downloads
@@ -301,7 +305,7 @@ class Page:
     def actions(self):
         from selenium.webdriver.common.action_chains import ActionChains
 
-        def settled():  # Gradio renders anew for each property that changes
+        def settled():  # Gradio renders again for each property that changes
             before = self.find("#canvas svg")
             time.sleep(0.3)
             return before == self.find("#canvas svg")
@@ -310,7 +314,7 @@ class Page:
         return ActionChains(self.driver)
 
     def offset(self, x, y):
-        """Pixels on the screen from the middle of the slice of 128 pixels to its place (x, y)."""
+        """Screen pixels from the centre of the slice (128 x 128 pixels) to its point (x, y)."""
         rect = self.find("#canvas svg").rect
         return round((x / 128 - 0.5) * rect["width"]), round((y / 128 - 0.5) * rect["height"])
 
@@ -326,8 +330,8 @@ class Page:
         actions = self.actions()
         actions.move_to_element_with_offset(self.find("#canvas svg"), *self.offset(x, y)).click().perform()
 
-    def draw(self, num_samples):
-        """Move the slider, press the button, and return the zip's result and masks when the gallery is there."""
+    def sample(self, num_samples):
+        """Set the slider, press the button, wait for the gallery, and return result and masks from the zip."""
         slider = self.find("#number input[type=range]")
         for _ in range(64):
             now = int(slider.get_property("value"))
@@ -335,7 +339,7 @@ class Page:
                 break
             slider.send_keys("\ue012" if now > num_samples else "\ue014")  # arrow keys, left and right
         before = self.gallery()
-        self.find("#draw").click()
+        self.find("#sample").click()
         until(lambda: len(self.gallery()) == num_samples and not self.gallery() & before)
         self.find("#download").click()
         archive = until(lambda: next(self.downloads.glob("*.zip"), None))
@@ -347,7 +351,7 @@ class Page:
         return result, masks
 
     def gallery(self):
-        """Addresses of the samples' pictures."""
+        """URLs of the pictures of the samples."""
         return {image.get_property("src") for image in self.driver.find_elements("css selector", "#gallery img")}
 
 
@@ -357,7 +361,7 @@ def page(browser, server, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_person_drags_a_box_and_takes_the_masks_home(page, server, image_path):
+def test_a_user_drags_a_box_and_downloads_the_masks(page, server, image_path):
     page.upload(image_path)
     until(lambda: "128 x 128 px" in page.words())
     page.drag(42, 38, 78, 74)
@@ -367,15 +371,15 @@ def test_a_person_drags_a_box_and_takes_the_masks_home(page, server, image_path)
     spacing = page.find("#spacing input")
     spacing.send_keys("0.5\t")
 
-    result, masks = page.draw(6)
+    result, masks = page.sample(6)
     assert result["prompt"] == {"box": box}
     assert (masks.shape, masks.dtype) == ((6, 128, 128), bool)
     assert result["area_px"]["samples"] == masks.sum((1, 2)).tolist()
     assert result["area_mm2"]["mean"] == pytest.approx(masks.sum((1, 2)).mean() / 4, abs=1e-3)
     y, x = np.nonzero(masks.any(0))
-    assert masks.any() and abs(x.mean() - 60) < 12 and abs(y.mean() - 56) < 12  # where the disc is
+    assert masks.any() and abs(x.mean() - 60) < 12 and abs(y.mean() - 56) < 12  # at the disc
     assert page.find("#line").text.startswith("6 samples, median area ") and "mm²" in page.find("#line").text
-    for name in ("maps", "areas"):  # really drawn, not a broken image
+    for name in ("maps", "areas"):  # a rendered image, not a broken one
         until(lambda name=name: page.find(f"#{name} img").get_property("naturalWidth") > 500)
 
     requests = [json.loads(entry["message"])["message"] for entry in page.driver.get_log("performance")]
@@ -385,7 +389,7 @@ def test_a_person_drags_a_box_and_takes_the_masks_home(page, server, image_path)
 
 
 @pytest.mark.slow
-def test_a_person_errs_and_then_clicks_points(page, server, image_path, tmp_path):
+def test_a_user_makes_mistakes_and_then_clicks_points(page, server, image_path, tmp_path):
     def messages():
         return page.find("body").text
 
@@ -396,11 +400,11 @@ def test_a_person_errs_and_then_clicks_points(page, server, image_path, tmp_path
     page.find("#slice button[aria-label=Clear]").click()
     page.upload(image_path)
     until(lambda: "128 x 128 px" in page.words())
-    page.find("#draw").click()
+    page.find("#sample").click()
     until(lambda: "no prompt yet; drag a box" in messages())
 
     until(lambda: page.driver.find_element("xpath", "//button[contains(., 'phantom 2')]")).click()
-    until(lambda: float(page.find("#spacing input").get_property("value") or 0) > 0.3)  # an example knows its own
+    until(lambda: float(page.find("#spacing input").get_property("value") or 0) > 0.3)  # from the example
     page.find("#slice button[aria-label=Clear]").click()
     until(lambda: page.words().startswith("No slice yet"))
     page.upload(image_path)
@@ -414,15 +418,15 @@ def test_a_person_errs_and_then_clicks_points(page, server, image_path, tmp_path
     until(lambda: page.words().startswith("1 point"))
     page.click(63, 54)
     until(lambda: page.words().startswith("2 points"))
-    result, masks = page.draw(3)
+    result, masks = page.sample(3)
     assert np.ravel(result["prompt"]["points"]).tolist() == pytest.approx([58, 56, 63, 54], abs=0.5)
     assert masks.shape == (3, 128, 128)
     assert "Traceback" not in server.log.read_text()
 
 
 @pytest.mark.slow
-def test_only_this_computer_is_served_and_nothing_is_kept(server):
-    """Runs last: it ends the server."""
+def test_only_this_computer_is_served_and_no_file_remains(server):
+    """Runs last because it stops the server."""
     with urllib.request.urlopen(server.url + "/config", timeout=30) as answer:
         config = json.load(answer)
     assert not config.get("analytics_enabled", False) and not config.get("is_space", False)

@@ -1,5 +1,6 @@
-"""The command: what it writes, and one clear line for everything that can be wrong."""
+"""The command `probabilistic-sam`: the files it writes, and one-line errors for bad input."""
 
+import csv
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ import torch
 from dicom_files import write_slice
 from PIL import Image
 from pydicom.uid import DeflatedExplicitVRLittleEndian
-from transformers import SamConfig, SamModel
+from transformers import SamConfig, SamModel, pipeline
 
 from probabilistic_sam import (
     ProbabilisticSamConfig,
@@ -26,6 +27,7 @@ from probabilistic_sam import (
     images,
     inference,
     processing_probabilistic_sam,
+    segment,
 )
 from probabilistic_sam.errors import UserError
 
@@ -34,7 +36,7 @@ IMAGE_SIZE = 64
 
 def tiny_config():
     return {
-        # transformers' own 1e-10 would make the image embeddings vanish
+        # with the default of 1e-10 all image embeddings would be zero
         "vision_config": {
             "hidden_size": 16, "output_channels": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "mlp_dim": 32,
             "image_size": IMAGE_SIZE, "global_attn_indexes": [0], "num_pos_feats": 8, "window_size": 0,
@@ -53,7 +55,7 @@ def model_dir(tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     model = ProbabilisticSamModel(ProbabilisticSamConfig(**tiny_config(), latent_dim=4, latent_hidden_size=16))
-    with torch.no_grad():  # a latent that shows in the mask
+    with torch.no_grad():  # so that samples differ visibly
         model.latent_proj[-1].weight.mul_(100)
     model.save_pretrained(path)
     ProbabilisticSamProcessor(image_size=IMAGE_SIZE, crop_size=32).save_pretrained(path)
@@ -74,7 +76,7 @@ def run_segment(image_path, model_dir, tmp_path):
 
     def run(*extra, image=image_path, prompt=box, output=tmp_path / "out", model=model_dir):
         given = ["segment", image, *prompt, "--output", output, *(["--model", model] if model else []), *extra]
-        cli.main([str(item) for item in given])
+        cli.main([str(item) for item in given if item is not None])
         return Path(output)
 
     return run
@@ -84,10 +86,18 @@ def contents(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+def sampled_masks(folder):
+    return np.stack([np.asarray(Image.open(path)) for path in sorted((folder / "masks").iterdir())])
+
+
+def result_of(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
 # ---------------------------------------------------------------------------------------------------------- results
 
 
-def test_writes_masks_maps_and_areas_that_agree(run_segment, capsys):
+def test_masks_maps_and_areas_are_consistent(run_segment, capsys):
     out = run_segment("--num-samples", 12, "--pixel-spacing", 0.5, "--seed", 3)
     assert {path.name for path in out.iterdir()} == set(inference.RESULT_FILES)
     files = sorted((out / "masks").iterdir())
@@ -102,7 +112,7 @@ def test_writes_masks_maps_and_areas_that_agree(run_segment, capsys):
     assert result["area_px"]["quantiles"]["0.5"] == pytest.approx(np.median(areas))
     assert result["area_mm2"]["mean"] == pytest.approx(areas.mean() / 4)
     assert result["empty_share"] == pytest.approx((areas == 0).mean())
-    assert 0 < result["empty_share"] < 1  # the seed was chosen so that both kinds occur
+    assert 0 < result["empty_share"] < 1  # with this seed some samples are empty and some are not
     assert (result["seed"], result["num_samples"], result["prompt"]) == (3, 12, {"box": [10.0, 12.0, 30.0, 28.0]})
 
     mean, entropy = (np.asarray(Image.open(out / name)) for name in ("mean.png", "uncertainty.png"))
@@ -110,14 +120,14 @@ def test_writes_masks_maps_and_areas_that_agree(run_segment, capsys):
     assert mean.shape == entropy.shape == (48, 60)
     probability = mean / 65535
     never = ~masks.any(0)
-    assert probability[never].max() <= 0.5  # no sample's sigmoid exceeds one half there
+    assert probability[never].max() <= 0.5  # no sample exceeds a probability of one half there
     expected = -(probability * np.log2(probability + 1e-12) + (1 - probability) * np.log2(1 - probability + 1e-12))
     assert np.abs(entropy / 65535 - expected).max() < 2e-3
     assert Image.open(out / "figure.png").width == 1600
     assert capsys.readouterr().out.startswith(f"wrote {out}: 12 samples, median area ")
 
 
-def test_same_seed_same_files_other_seed_others(run_segment, tmp_path):
+def test_the_same_seed_gives_the_same_files_and_another_seed_others(run_segment, tmp_path):
     first = contents(run_segment("--num-samples", 3, output=tmp_path / "a"))
     again = contents(run_segment("--num-samples", 3, output=tmp_path / "b"))
     other = contents(run_segment("--num-samples", 3, "--seed", 1, output=tmp_path / "c"))
@@ -131,14 +141,13 @@ def test_a_box_may_leave_the_image_by_less_than_a_pixel(run_segment, tmp_path):
     assert given["mean.png"] == clipped["mean.png"]
 
 
-def test_colour_is_what_the_processor_takes(run_segment, model_dir, tmp_path):
+def test_colour_images_are_sampled_in_colour(run_segment, model_dir, tmp_path):
     colour = np.random.default_rng(0).integers(0, 255, (48, 60, 3), dtype=np.uint8)
     Image.fromarray(colour).save(tmp_path / "colour.png")
     out = run_segment("--num-samples", 3, image=tmp_path / "colour.png")
     model, processor = inference.load_model(model_dir)
     sampled = inference.sample_image(model, processor, colour, {"box": [10, 12, 30, 28]}, 3, 0)
-    masks = np.stack([np.asarray(Image.open(path)) for path in sorted((out / "masks").iterdir())])
-    assert np.array_equal(masks, sampled.masks)
+    assert np.array_equal(sampled_masks(out), sampled.masks)
     assert json.loads((out / "result.json").read_text())["image_size"] == {"width": 60, "height": 48}
     grey = inference.sample_image(model, processor, images.luminance(colour), {"box": [10, 12, 30, 28]}, 3, 0)
     assert not np.array_equal(grey.mean, sampled.mean)
@@ -149,7 +158,7 @@ def test_points_are_repeatable(run_segment):
     assert json.loads((out / "result.json").read_text())["prompt"] == {"points": [[20.0, 20.0], [25.5, 21.0]]}
 
 
-def test_chunks_do_not_change_the_result(run_segment, tmp_path, monkeypatch):
+def test_postprocessing_in_chunks_gives_the_same_result(run_segment, tmp_path, monkeypatch):
     whole = contents(run_segment("--num-samples", 7, output=tmp_path / "a"))
     monkeypatch.setattr(processing_probabilistic_sam, "CHUNK_PIXELS", 2 * 48 * 60)
     parts = contents(run_segment("--num-samples", 7, output=tmp_path / "b"))
@@ -160,14 +169,14 @@ def test_chunks_do_not_change_the_result(run_segment, tmp_path, monkeypatch):
     assert np.abs(means[0] - means[1]).max() <= 1
 
 
-def test_second_run_replaces_the_first_one(run_segment, tmp_path):
+def test_a_second_run_replaces_the_first(run_segment, tmp_path):
     run_segment("--num-samples", 5)
     out = run_segment("--num-samples", 2)
     assert len(list((out / "masks").iterdir())) == 2
     assert {path.name for path in tmp_path.iterdir()} == {"out", "slice.png"}
 
 
-def test_failure_keeps_the_previous_result(run_segment, tmp_path, monkeypatch):
+def test_a_failed_run_keeps_the_earlier_result(run_segment, tmp_path, monkeypatch):
     out = run_segment("--num-samples", 2)
     before = contents(out)
 
@@ -179,6 +188,405 @@ def test_failure_keeps_the_previous_result(run_segment, tmp_path, monkeypatch):
         run_segment("--num-samples", 3)
     assert contents(out) == before
     assert {path.name for path in tmp_path.iterdir()} == {"out", "slice.png"}
+
+
+# ---------------------------------------------------------------------------------------------------------- prompts
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """Inputs of the model in each call of `sample`."""
+    inputs, sample = [], ProbabilisticSamModel.sample
+
+    def record(self, **kwargs):
+        inputs.append(kwargs)
+        return sample(self, **kwargs)
+
+    monkeypatch.setattr(ProbabilisticSamModel, "sample", record)
+    return inputs
+
+
+def test_a_mask_prompt_reaches_the_model_as_the_processor_prepares_it(run_segment, model_dir, tmp_path, seen):
+    mask = np.zeros((48, 60), dtype=np.uint8)
+    mask[20:30, 25:40] = 255
+    Image.fromarray(mask).save(tmp_path / "rough.png")
+    out = run_segment("--num-samples", 3, prompt=("--mask", tmp_path / "rough.png"))
+    _, processor = inference.load_model(model_dir)
+    expected = processor(images=np.asarray(Image.open(tmp_path / "slice.png")), input_masks=[[mask > 0]])
+    assert set(seen[0]) - {"num_samples", "generator"} == {"pixel_values", "input_masks"}
+    torch.testing.assert_close(seen[0]["input_masks"], expected["input_masks"], rtol=0, atol=0)
+    torch.testing.assert_close(seen[0]["pixel_values"], expected["pixel_values"], rtol=0, atol=0)
+    assert result_of(out)["prompt"] == {"mask": str(tmp_path / "rough.png")}
+
+
+@pytest.mark.parametrize("kind", ["1", "RGB", "P", "tiff", "DICOM"])
+def test_masks_are_read_like_images(run_segment, tmp_path, seen, kind):
+    inside = np.zeros((48, 60), dtype=bool)
+    inside[20:30, 25:40] = True
+    path = tmp_path / "mask.png"
+    if kind == "tiff":  # probabilities: inside above one half
+        path = tmp_path / "mask.tiff"
+        Image.fromarray(np.where(inside, 0.75, 0.25).astype(np.float32)).save(path)
+    elif kind == "DICOM":
+        path = write_slice(tmp_path / "mask", inside.astype(int), "1.2", 0.0, "1.3")
+    else:
+        Image.fromarray(inside).convert("L").convert(kind).save(path)
+    run_segment("--num-samples", 1, prompt=("--mask", path))
+    Image.fromarray(inside).save(tmp_path / "plain.png")
+    run_segment("--num-samples", 1, prompt=("--mask", tmp_path / "plain.png"), output=tmp_path / "plain")
+    assert torch.equal(seen[0]["input_masks"], seen[1]["input_masks"])
+
+
+def test_bad_masks_are_refused(run_segment, tmp_path):
+    values = {
+        "10 x 12 pixels; accepted: the 60 x 48": np.ones((12, 10)),
+        "must not be empty|is empty": np.zeros((48, 60)),
+        "several values": np.arange(48 * 60).reshape(48, 60) % 250,
+    }
+    for message, mask in values.items():
+        Image.fromarray(mask.astype(np.uint8)).save(tmp_path / "mask.png")
+        with pytest.raises(UserError, match=message):
+            run_segment(prompt=("--mask", tmp_path / "mask.png"))
+    with pytest.raises(UserError, match="no image file at nowhere.png"):
+        run_segment(prompt=("--mask", "nowhere.png"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_box_points_and_mask_are_one_prompt_and_negative_points_have_the_label_0(run_segment, tmp_path, seen):
+    mask = np.zeros((48, 60), dtype=np.uint8)
+    mask[14:26, 12:28] = 1
+    Image.fromarray(mask).save(tmp_path / "rough.png")
+    box, more = ("--box", "10", "12", "30", "28"), ("--point", "20", "20", "--point", "22", "18")
+    out = run_segment(
+        "--num-samples", 2, "--negative-point", 29, 27, "--mask", tmp_path / "rough.png", prompt=(*box, *more)
+    )
+    (inputs,) = seen
+    # The window is laid around the box: side 32, its centre (20, 20) in the centre; 2 pixels of the model per pixel
+    assert inputs["input_boxes"].tolist() == [[[12, 16, 52, 48]]]
+    assert inputs["input_points"].tolist() == [[[[32, 32], [36, 28], [50, 46]]]]
+    assert inputs["input_labels"].tolist() == [[[1, 1, 0]]]
+    assert inputs["input_masks"].shape == (1, 1, 16, 16)
+    assert result_of(out)["prompt"] == {
+        "box": [10, 12, 30, 28],
+        "points": [[20, 20], [22, 18]],
+        "negative_points": [[29, 27]],
+        "mask": str(tmp_path / "rough.png"),
+    }
+
+
+def test_the_figure_shows_negative_points_and_the_mask(run_segment, tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(inference, "save_figure", lambda figure, path: figures.append(figure))
+    mask = np.zeros((48, 60), dtype=np.uint8)
+    mask[14:16, 12:15] = 1
+    Image.fromarray(mask).save(tmp_path / "rough.png")
+    prompt = ("--point", "20", "18", "--negative-point", "29", "27", "--mask", tmp_path / "rough.png")
+    run_segment("--num-samples", 1, prompt=prompt)
+    axes = figures[0].axes[0]
+    assert axes.texts[0].get_text().startswith("prompt (x: outside)")
+    outline, points, negative = axes.collections
+    assert points.get_offsets().tolist() == [[20, 18]] and negative.get_offsets().tolist() == [[29, 27]]
+    edges = np.concatenate(outline.get_segments())  # two rows of three pixels: ten unit edges, with two ends each
+    assert len(edges) == 20 and edges.min(0).tolist() == [12, 14] and edges.max(0).tolist() == [15, 16]
+
+
+def test_several_boxes_equal_single_runs(run_segment, tmp_path, capsys):
+    boxes = [("--box", "10", "12", "30", "28"), ("--box", "31.5", "20", "50", "44")]
+    out = run_segment("--num-samples", 3, "--seed", 5, prompt=boxes[0] + boxes[1])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == [f"wrote {out}/box-0", f"wrote {out}/box-1"]
+    assert {path.name for path in out.iterdir()} == {"box-0", "box-1"}
+    for index, box in enumerate(boxes):
+        single = run_segment("--num-samples", 3, "--seed", 5, prompt=box, output=tmp_path / "single")
+        assert contents(out / f"box-{index}") == contents(single)
+
+
+def test_several_boxes_replace_an_earlier_result_of_several_boxes_only(run_segment, tmp_path):
+    box = ("--box", "10", "12", "30", "28")
+    run_segment("--num-samples", 1, prompt=box * 3)
+    out = run_segment("--num-samples", 1, prompt=box * 2)
+    assert {path.name for path in out.iterdir()} == {"box-0", "box-1"}
+    with pytest.raises(UserError, match="other files .box-0"):
+        run_segment("--num-samples", 1, prompt=box)
+    (out / "box-notes").mkdir()
+    with pytest.raises(UserError, match="other files .box-notes"):
+        run_segment("--num-samples", 1, prompt=box * 2)
+
+
+def test_the_threshold_is_the_one_of_post_process_samples(run_segment, model_dir, image_path, tmp_path):
+    model, processor = inference.load_model(model_dir)
+    inputs = processor(images=image_path, input_boxes=[[[10, 12, 30, 28]]])
+    logits = model.sample(
+        pixel_values=inputs["pixel_values"], input_boxes=inputs["input_boxes"], num_samples=4,
+        generator=torch.Generator().manual_seed(0),
+    ).pred_masks  # fmt: skip
+    areas = []
+    for threshold in (0.3, 0.5, 0.7):
+        out = run_segment("--num-samples", 4, "--threshold", threshold, output=tmp_path / str(threshold))
+        (expected,) = processor.post_process_samples(
+            logits, inputs["windows"], inputs["original_sizes"], threshold=threshold
+        )
+        assert np.array_equal(sampled_masks(out), expected["masks"].numpy())
+        assert result_of(out)["threshold"] == threshold
+        areas.append(result_of(out)["area_px"]["mean"])
+    assert areas[0] > areas[1] > areas[2]
+
+
+def test_library_prompts_are_checked(model_dir):
+    model, processor = inference.load_model(model_dir)
+    image = np.zeros((48, 60), dtype=np.uint8)
+    for prompt, message in (
+        ({"boxes": [[1, 2, 3, 4]]}, "key 'boxes'; accepted: box, points, negative_points, mask"),
+        ({"box": [[1, 2, 3, 4]]}, "the box is not understood; accepted: four finite numbers"),
+        ({"box": [1, 2, 3]}, "four finite numbers"),
+        ({"points": [1, 2]}, "the points are not understood; accepted: pairs of finite numbers"),
+        ({"points": [[1, "a"]]}, "the points are not understood"),
+        ({"points": [[1, 2]], "negative_points": [[1, 2, 3]]}, "the negative_points are not understood"),
+        ({"mask": np.ones((48, 60, 3))}, "the mask prompt has 3 x 60 x 48"),
+    ):
+        with pytest.raises(UserError, match=message):
+            inference.sample_image(model, processor, image, prompt)
+    with pytest.raises(UserError, match="threshold must lie between 0 and 1"):
+        inference.sample_image(model, processor, image, {"points": [[5, 5]]}, 1, 0, 1.5)
+
+
+# ------------------------------------------------------------------------------------------------------------ tables
+
+
+@pytest.fixture
+def table(tmp_path):
+    """A table of three boxes in two images, one of them DICOM, with a byte order mark as Excel writes it."""
+    folder = tmp_path / "study"
+    (folder / "images").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (48, 60), dtype=np.uint8)).save(folder / "images/a.png")
+    write_slice(folder / "images/IM1", rng.integers(-1000, 400, (40, 50)), "1.2", 0.0, "1.3", PixelSpacing=[0.5, 0.5])
+    text = "image,x1,y1,x2,y2\nimages/a.png,10,12,30,28\n\nimages/a.png, 5,6,20.5,30\nimages/IM1,10,10,30,30\n"
+    (folder / "table.csv").write_text(text, encoding="utf-8-sig")
+    return folder / "table.csv"
+
+
+def test_a_table_equals_single_calls(run_segment, table, tmp_path, capsys, monkeypatch):
+    loaded, load_model = [], segment.load_model
+    monkeypatch.setattr(segment, "load_model", lambda name: loaded.append(name) or load_model(name))
+    out = run_segment("--num-samples", 3, "--seed", 2, image=None, prompt=("--prompts", table))
+    assert len(loaded) == 1
+    assert capsys.readouterr().out == (
+        f"wrote {out}: 3 rows of 2 images, 3 samples each; see summary.csv, row-*/figure.png, row-*/result.json\n"
+    )
+    assert {path.name for path in out.iterdir()} == {"row-0", "row-1", "row-2", "summary.csv"}
+    cells = [
+        ("images/a.png", "10", "12", "30", "28"),
+        ("images/a.png", "5", "6", "20.5", "30"),
+        ("images/IM1", "10", "10", "30", "30"),
+    ]
+    with (out / "summary.csv").open() as file:
+        header, *lines = csv.reader(file)
+    assert header == ["row", "image", "x1", "y1", "x2", "y2", "area_median", "area_q05", "area_q95", "area_unit",
+                      "empty_share"]  # fmt: skip
+    for index, (image, *box) in enumerate(cells):
+        options = {"image": table.parent / image, "prompt": ("--box", *box), "output": tmp_path / "one"}
+        single = run_segment("--num-samples", 3, "--seed", 2, **options)
+        assert contents(out / f"row-{index}") == contents(single)
+        result = result_of(single)
+        unit = "mm2" if image == "images/IM1" else "px"
+        areas = np.array(result["area_px"]["samples"]) * (0.25 if unit == "mm2" else 1)
+        assert lines[index][:6] == [str(index), image, *box]
+        assert [float(value) for value in lines[index][6:9]] == pytest.approx(
+            np.quantile(areas, [0.5, 0.05, 0.95]).tolist(), abs=1e-3
+        )
+        assert lines[index][9] == unit
+        assert float(lines[index][10]) == pytest.approx((areas == 0).mean())
+
+
+def test_a_table_replaces_an_earlier_table_result_only(run_segment, table):
+    out = run_segment("--num-samples", 1, image=None, prompt=("--prompts", table))
+    table.write_text("image,x1,y1,x2,y2\nimages/a.png,10,12,30,28\n")
+    run_segment("--num-samples", 1, image=None, prompt=("--prompts", table))
+    assert {path.name for path in out.iterdir()} == {"row-0", "summary.csv"}
+    with pytest.raises(UserError, match="other files .row-0"):
+        run_segment("--num-samples", 1)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("nowhere.png,1,2,30,40", "no image file at .*nowhere.png"),
+        ("images,1,2,30,40", "no image file at .*images"),
+        ("a\0.png,1,2,30,40", "no image file at"),
+        (",1,2,30,40", "no image; accepted: a path"),
+        ("table.csv,1,2,30,40", "table.csv is not an image"),
+        ("images/a.png,1,2,61,40", "box 1 2 61 40 reaches outside the image of 60 x 48 pixels"),
+        ("images/a.png,9,2,1,40", "turned around"),
+        ("images/a.png,1,2,30,forty", "y2 is 'forty'; accepted: a finite number"),
+        ("images/a.png,nan,2,30,40", "x1 is 'nan'"),
+        ("images/a.png,1,2,30", "4 cells; accepted: 5"),
+        ("images/a.png,1,2,30,40,50", "6 cells; accepted: 5"),
+        ('"images/a.png,1,2,30,40', "unexpected end of data"),
+    ],
+)
+def test_a_bad_row_is_named_before_the_model_is_loaded(run_segment, table, tmp_path, row, message, monkeypatch):
+    monkeypatch.setattr(segment, "load_model", lambda name: pytest.fail("the model was loaded"))
+    table.write_text(f"image,x1,y1,x2,y2\nimages/a.png,10,12,30,28\n{row}\n")
+    with pytest.raises(UserError, match=message) as caught:
+        run_segment(image=None, prompt=("--prompts", table))
+    assert f"{table}, line 3: " in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "the columns .none.; accepted: a CSV file"),
+        (b"image,x1,y1,x2,y2\n", "no rows"),
+        (b"image,x1,y1,x2\na.png,1,2,3\n", "the columns image,x1,y1,x2; accepted"),
+        (b"image,x1,y1,x2,y2,x1\na.png,1,2,3,4,5\n", "the columns image,x1,y1,x2,y2,x1; accepted"),
+        (b"image;x1;y1;x2;y2\na.png;1;2;3;4\n", "the columns image;x1;y1;x2;y2; accepted"),
+        ("image,x1,y1,x2,y2\n".encode("utf-16"), "cannot be read"),
+        (b"image,x1,y1,x2,y2\n" + b"images/a.png,10,12,30,28\n" * 4, "more than 3 rows"),
+        (b"#" * 2000, "more than 0 MiB"),
+    ],
+)
+def test_other_tables_are_refused(run_segment, table, tmp_path, content, message, monkeypatch):
+    monkeypatch.setattr(segment, "MAX_ROWS", 3)
+    monkeypatch.setattr(segment, "MAX_TABLE_BYTES", 1000)
+    table.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        run_segment(image=None, prompt=("--prompts", table))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_table_goes_without_image_and_prompt(run_segment, table, image_path):
+    for image, extra in ((image_path, ()), (None, ("--point", 5, 5)), (None, ("--mask", image_path))):
+        with pytest.raises(UserError, match="--prompts takes images and boxes from the table"):
+            run_segment(*extra, image=image, prompt=("--prompts", table))
+    with pytest.raises(UserError, match="no image given"):
+        run_segment(image=None)
+    with pytest.raises(UserError, match="no table at nowhere.csv"):
+        run_segment(image=None, prompt=("--prompts", "nowhere.csv"))
+
+
+def test_prompts_with_the_shipped_model_equal_the_pipeline(run_segment, tmp_path):
+    examples = inference.DEFAULT_MODEL / "examples"
+    images = json.loads((examples / "examples.json").read_text())["images"][:2]
+    pipe = pipeline("probabilistic-mask-generation", model=str(inference.DEFAULT_MODEL))
+    rows = [",".join(map(str, [examples / item["image"], *item["box"]])) for item in images]
+    (tmp_path / "table.csv").write_text("\n".join(["image,x1,y1,x2,y2", *rows]))
+    options = {"model": None, "output": tmp_path / "out"}
+    run_segment("--num-samples", 2, image=None, prompt=("--prompts", tmp_path / "table.csv"), **options)
+    for index, item in enumerate(images):
+        (expected,) = pipe(str(examples / item["image"]), boxes=[item["box"]], num_samples=2)
+        assert np.array_equal(sampled_masks(tmp_path / f"out/row-{index}"), expected["masks"])
+
+    image = examples / "phantom-1.png"
+    prompt = ("--box", 53, 51, 77, 76, "--point", 65, 64, "--negative-point", 78, 60)
+    out = run_segment("--num-samples", 2, image=image, prompt=prompt, model=None, output=tmp_path / "points")
+    given = {"boxes": [[53, 51, 77, 76]], "points": [[[65, 64], [78, 60]]], "labels": [[1, 0]]}
+    (expected,) = pipe(str(image), num_samples=2, **given)
+    assert expected["masks"].any() and np.array_equal(sampled_masks(out), expected["masks"])
+
+    mask = np.zeros((128, 128), dtype=np.uint8)
+    mask[55:72, 57:73] = 255
+    Image.fromarray(mask).save(tmp_path / "rough.png")
+    prompt = ("--box", 53, 51, 77, 76, "--mask", tmp_path / "rough.png")
+    out = run_segment("--num-samples", 2, image=image, prompt=prompt, model=None, output=tmp_path / "mask")
+    inputs = pipe.processor(images=str(image), input_boxes=[[[53, 51, 77, 76]]], input_masks=[[mask]])
+    places = inputs.pop("windows"), inputs.pop("original_sizes")
+    logits = pipe.model.sample(**inputs, num_samples=2, generator=torch.Generator().manual_seed(0)).pred_masks
+    (expected,) = pipe.processor.post_process_samples(logits, *places)
+    assert expected["masks"].any() and np.array_equal(sampled_masks(out), expected["masks"].numpy())
+
+
+# ------------------------------------------------------------------------------------------------------------ device
+
+
+@pytest.fixture
+def computer(monkeypatch):
+    """Pretend that the computer has a number of CUDA devices, and MPS or not."""
+
+    def pretend(cuda=0, mps=False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+
+    return pretend
+
+
+def test_devices_are_chosen_if_the_computer_has_them(computer):
+    computer()
+    assert [str(inference.choose_device(name)) for name in (None, "cpu")] == ["cpu", "cpu"]
+    for name in ("cuda", "cuda:0", "mps"):
+        with pytest.raises(UserError, match=f"device {name} is not available; accepted on this computer: cpu$"):
+            inference.choose_device(name)
+    computer(cuda=2, mps=True)
+    names = (None, "cpu", "cuda", "cuda:1", "mps")
+    assert [str(inference.choose_device(name)) for name in names] == ["cuda", "cpu", "cuda", "cuda:1", "mps"]
+    for name in ("cuda:2", "cpu:1", "mps:1"):
+        with pytest.raises(UserError, match="accepted on this computer: cpu, cuda:0, cuda:1, mps$"):
+            inference.choose_device(name)
+    for name in ("gpu", "xpu", "", "cuda:-1", "cuda:x", "meta"):
+        with pytest.raises(UserError, match="unknown device .*; accepted: cpu, cuda, cuda:1, mps"):
+            inference.choose_device(name)
+
+
+def test_the_device_option_places_the_model(run_segment, computer, tmp_path, monkeypatch):
+    computer()
+    placed = []
+    monkeypatch.setattr(ProbabilisticSamModel, "to", lambda self, device: placed.append(str(device)) or self)
+    run_segment("--num-samples", 1, "--device", "cpu")
+    assert placed[-1] == "cpu"
+    with pytest.raises(UserError, match="device cuda is not available"):
+        run_segment("--num-samples", 1, "--device", "cuda", output=tmp_path / "none")
+    computer(cuda=2)
+    run_segment("--num-samples", 1, "--device", "cuda:1")
+    assert placed[-1] == "cuda:1"
+    run_segment("--num-samples", 1)
+    assert placed[-1] == "cuda"
+    assert not (tmp_path / "none").exists()
+
+
+# -------------------------------------------------------------------------------------------------------------- info
+
+
+def test_info_describes_the_shipped_model(capsys):
+    cli.main(["info", "--json"])
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["versions"]["torch"] == torch.__version__
+    assert set(facts["versions"]) == {"probabilistic_sam", "python", "torch", "transformers"}
+    assert facts["device"] == str(inference.choose_device())
+    model = ProbabilisticSamModel.from_pretrained(inference.DEFAULT_MODEL)
+    assert facts["model"] == {
+        "name": str(inference.DEFAULT_MODEL),
+        "type": "probabilistic_sam",
+        "encoder": "tiny_vit_vision_model",
+        "parameters": model.num_parameters(),
+        "image_size": 256,
+        "crop_size": 64,
+        "license": "apache-2.0",
+    }
+    cli.main(["info"])
+    text = capsys.readouterr().out
+    assert "11,518,856 parameters" in text and "image size: 256 px; crop size: 64 px" in text
+    assert "licence of the weights: apache-2.0" in text
+
+
+@pytest.mark.parametrize("card", [None, "no metadata", "---\n: [\n---\n", "---\ntags: [a]\n---\n", "---\n- a\n---\n"])
+def test_info_without_a_licence_in_the_card(capsys, broken_dir, card):
+    if card is not None:
+        (broken_dir / "README.md").write_text(card)
+    cli.main(["info", "--model", str(broken_dir)])
+    assert "licence of the weights: not stated" in capsys.readouterr().out
+
+
+def test_info_without_a_model(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(inference, "DEFAULT_MODEL", tmp_path / "nowhere")
+    cli.main(["info"])
+    assert "model: no weights found; give --model" in capsys.readouterr().out
+    cli.main(["info", "--json"])
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["model"] is None and "clone the repository" in facts["note"]
+    with pytest.raises(UserError, match="no model directory"):
+        cli.main(["info", "--model", str(tmp_path / "nowhere")])
 
 
 # ------------------------------------------------------------------------------------------------------------ images
@@ -198,7 +606,7 @@ def test_reads_grey_of_every_kind(tmp_path, name):
         image = image.convert({"rgb": "RGB", "rgba": "RGBA", "palette": "P"}[name.split(".")[0]])
     image.save(tmp_path / name)
     array = images.load_image(tmp_path / name)
-    if name.split(".")[0] in ("rgb", "rgba", "palette"):  # colour stays colour, as in the processor
+    if name.split(".")[0] in ("rgb", "rgba", "palette"):  # the processor keeps colour, too
         assert array.shape == (48, 60, 3)
         array = images.luminance(array)
     assert array.shape == (48, 60)
@@ -212,7 +620,7 @@ def test_reads_grey_of_every_kind(tmp_path, name):
 
 
 def png_header(width, height):
-    """A PNG that claims a size and holds next to nothing."""
+    """A PNG with the given size in its header and no pixels."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -228,7 +636,7 @@ def png_header(width, height):
         (b"", "not an image"),
         (b"hello", "not an image"),
         (bytes(128) + b"DICM", "DICOM file .* cannot be read"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),  # would start a PostScript interpreter
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),  # would start PostScript
         (png_header(8001, 8000), "8001 x 8000 pixels"),
         (png_header(100_000, 100_000), "too large|100000 x 100000"),
         (png_header(100, 100), "cannot be read"),
@@ -269,7 +677,7 @@ def test_segment_reads_dicom_and_its_pixel_spacing(run_segment, tmp_path):
     assert json.loads((out / "result.json").read_text())["pixel_spacing_mm"] == 2
 
 
-def test_dicom_without_spacing_and_dark_where_others_are_bright(tmp_path):
+def test_dicom_without_spacing_and_with_inverted_grey_values(tmp_path):
     hu = np.array([[-1000, 0], [100, 400]])
     path = write_slice(tmp_path / "IM1", hu, "1.2", 0.0, "1.3", PhotometricInterpretation="MONOCHROME1")
     image, side = images.load_slice(path)
@@ -293,7 +701,7 @@ def test_other_dicom_is_refused(tmp_path, tags, message):
         images.load_slice(path)
 
 
-def test_deflated_dicom_is_refused_before_it_unpacks(tmp_path):
+def test_deflated_dicom_is_refused_before_decompression(tmp_path):
     path = write_slice(tmp_path / "IM1", np.zeros((48, 60), dtype=int), "1.2", 0.0, "1.3")
     data = pydicom.dcmread(path)
     data.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
@@ -334,8 +742,15 @@ def test_missing_packages_are_named(tmp_path, monkeypatch):
         (("--box", "10", "10", "20"), "expected 4 arguments"),
         (("--point", "60.5", "10"), "outside the image"),
         (("--point", "5"), "expected 2 arguments"),
-        (("--box", "1", "1", "9", "9", "--point", "5", "5"), "not allowed with"),
-        ((), "required"),
+        (("--negative-point", "60", "48"), "no box, point or mask"),
+        (("--box", "1", "1", "9", "9", "--negative-point", "60.5", "10"), "point 60.5 10 lies outside the image"),
+        (("--point", "5", "5") * 33, "33 points; accepted: up to 32"),
+        (("--box", "1", "1", "9", "9", "--box", "10", "10", "61", "20"), "box 10 10 61 20 reaches outside"),
+        (("--box", "1", "1", "9", "9") * 2 + ("--point", "5", "5"), "2 boxes with points or a mask"),
+        (("--box", "1", "1", "9", "9") * 2 + ("--negative-point", "5", "5"), "2 boxes with points or a mask"),
+        (("--box", "1", "1", "9", "9") * 2 + ("--mask", "mask.png"), "2 boxes with points or a mask"),
+        (("--box", "1", "1", "9", "9") * 101, "101 boxes; accepted: at most 100"),
+        ((), "no box, point or mask"),
     ],
 )
 def test_bad_prompts_are_refused(run_segment, tmp_path, prompt, message):
@@ -352,14 +767,24 @@ def test_bad_numbers_of_samples_are_refused(run_segment, value):
 
 @pytest.mark.parametrize(
     "extra",
-    [("--seed", "-1"), ("--seed", str(2**63)), ("--pixel-spacing", "0"), ("--pixel-spacing", "inf"), ("--sed", 1)],
+    [
+        ("--seed", "-1"),
+        ("--seed", str(2**63)),
+        ("--pixel-spacing", "0"),
+        ("--pixel-spacing", "inf"),
+        ("--sed", 1),
+        ("--threshold", "0"),
+        ("--threshold", "1"),
+        ("--threshold", "half"),
+        ("--threshold", "nan"),
+    ],  # fmt: skip
 )
 def test_other_bad_options_are_refused(run_segment, extra):
     with pytest.raises(UserError, match=extra[0]):
         run_segment(*extra)
 
 
-def test_more_samples_than_memory_are_refused(run_segment, monkeypatch):
+def test_more_samples_than_memory_allows_are_refused(run_segment, monkeypatch):
     monkeypatch.setattr(inference, "MAX_SAMPLED_PIXELS", 10 * 48 * 60)
     with pytest.raises(UserError, match="at most 10 samples"):
         run_segment("--num-samples", 11)
@@ -367,7 +792,14 @@ def test_more_samples_than_memory_are_refused(run_segment, monkeypatch):
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["segment"], ["cut"], ["demo", "--port", "0"], ["segment", "a.png", "--box", "1", "1", "2", "2"]],
+    [
+        [],
+        ["segment"],
+        ["cut"],
+        ["demo", "--port", "0"],
+        ["segment", "a.png", "--box", "1", "1", "2", "2"],
+        ["info", "a.png"],
+    ],  # fmt: skip
 )
 def test_incomplete_commands_are_refused(arguments):
     with pytest.raises(UserError, match="--help"):
@@ -391,8 +823,8 @@ def test_missing_models_are_refused(run_segment, tmp_path, image_path, monkeypat
     ):
         with pytest.raises(UserError, match=message):
             run_segment(model=name)
-    monkeypatch.setattr(cli, "DEFAULT_MODEL", tmp_path / "nowhere")
-    with pytest.raises(UserError, match="--model"):
+    monkeypatch.setattr(inference, "DEFAULT_MODEL", tmp_path / "nowhere")
+    with pytest.raises(UserError, match="no weights found; give --model .* or clone the repository"):
         run_segment(model=None)
     assert not (tmp_path / "out").exists()
 
@@ -426,12 +858,13 @@ def test_weights_of_another_size_are_refused(run_segment, broken_dir):
         run_segment(model=broken_dir)
 
 
-def test_a_plain_sam_is_refused_and_told_how_to_train(run_segment, tmp_path, broken_dir):
+def test_a_plain_sam_is_refused_with_the_way_to_train_it(run_segment, tmp_path, broken_dir):
     sam_dir = tmp_path / "sam"
     SamModel(SamConfig(**tiny_config())).save_pretrained(sam_dir)
     with pytest.raises(UserError, match="plain SAM checkpoint.*training/train.py"):
         run_segment(model=sam_dir)
-    shutil.copy(sam_dir / "model.safetensors", broken_dir / "model.safetensors")  # SAM's weights under our name
+    # Weights of SAM with the configuration of a Probabilistic SAM
+    shutil.copy(sam_dir / "model.safetensors", broken_dir / "model.safetensors")
     with pytest.raises(UserError, match="lacks .* tensors"):
         run_segment(model=broken_dir)
 
@@ -455,7 +888,7 @@ def test_a_model_that_diverged_is_refused(run_segment, broken_dir, tmp_path):
 # ------------------------------------------------------------------------------------------------------------ output
 
 
-def test_other_peoples_files_are_never_replaced(run_segment, tmp_path):
+def test_foreign_files_are_never_replaced(run_segment, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years")
     with pytest.raises(UserError, match="thesis.tex"):
@@ -469,7 +902,7 @@ def test_outputs_that_cannot_be_written_are_refused(run_segment, tmp_path, image
     with pytest.raises(UserError, match="cannot be written"):
         run_segment(output=image_path / "out")
     (tmp_path / "locked").mkdir()
-    monkeypatch.setattr(os, "access", lambda *args: False)  # the superuser may write everywhere
+    monkeypatch.setattr(os, "access", lambda *args: False)  # root may write everywhere
     with pytest.raises(UserError, match="not writable"):
         run_segment(output=tmp_path / "locked")
 
@@ -495,7 +928,7 @@ def test_an_error_is_one_line_and_exit_code_two(tmp_path, monkeypatch, capsys):
     assert err == "error: argument --box: expected 4 arguments (see `probabilistic-sam segment --help`)\n"
 
 
-def test_a_run_says_one_line_and_nothing_else(image_path, model_dir, tmp_path):
+def test_a_run_prints_one_line(image_path, model_dir, tmp_path):
     command = [sys.executable, "-m", "probabilistic_sam.cli", "segment", str(image_path), "--point", "20", "20"]
     command += ["--output", str(tmp_path / "out"), "--model", str(model_dir), "--num-samples", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

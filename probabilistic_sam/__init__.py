@@ -12,7 +12,7 @@ from .pipeline_probabilistic_sam import ProbabilisticMaskGenerationPipeline
 from .processing_probabilistic_sam import ProbabilisticSamProcessor
 from .trainer_collator import ProbabilisticSamCollator
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 AutoConfig.register(TinyViTVisionConfig.model_type, TinyViTVisionConfig)
 AutoConfig.register(ProbabilisticSamConfig.model_type, ProbabilisticSamConfig)

@@ -140,7 +140,7 @@ def test_grid_figure_has_a_panel_and_a_title_for_each_slice():
         (([], [], []), "0 images"),
         (([np.zeros((4, 4))], [], ["a"]), "0 stacks of readers"),
         (([np.zeros((4, 4))], [np.zeros((1, 5, 4))], ["a"]), r"readers have shape \(1, 5, 4\)"),
-        (([np.zeros(4)], [np.zeros((1, 4))], ["a"]), r"image to draw has shape \(4,\)"),
+        (([np.zeros(4)], [np.zeros((1, 4))], ["a"]), r"the image has shape \(4,\)"),
     ],
 )
 def test_grid_figure_refuses_what_does_not_fit(arrays, message):

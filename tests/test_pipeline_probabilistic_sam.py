@@ -44,7 +44,7 @@ def pipe():
 @pytest.fixture(scope="module")
 def shipped():
     """The handler of the shipped weights, with its pipeline."""
-    return load_handler(ROOT / "model_cards" / "psam-lidc")
+    return load_handler(ROOT / "probabilistic_sam" / "hub", ROOT / "model_cards" / "psam-lidc")
 
 
 def same(left, right):

@@ -509,14 +509,32 @@ def test_a_field_of_version_0_1_is_read_as_the_new_one(tmp_path):
 
 def test_overrides_replace_fields_of_the_file(train, workspace, tmp_path):
     values = ["max_steps=1", "model.energy_weight=0", "prompts.union_box=0.125", "augmentation.max_shift=2"]
+    values += [f"augmentation.{text}" for text in ("symmetries=flips", "rotation=15", "noise=5e-2", "contrast=0.2")]
     train(tmp_path / "run", *values, "--seed", 3, "learning_rate=2e-5", "mixed_precision=no")
     config = yaml.safe_load((tmp_path / "run" / "training_config.yaml").read_text())
     assert (config["max_steps"], config["seed"], config["learning_rate"]) == (1, 3, 2e-5)
     assert config["model"] == CONFIG["model"] | {"energy_weight": 0.0}
     assert config["prompts"] == CONFIG["prompts"] | {"union_box": 0.125}
-    assert config["augmentation"] == {"max_shift": 2.0, "max_zoom": 0.15, "max_gamma": 0.25}  # the others by default
+    assert config["augmentation"] == {  # the others by default
+        "max_shift": 2.0, "max_zoom": 0.15, "max_gamma": 0.25,
+        "symmetries": "flips", "rotation": 15.0, "noise": 0.05, "contrast": 0.2,
+    }  # fmt: skip
     assert config["mixed_precision"] == "no"
     assert json.loads((tmp_path / "run" / "config.json").read_text())["energy_weight"] == 0
+
+
+def test_configuration_without_the_new_augmentation_keeps_its_fingerprint():
+    old = {"max_shift": 6.0, "max_zoom": 0.15, "max_gamma": 0.25}
+    config = TrainingConfig.from_dict({"base_model": "random", "augmentation": old})
+    assert config == TrainingConfig(base_model="random")
+    model = torch.nn.Linear(1, 1)
+    recorded = checkpoint.fingerprint(config, model, {})
+    found = {name.removeprefix("augmentation."): recorded[name] for name in recorded if "augmentation" in name}
+    assert found == old
+    config = TrainingConfig.from_dict({"base_model": "random", "augmentation": {"rotation": 15, "symmetries": "none"}})
+    recorded = checkpoint.fingerprint(config, model, {})
+    assert recorded["augmentation.rotation"] == 15.0 and recorded["augmentation.symmetries"] == "none"
+    assert recorded["augmentation.max_shift"] == 6.0 and "augmentation.noise" not in recorded
 
 
 def test_override_may_replace_a_whole_group(workspace):
@@ -627,7 +645,12 @@ def configured(workspace, tmp_path, **changes):
         ({"image_size": 64}, "has image_size 32, the configuration 64; accepted: 32"),
         ({"prompts": {"reader_box": 1.0}}, "unknown field 'prompts.reader_box'; accepted: union_box"),
         ({"prompts": {"union_box": 0}}, "accepted: names with shares above 0"),
-        ({"augmentation": {"max_shift": 1}}, "accepted: all of max_shift, max_zoom, max_gamma"),
+        ({"augmentation": {"max_turn": 1}}, "unknown field 'augmentation.max_turn'; accepted: contrast, max_gamma, "),
+        ({"augmentation": {"symmetries": "all"}}, "symmetries is 'all'; accepted: dihedral, flips, none"),
+        ({"augmentation": {"rotation": 181}}, "augmentation.rotation is 181.0; accepted: 0 to 180"),
+        ({"augmentation": {"noise": "loud"}}, "augmentation.noise is 'loud'; accepted: 0 to 1"),
+        ({"augmentation": {"max_shift": -1}}, "augmentation.max_shift is -1.0; accepted: 0 or more"),
+        ({"augmentation": 3}, "'augmentation' expected a dict, got int"),
         ({"mixed_precision": "fp8"}, "'mixed_precision' expected one of .'no', 'bf16'., got fp8"),
         ({"batch_size": True}, "'batch_size' expected int, got bool"),
         ({"max_steps": -1}, "max_steps is -1; accepted: 0 or more"),

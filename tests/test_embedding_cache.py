@@ -13,10 +13,12 @@ from tiny import SIZE, tiny_model, tiny_rows, tiny_vit_parts
 
 pytest.importorskip("datasets")
 
+import datasets
+
 from probabilistic_sam import ProbabilisticSamProcessor
 from probabilistic_sam.baselines import DropoutUNetConfig, DropoutUNetModel
 from probabilistic_sam.data.build import write_dataset
-from probabilistic_sam.data.format import decode_image, decode_masks, load_split
+from probabilistic_sam.data.format import FEATURES, decode_image, decode_masks, encode_png, load_split
 from probabilistic_sam.errors import UserError
 from probabilistic_sam.modeling_probabilistic_sam import pack_pixels
 from probabilistic_sam.processing_probabilistic_sam import IMAGENET_MEAN, IMAGENET_STD
@@ -371,6 +373,59 @@ def test_model_without_an_encoder_stores_the_pixels(make, dataset, processor):
     assert first.embeddings.shape == (6, 2, 16, 2, 2)
     pixels = view_pixel_values(decode_image(dataset[3]), first.view(3, 1), processor)
     assert np.allclose(first.embeddings[3, 1], pack_pixels(pixels[None])[0], atol=2e-3)
+
+
+@pytest.fixture(scope="module")
+def colour_rows(masks):
+    """Three rows with an RGB image: red objects on a blue background, and two readers."""
+    rng = np.random.default_rng(0)
+    image = np.zeros((40, 60, 3), np.uint8)
+    image[..., 2], image[..., 1] = 60, rng.integers(0, 20, (40, 60))
+    image[masks[0], 0] = 250
+    row = {
+        "image": {"bytes": encode_png(image), "path": None},
+        "masks": [{"bytes": encode_png(mask), "path": None} for mask in masks],
+    }
+    features = datasets.Features({name: FEATURES[name] for name in row})
+    return datasets.Dataset.from_list([row] * 3, features=features)
+
+
+def test_cache_takes_rgb_images(make, model, processor, colour_rows):
+    more = {"rotation": 30.0, "noise": 0.05, "contrast": 0.2}
+    cache = make(dataset=colour_rows, augmentation=AUGMENTATION | more)
+    image = decode_image(colour_rows[0])
+    assert image.shape == (40, 60, 3)
+    for number in range(2):
+        view = cache.view(1, number)
+        pixels = view_pixel_values(image, view, processor)
+        grey = pixels * torch.tensor(IMAGENET_STD)[:, None, None] + torch.tensor(IMAGENET_MEAN)[:, None, None]
+        seen = view_readers(cache.row_masks(1), view, SIZE)["labels"][0]
+        assert grey[0][seen].mean() > 2 * grey[2][seen].mean()  # red inside the mask
+        assert grey[2][~seen].mean() > 2 * grey[0][~seen].mean()  # blue outside
+        expected = model.get_image_embeddings(pixels[None])[0].numpy()
+        assert np.allclose(cache.embeddings[1, number], expected, atol=5e-3, rtol=5e-3)
+
+
+def test_grey_image_in_three_channels_equals_the_grey_image(masks):
+    """Gamma, noise and contrast belong to the image, so equal channels stay equal."""
+    processor = ProbabilisticSamProcessor(SIZE, 24, stretch_percentiles=(0, 100))
+    grey = np.random.default_rng(0).integers(0, 255, (40, 60)).astype(np.uint8)
+    more = {"rotation": 30.0, "noise": 0.05, "contrast": 0.3}
+    view = random_view(masks, processor, np.random.default_rng(0), **AUGMENTATION, **more)
+    expected = view_pixel_values(grey, view, processor)
+    assert torch.allclose(view_pixel_values(np.stack([grey] * 3, axis=-1), view, processor), expected, atol=1e-5)
+
+
+def test_gamma_has_one_scale_for_all_colours():
+    processor = ProbabilisticSamProcessor(16, 16, stretch_percentiles=(0, 100))
+    image = np.zeros((16, 16, 3), np.uint8)
+    image[..., 0], image[..., 1], image[8:] = 50, 100, 200  # 0..200; red is 1/4 and green 1/2 of it
+    plain, bent = (
+        view_pixel_values(image, View(0, False, (0, 0, 16), gamma), processor)[:, 0, 0]
+        * torch.tensor(IMAGENET_STD) + torch.tensor(IMAGENET_MEAN) for gamma in (1.0, 2.0)
+    )  # fmt: skip
+    assert (plain / 255).tolist() == pytest.approx([0.25, 0.5, 0], abs=1e-4)
+    assert (bent / 255).tolist() == pytest.approx([0.0625, 0.25, 0], abs=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------ several processes

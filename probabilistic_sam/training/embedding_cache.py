@@ -72,7 +72,10 @@ class EmbeddingCache:
         for row in dataset.select_columns(["image", "masks"]).with_format(None):
             masks = decode_masks(row)
             self.masks.append((np.packbits(masks), masks.shape))
-            images.update(decode_image(row).tobytes())
+            image = decode_image(row)
+            if image.ndim == 3:  # RGB
+                images.update(repr(image.shape).encode())
+            images.update(image.tobytes())
             images.update(self.masks[-1][0].tobytes())
         vision = hashlib.sha256()
         encoder = getattr(model, "vision_encoder", None)

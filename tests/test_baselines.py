@@ -417,10 +417,18 @@ def test_sam_without_training_steps(train, workspace):
     [
         ("ellipse", {}, "max_steps is 4; accepted for an ellipse, which is fitted: 0"),
         ("dropout_unet", {"model": {"model_type": "unet"}}, "model_type is 'unet'; accepted: probabilistic_sam, dro"),
-        ("dropout_unet", {"model": {"model_type": "dropout_unet", "latent_dim": 3}}, "unknown field 'latent_dim'"),
-        ("dropout_unet", {"model": {"model_type": "dropout_unet", "image_size": 64}}, "unknown field 'image_size'"),
+        (
+            "dropout_unet",
+            {"model": {"model_type": "dropout_unet", "latent_dim": 3}},
+            "unknown field 'model.latent_dim'",
+        ),
+        (
+            "dropout_unet",
+            {"model": {"model_type": "dropout_unet", "image_size": 64}},
+            "unknown field 'model.image_size'",
+        ),
         ("dropout_unet", {"model": {"model_type": "dropout_unet", "dropout": 2}}, "dropout must be at least 0"),
-        ("dropout_unet", {"model": {"model_type": "dropout_sam"}}, "names no base_model"),
+        ("dropout_unet", {"model": {"model_type": "dropout_sam"}}, "base_model is not given"),
         ("dropout_sam", {"model": {"model_type": "dropout_sam", "dropout": -1}}, "dropout must be at least 0"),
     ],
 )

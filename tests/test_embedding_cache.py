@@ -1,6 +1,8 @@
 """Views turn image, masks and prompt together, and the cache of their embeddings is never stale."""
 
+import hashlib
 import itertools
+import json
 import math
 import threading
 
@@ -11,20 +13,25 @@ from tiny import SIZE, tiny_model, tiny_rows, tiny_vit_parts
 
 pytest.importorskip("datasets")
 
+import datasets
+
 from probabilistic_sam import ProbabilisticSamProcessor
 from probabilistic_sam.baselines import DropoutUNetConfig, DropoutUNetModel
 from probabilistic_sam.data.build import write_dataset
-from probabilistic_sam.data.format import decode_image, decode_masks, load_split
+from probabilistic_sam.data.format import FEATURES, decode_image, decode_masks, encode_png, load_split
 from probabilistic_sam.errors import UserError
 from probabilistic_sam.modeling_probabilistic_sam import pack_pixels
+from probabilistic_sam.processing_probabilistic_sam import IMAGENET_MEAN, IMAGENET_STD
 from probabilistic_sam.training import embedding_cache
 from probabilistic_sam.training.embedding_cache import EmbeddingCache
 from probabilistic_sam.training.windows import (
+    ADDED_AUGMENTATION,
     View,
     place_prompt,
     plain_view,
     prompt_window,
     random_view,
+    rotate,
     view_pixel_values,
     view_prompt,
     view_readers,
@@ -174,6 +181,118 @@ def test_gamma_keeps_black_and_white_and_bends_the_rest():
     assert torch.allclose(share[1], share[0] ** 2, atol=1e-5)
 
 
+def test_defaults_give_the_views_of_earlier_versions(masks, processor):
+    """The numbers are those of the version without the four added arguments."""
+    rng = np.random.default_rng(3)
+    view = random_view(masks, processor, rng, **AUGMENTATION, **ADDED_AUGMENTATION)
+    expected = np.random.default_rng(3)
+    turns, mirror = int(expected.integers(4)), bool(expected.integers(2))
+    gamma = math.exp(expected.uniform(-0.25, 0.25))
+    x, y, side = prompt_window(View(turns, mirror, (0, 0, 0), 1.0).turn(masks), processor)
+    new_side = round(side * math.exp(expected.uniform(-0.3, 0.3)))
+    x, y = (round(value + (side - new_side) / 2 + expected.uniform(-4, 4)) for value in (x, y))
+    assert view == View(turns, mirror, (x, y, new_side), gamma)
+    assert rng.random() == expected.random()  # no further random number was taken
+
+
+@pytest.mark.parametrize(
+    ("symmetries", "expected"),
+    [("dihedral", set(SYMMETRIES)), ("flips", {(0, False), (0, True), (2, False), (2, True)}), ("none", {(0, False)})],
+)
+def test_symmetries(masks, processor, symmetries, expected):
+    views = [
+        random_view(masks, processor, np.random.default_rng(seed), **AUGMENTATION, symmetries=symmetries)
+        for seed in range(80)
+    ]
+    assert {(view.turns, view.mirror) for view in views} == expected
+    shapes = {view.turn(masks).shape for view in views}
+    assert shapes == {(2, 40, 60), (2, 60, 40)} if symmetries == "dihedral" else {(2, 40, 60)}
+
+
+def test_rotation_noise_and_contrast_stay_within_their_bounds(masks, processor):
+    more = {"rotation": 20.0, "noise": 0.1, "contrast": 0.3}
+    views = [random_view(masks, processor, np.random.default_rng(n), **AUGMENTATION, **more) for n in range(200)]
+    angles, gains = [view.rotation for view in views], np.log([view.contrast for view in views])
+    assert -20 < min(angles) < -18 and 18 < max(angles) < 20
+    assert 0.25 < np.abs(gains).max() <= 0.3 and gains.min() < 0
+    assert {view.noise for view in views} == {0.1} and len({view.noise_seed for view in views}) == 200
+
+
+def test_window_of_a_view_never_leaves_the_image(masks, processor):
+    far = AUGMENTATION | {"max_shift": 500.0}
+    for seed in range(20):
+        view = random_view(masks, processor, np.random.default_rng(seed), **far)
+        assert torch.isfinite(view_pixel_values(masks[0].astype(np.uint8), view, processor)).all()
+
+
+@pytest.mark.parametrize("turns", range(4))
+def test_rotation_by_quarter_turns_is_that_of_numpy(masks, turns):
+    image = np.random.default_rng(0).integers(0, 255, (40, 60)).astype(np.float32)
+    assert np.allclose(rotate(image, 90 * turns), np.rot90(image, turns), atol=0.05)
+    assert (rotate(masks, 90 * turns) == np.rot90(masks, turns, axes=(-2, -1))).all()
+
+
+def test_image_and_masks_rotate_together(masks):
+    processor = ProbabilisticSamProcessor(image_size=96, crop_size=24, stretch_percentiles=(0, 100))
+    for seed in range(20):
+        view = random_view(
+            masks[:1], processor, np.random.default_rng(seed), max_shift=3, max_zoom=0.1, max_gamma=0, rotation=180
+        )
+        turned = view.turn(masks[:1])
+        assert turned.dtype == bool and turned.sum() == pytest.approx(masks[0].sum(), rel=0.06)  # nothing is lost
+        image = view.turn(masks[0] * 200.0)  # the image of the mask
+        assert ((image >= 100) == turned[0]).all()
+        pixels = view_pixel_values(masks[0].astype(np.uint8) * 200, view, processor)[0]
+        seen = view_readers(masks[:1], view, 96)["labels"][0]
+        bright = pixels > (pixels.min() + pixels.max()) / 2
+        assert (bright & seen).sum() > 0.9 * (bright | seen).sum()  # the mask's outline is not interpolated
+        centres = [part.nonzero().float().mean(dim=0) for part in (bright, seen)]
+        assert (centres[0] - centres[1]).abs().max() < 0.8  # a fifth of a pixel of the image
+        x, y, side = view.window
+        box = view_prompt(masks[:1], view, "union_box", Still(), image_size=96)["input_boxes"]
+        assert (box.numpy() * side / 96 + [x, y, x, y]).tolist() == pytest.approx(tight_box(turned), abs=1e-3)
+
+
+def test_masks_of_one_pixel_and_empty_masks_survive_a_rotation():
+    masks = np.zeros((3, 20, 31), bool)
+    masks[0, 0, 0] = masks[1, 7, 11] = True
+    for angle in np.linspace(1, 359, 50):
+        turned = rotate(masks, angle)
+        assert turned.dtype == bool and turned.any(axis=(1, 2)).tolist() == [True, True, False]
+        assert turned.sum() <= 4
+
+
+def test_noise_has_its_standard_deviation_and_follows_from_its_seed():
+    processor = ProbabilisticSamProcessor(64, 64, stretch_percentiles=(0, 100))
+    image = np.zeros((64, 80), np.uint16)
+    image[:, :32] = 1000  # the window holds 64 of 80 columns, half of them bright
+    image[:, 70:] = 50000  # outside of the window
+    whole = (0, 0, 64)
+    pixels = [
+        view_pixel_values(image, View(0, False, whole, 1.0, noise=share, noise_seed=seed), processor)
+        for share, seed in ((0.0, 0), (0.05, 1), (0.05, 1), (0.05, 2))
+    ]
+    assert torch.equal(pixels[1], pixels[2]) and not torch.equal(pixels[1], pixels[3])
+    grey = pixels[1][0] * IMAGENET_STD[0] + IMAGENET_MEAN[0]
+    bright, dark = grey[:, :32], grey[:, 32:]
+    # The stretch to 0..255 keeps the ratio of noise and contrast
+    for part in (bright, dark):
+        assert (part.std() / (bright.mean() - dark.mean())).item() == pytest.approx(0.05, rel=0.06)
+
+
+def test_contrast_is_a_gain_around_the_mean_of_the_window():
+    processor = ProbabilisticSamProcessor(16, 16, stretch_percentiles=(0, 100))
+    image = np.tile(np.arange(16, dtype=np.uint8) * 17, (16, 1))  # 0 to 255, mean 127.5
+    plain, low, high = (
+        view_pixel_values(image, View(0, False, (0, 0, 16), 1.0, contrast=gain), processor)[0, 0] * IMAGENET_STD[0]
+        + IMAGENET_MEAN[0]
+        for gain in (1.0, 0.5, 2.0)
+    )
+    assert torch.allclose(plain, torch.arange(16.0) * 17, atol=1e-3)
+    assert torch.allclose(low, 127.5 + 0.5 * (plain - 127.5), atol=1e-3)
+    assert torch.allclose(high, (127.5 + 2 * (plain - 127.5)).clamp(0, 255), atol=1e-3)
+
+
 # ------------------------------------------------------------------------------------------------------- embeddings
 
 
@@ -219,8 +338,23 @@ def test_cache_is_used_again_and_only_for_the_same_embeddings(make, dataset, mon
         make(num_views=1),
         make(augmentation=AUGMENTATION | {"max_shift": 3.0}),
         make(bf16=True),
+        make(augmentation=AUGMENTATION | {"rotation": 10.0}),
+        make(augmentation=AUGMENTATION | {"symmetries": "none"}),
     ]
-    assert len({cache.path for cache in [first, *changed]}) == 10
+    assert len({cache.path for cache in [first, *changed]}) == 12
+    assert make(augmentation=AUGMENTATION | ADDED_AUGMENTATION).path == first.path
+    # Caches that earlier versions wrote stay valid: the file is named by the hash of these values
+    vision, data = hashlib.sha256(), hashlib.sha256()
+    for name, value in sorted(tiny_model(tiny_vit_parts).vision_encoder.state_dict().items()):
+        vision.update(name.encode() + value.numpy().tobytes())
+    for row in dataset:
+        data.update(decode_image(row).tobytes() + np.packbits(decode_masks(row)).tobytes())
+    key = {
+        "version": 2, "vision_encoder": vision.hexdigest(), "data": data.hexdigest(), "num_views": 2, "seed": 0,
+        "processor": ProbabilisticSamProcessor(SIZE, 24).to_dict(), "augmentation": AUGMENTATION, "bf16": False,
+    }  # fmt: skip
+    name = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:20]
+    assert first.path.name == f"embeddings-{name}.npy"
 
 
 def test_latent_networks_do_not_make_a_new_cache(make):
@@ -239,6 +373,59 @@ def test_model_without_an_encoder_stores_the_pixels(make, dataset, processor):
     assert first.embeddings.shape == (6, 2, 16, 2, 2)
     pixels = view_pixel_values(decode_image(dataset[3]), first.view(3, 1), processor)
     assert np.allclose(first.embeddings[3, 1], pack_pixels(pixels[None])[0], atol=2e-3)
+
+
+@pytest.fixture(scope="module")
+def colour_rows(masks):
+    """Three rows with an RGB image: red objects on a blue background, and two readers."""
+    rng = np.random.default_rng(0)
+    image = np.zeros((40, 60, 3), np.uint8)
+    image[..., 2], image[..., 1] = 60, rng.integers(0, 20, (40, 60))
+    image[masks[0], 0] = 250
+    row = {
+        "image": {"bytes": encode_png(image), "path": None},
+        "masks": [{"bytes": encode_png(mask), "path": None} for mask in masks],
+    }
+    features = datasets.Features({name: FEATURES[name] for name in row})
+    return datasets.Dataset.from_list([row] * 3, features=features)
+
+
+def test_cache_takes_rgb_images(make, model, processor, colour_rows):
+    more = {"rotation": 30.0, "noise": 0.05, "contrast": 0.2}
+    cache = make(dataset=colour_rows, augmentation=AUGMENTATION | more)
+    image = decode_image(colour_rows[0])
+    assert image.shape == (40, 60, 3)
+    for number in range(2):
+        view = cache.view(1, number)
+        pixels = view_pixel_values(image, view, processor)
+        grey = pixels * torch.tensor(IMAGENET_STD)[:, None, None] + torch.tensor(IMAGENET_MEAN)[:, None, None]
+        seen = view_readers(cache.row_masks(1), view, SIZE)["labels"][0]
+        assert grey[0][seen].mean() > 2 * grey[2][seen].mean()  # red inside the mask
+        assert grey[2][~seen].mean() > 2 * grey[0][~seen].mean()  # blue outside
+        expected = model.get_image_embeddings(pixels[None])[0].numpy()
+        assert np.allclose(cache.embeddings[1, number], expected, atol=5e-3, rtol=5e-3)
+
+
+def test_grey_image_in_three_channels_equals_the_grey_image(masks):
+    """Gamma, noise and contrast belong to the image, so equal channels stay equal."""
+    processor = ProbabilisticSamProcessor(SIZE, 24, stretch_percentiles=(0, 100))
+    grey = np.random.default_rng(0).integers(0, 255, (40, 60)).astype(np.uint8)
+    more = {"rotation": 30.0, "noise": 0.05, "contrast": 0.3}
+    view = random_view(masks, processor, np.random.default_rng(0), **AUGMENTATION, **more)
+    expected = view_pixel_values(grey, view, processor)
+    assert torch.allclose(view_pixel_values(np.stack([grey] * 3, axis=-1), view, processor), expected, atol=1e-5)
+
+
+def test_gamma_has_one_scale_for_all_colours():
+    processor = ProbabilisticSamProcessor(16, 16, stretch_percentiles=(0, 100))
+    image = np.zeros((16, 16, 3), np.uint8)
+    image[..., 0], image[..., 1], image[8:] = 50, 100, 200  # 0..200; red is 1/4 and green 1/2 of it
+    plain, bent = (
+        view_pixel_values(image, View(0, False, (0, 0, 16), gamma), processor)[:, 0, 0]
+        * torch.tensor(IMAGENET_STD) + torch.tensor(IMAGENET_MEAN) for gamma in (1.0, 2.0)
+    )  # fmt: skip
+    assert (plain / 255).tolist() == pytest.approx([0.25, 0.5, 0], abs=1e-4)
+    assert (bent / 255).tolist() == pytest.approx([0.0625, 0.25, 0], abs=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------ several processes

@@ -154,6 +154,20 @@ def test_results_do_not_depend_on_batches_processes_or_encoder(script, dataset):
     assert by_process[1] == geds(expected)[4:8] + geds(expected)[12:]
 
 
+def test_each_row_is_scored_with_its_own_readers(dataset):
+    """A row of two and a row of four readers in one batch give the scores that each of them gives alone."""
+    two, four = (dict(dataset[index]) for index in (0, 1))
+    two["masks"] = two["masks"][:2]
+    scores = evaluation.evaluate_rows(StubModel(), StubProcessor(), [two, four], "union_box", 4, [0])
+    for row, found in zip((two, four), scores, strict=True):
+        masks = decode_masks(row)
+        assert found[0]["all"]["readers_annotated"] == masks.any(axis=(1, 2)).sum()
+        assert found[0]["all"]["empty_rate_readers"] == 1 - masks.any(axis=(1, 2)).mean()
+        alone = evaluation.evaluate_rows(StubModel(), StubProcessor(), [row], "union_box", 4, [0])[0]
+        assert found[0]["all"]["ged"] == alone[0]["all"]["ged"]
+    assert scores[0][0]["four_readers"] is None
+
+
 def test_seeds_are_separate_runs(script, dataset):
     _, both = run(script, EmbeddingModel(), dataset, seeds=(0, 7))
     _, first = run(script, EmbeddingModel(), dataset, seeds=(0,))

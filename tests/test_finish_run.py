@@ -15,8 +15,9 @@ pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
 
 from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamProcessor
+from probabilistic_sam.data import split_of
 from probabilistic_sam.data.build import write_dataset
-from probabilistic_sam.data.format import load_split
+from probabilistic_sam.data.format import encode_png, image_row, load_split
 from probabilistic_sam.errors import UserError
 from probabilistic_sam.training import finish
 from probabilistic_sam.training.embedding_cache import EmbeddingCache
@@ -48,6 +49,25 @@ def test_shift_by_hand():
     assert finish.find_shift(np.array([-1.0, 1.0]), np.array([0.25, 0.75])) == pytest.approx(0, abs=1e-9)
     with pytest.raises(UserError, match="empty masks is 0"):
         finish.find_shift(np.zeros(2), np.zeros(2))
+
+
+def test_share_of_empty_masks_is_that_of_the_present_readers(tmp_path):
+    empty, square = np.zeros((32, 32), bool), np.zeros((32, 32), bool)
+    square[10:20, 10:20] = True
+    readers = {0: [square, empty], 1: [square, square, square, empty]}  # the first row lacks two readers
+    identity = {"patient_id": "LIDC-IDRI-0001", "scan_id": 1, "nodule_id": 0, "source": "test"}
+    rows = [
+        image_row(
+            encode_png(square.astype(np.uint8)), [encode_png(mask) for mask in masks], "image", ["mask"] * len(masks),
+            slice_index=index, **identity,
+        )
+        for index, masks in readers.items()
+    ]  # fmt: skip
+    write_dataset(iter(rows), tmp_path / "lidc", "Made for a test.")
+    rows = load_split(tmp_path / "lidc", split_of("LIDC-IDRI-0001"))
+    model, processor = tiny_model(tiny_vit_parts), ProbabilisticSamProcessor(32, 32)
+    cache = EmbeddingCache(model, processor, rows, 0, 0, tmp_path / "cache")
+    assert finish.presence_means(model, cache, rows)[1].tolist() == [0.5, 0.25]
 
 
 def test_average_is_half_of_the_way():

@@ -24,16 +24,21 @@ from transformers import AutoModel, AutoProcessor
 pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
 
+from accelerate import Accelerator
+
 from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamProcessor
 from probabilistic_sam.data import split_of
 from probabilistic_sam.data.build import write_dataset
+from probabilistic_sam.data.format import decode_masks, image_row, load_split
 from probabilistic_sam.errors import UserError
 from probabilistic_sam.training import checkpoint, loop, models
 from probabilistic_sam.training import config as config_module
-from probabilistic_sam.training.batches import Batches
+from probabilistic_sam.training.batches import Batches, collate
 from probabilistic_sam.training.config import TrainingConfig, parse_overrides, read_config
+from probabilistic_sam.training.embedding_cache import EmbeddingCache
 from probabilistic_sam.training.log import latent_values
 from probabilistic_sam.training.optimization import Ema
+from probabilistic_sam.training.validation import Validation
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "training" / "train.py"
@@ -383,11 +388,10 @@ def test_batch_has_the_shapes_of_the_model(script):
     assert batch["input_boxes"].shape == (4, 1, 4)
     assert batch["labels"].shape == (4, 1, 3, 8, 8) and batch["labels"].dtype == torch.bool
     two = rows_of(batch).index(next(row for row in rows_of(batch) if row % 2 == 0))
-    assert batch["labels"][two, 0].any(dim=(1, 2)).tolist() == [
-        True,
-        True,
-        False,
-    ]  # the third is missing
+    assert batch["labels"][two, 0].any(dim=(1, 2)).tolist() == [True, True, False]  # the third reader is absent
+    assert batch["reader_mask"].shape == (4, 1, 3) and batch["reader_mask"].dtype == torch.bool
+    counts = [2 + int(row) % 2 for row in rows_of(batch)]
+    assert batch["reader_mask"].sum(dim=-1)[:, 0].tolist() == counts and batch["reader_mask"][two, 0, :2].all()
     assert make_batches(script, prompts={"center_point": 1.0})(0)["input_points"].shape == (4, 1, 1, 2)
 
 
@@ -404,13 +408,93 @@ def test_batch_tells_who_annotated_before_masks_are_resized(script, monkeypatch)
     assert batch["labels"].flatten(3).any(dim=-1)[:, 0].tolist() == [[True, False, False]] * 4  # the pixel is lost
 
 
-def test_log_averages_the_outline_over_annotated_masks(script):
-    kl = torch.tensor([[9.0, 1, 2], [9, 3, 4], [0, 50, 50]])[None, None]  # (B, P, R, L)
-    annotated = torch.tensor([[[True, True, False]]])
-    values = latent_values(kl, annotated, True)
+@pytest.mark.parametrize("path", ["base", ROOT / "model_cards" / "psam-lidc"], ids=["tiny", "shipped"])
+def test_an_absent_reader_does_not_change_the_loss(workspace, path):
+    model = ProbabilisticSamModel.from_pretrained(workspace / path).train()
+    model.config.energy_weight, side = 5.0, model.config.prompt_encoder_config.image_embedding_size
+    channels = model.config.vision_config.output_channels + 16
+    generator = torch.Generator().manual_seed(0)
+
+    def item(readers):
+        labels = torch.zeros(readers, 4 * side, 4 * side, dtype=torch.bool)
+        labels[:-1, side : 2 * side, side : 3 * side] = True  # the last reader annotated nothing
+        return {
+            "input_boxes": torch.tensor([0.2, 0.2, 0.8, 0.5]) * 16 * side, "labels": labels,
+            "annotated": labels.flatten(1).any(dim=1),
+            "image_embeddings": torch.randn(channels, side, side, generator=generator),
+        }  # fmt: skip
+
+    def run(batch):
+        torch.manual_seed(1)
+        output = model(**batch)
+        model.zero_grad()
+        output.loss.backward()
+        return output, [weight.grad.clone() for weight in model.parameters() if weight.grad is not None]
+
+    two, four, other = item(2), item(4), item(4)
+    output, _ = run(collate([two, four]))
+    assert output.kl_divergence[0, 0, 2:].eq(0).all() and output.kl_divergence[1].ne(0)[..., 0].all()
+    mean = output.kl_divergence[..., 0].sum().item() / 6  # of two and four readers
+    values = latent_values(
+        output.kl_divergence, *(collate([two, four])[k] for k in ("annotated", "reader_mask")), True
+    )
+    assert values["presence_nll"].item() == pytest.approx(mean)
+    changed = collate([two, four])
+    changed["labels"][0, 0, 2:] = changed["annotated"][0, 0, 2:] = True  # of the two absent readers
+    assert torch.equal(run(changed)[0].loss, output.loss)
+
+    # With the same number of readers in all rows, the loss and its gradients are those without a mask
+    batch = collate([four, other])
+    masked, gradients = run(batch)
+    plain, expected = run({name: value for name, value in batch.items() if name != "reader_mask"})
+    assert torch.equal(masked.loss, plain.loss) and len(gradients) == len(expected) > 20
+    assert all(torch.equal(one, other) for one, other in zip(gradients, expected, strict=True))
+
+
+def test_log_averages_the_outline_over_annotated_masks_and_the_presence_over_present_readers():
+    kl = torch.tensor([[9.0, 1, 2], [9, 3, 4], [0, 50, 50], [0, 0, 0]])[None, None]  # (B, P, R, L)
+    annotated = torch.tensor([[[True, True, False, False]]])
+    present = torch.tensor([[[True, True, True, False]]])
+    values = latent_values(kl, annotated, present, True)
     assert values["outline_kl"].item() == 5  # (1 + 2 + 3 + 4) / 2
     assert values["presence_nll"].item() == 6
-    assert latent_values(kl, annotated, False)["kl"].item() == pytest.approx(128 / 3)
+    assert latent_values(kl, annotated, present, False)["kl"].item() == pytest.approx(128 / 3)
+
+
+def test_rows_with_different_numbers_of_readers_are_trained_and_validated(train, tmp_path):
+    def some_readers(rows):
+        for number, row in enumerate(rows):
+            if number % 2:  # two readers of four; the first one annotated
+                row["masks"] = row["masks"][:2]
+                image, masks = row["image"]["bytes"], [mask["bytes"] for mask in row["masks"]]
+                row = image_row(
+                    image, masks, "image", ["mask 0", "mask 1"],
+                    **{name: row[name] for name in ("patient_id", "scan_id", "nodule_id", "slice_index", "source")},
+                )  # fmt: skip
+            yield row
+
+    write_dataset(some_readers(tiny_rows({"train": 2, "validation": 2})), tmp_path / "mixed", "Made for a test.")
+    more = ("--dataset", tmp_path / "mixed", "--cache_dir", tmp_path / "cache", "max_steps=2", "log_every=1")
+    train(tmp_path / "run", *more, "eval_every=2", "eval_slices=6")
+    log = read_log(tmp_path / "run")
+    assert [line["step"] for line in log] == [1, 2, 2] and all(np.isfinite(line["loss"]) for line in log[:2])
+
+    # Each row is scored with its own readers
+    rows = load_split(tmp_path / "mixed", "validation")
+    model = ProbabilisticSamModel.from_pretrained(tmp_path / "run").eval()
+    processor = ProbabilisticSamProcessor.from_pretrained(tmp_path / "run")
+    cache = EmbeddingCache(model, processor, rows, 0, 0, tmp_path / "cache")
+    validation = Validation(
+        rows, cache, processor, read_config(tmp_path / "run" / "training_config.yaml"), Accelerator()
+    )
+    for index, row in enumerate(rows):
+        masks = decode_masks(row)
+        with torch.no_grad():
+            scores = validation.score(model, index)
+        assert scores["all"]["empty_rate_readers"] == pytest.approx(1 - masks.any(axis=(1, 2)).mean())
+        assert len(scores["collapse"]["annotated"]) == len(masks) == len(cache.row_masks(index))
+        assert len(masks) == 4 or scores["four_readers"] is None
+    assert {len(row["masks"]) for row in rows} == {2, 4}
 
 
 def test_a_field_of_version_0_1_is_read_as_the_new_one(tmp_path):
@@ -425,14 +509,32 @@ def test_a_field_of_version_0_1_is_read_as_the_new_one(tmp_path):
 
 def test_overrides_replace_fields_of_the_file(train, workspace, tmp_path):
     values = ["max_steps=1", "model.energy_weight=0", "prompts.union_box=0.125", "augmentation.max_shift=2"]
+    values += [f"augmentation.{text}" for text in ("symmetries=flips", "rotation=15", "noise=5e-2", "contrast=0.2")]
     train(tmp_path / "run", *values, "--seed", 3, "learning_rate=2e-5", "mixed_precision=no")
     config = yaml.safe_load((tmp_path / "run" / "training_config.yaml").read_text())
     assert (config["max_steps"], config["seed"], config["learning_rate"]) == (1, 3, 2e-5)
     assert config["model"] == CONFIG["model"] | {"energy_weight": 0.0}
     assert config["prompts"] == CONFIG["prompts"] | {"union_box": 0.125}
-    assert config["augmentation"] == {"max_shift": 2.0, "max_zoom": 0.15, "max_gamma": 0.25}  # the others by default
+    assert config["augmentation"] == {  # the others by default
+        "max_shift": 2.0, "max_zoom": 0.15, "max_gamma": 0.25,
+        "symmetries": "flips", "rotation": 15.0, "noise": 0.05, "contrast": 0.2,
+    }  # fmt: skip
     assert config["mixed_precision"] == "no"
     assert json.loads((tmp_path / "run" / "config.json").read_text())["energy_weight"] == 0
+
+
+def test_configuration_without_the_new_augmentation_keeps_its_fingerprint():
+    old = {"max_shift": 6.0, "max_zoom": 0.15, "max_gamma": 0.25}
+    config = TrainingConfig.from_dict({"base_model": "random", "augmentation": old})
+    assert config == TrainingConfig(base_model="random")
+    model = torch.nn.Linear(1, 1)
+    recorded = checkpoint.fingerprint(config, model, {})
+    found = {name.removeprefix("augmentation."): recorded[name] for name in recorded if "augmentation" in name}
+    assert found == old
+    config = TrainingConfig.from_dict({"base_model": "random", "augmentation": {"rotation": 15, "symmetries": "none"}})
+    recorded = checkpoint.fingerprint(config, model, {})
+    assert recorded["augmentation.rotation"] == 15.0 and recorded["augmentation.symmetries"] == "none"
+    assert recorded["augmentation.max_shift"] == 6.0 and "augmentation.noise" not in recorded
 
 
 def test_override_may_replace_a_whole_group(workspace):
@@ -543,7 +645,12 @@ def configured(workspace, tmp_path, **changes):
         ({"image_size": 64}, "has image_size 32, the configuration 64; accepted: 32"),
         ({"prompts": {"reader_box": 1.0}}, "unknown field 'prompts.reader_box'; accepted: union_box"),
         ({"prompts": {"union_box": 0}}, "accepted: names with shares above 0"),
-        ({"augmentation": {"max_shift": 1}}, "accepted: all of max_shift, max_zoom, max_gamma"),
+        ({"augmentation": {"max_turn": 1}}, "unknown field 'augmentation.max_turn'; accepted: contrast, max_gamma, "),
+        ({"augmentation": {"symmetries": "all"}}, "symmetries is 'all'; accepted: dihedral, flips, none"),
+        ({"augmentation": {"rotation": 181}}, "augmentation.rotation is 181.0; accepted: 0 to 180"),
+        ({"augmentation": {"noise": "loud"}}, "augmentation.noise is 'loud'; accepted: 0 to 1"),
+        ({"augmentation": {"max_shift": -1}}, "augmentation.max_shift is -1.0; accepted: 0 or more"),
+        ({"augmentation": 3}, "'augmentation' expected a dict, got int"),
         ({"mixed_precision": "fp8"}, "'mixed_precision' expected one of .'no', 'bf16'., got fp8"),
         ({"batch_size": True}, "'batch_size' expected int, got bool"),
         ({"max_steps": -1}, "max_steps is -1; accepted: 0 or more"),

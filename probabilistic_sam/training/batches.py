@@ -37,7 +37,7 @@ class Batches:
 
         Returns:
             `image_embeddings` (B, C, g, g), `input_boxes` (B, 1, 4) or `input_points` (B, 1, 1, 2), `labels`
-            (B, 1, R, h, w) and `annotated` (B, 1, R). All rows of a batch have the same kind of prompt.
+            (B, 1, R, h, w), `annotated` and `reader_mask` (B, 1, R). All rows of a batch have the same kind of prompt.
         """
         epoch, offset = divmod(step, self.steps_per_epoch)
         if epoch != self.epoch:
@@ -64,9 +64,13 @@ class Batches:
 
 
 def collate(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Stack windows with one prompt each; missing readers get empty masks, which are not annotated."""
-    most = max(len(item["labels"]) for item in items)
-    batch = {}
+    """Stack windows with one prompt each.
+
+    Rows with fewer readers than the largest row are padded with empty masks; `reader_mask` is false there.
+    """
+    counts = torch.tensor([len(item["labels"]) for item in items])
+    most = int(counts.max())
+    batch = {"reader_mask": (torch.arange(most) < counts[:, None])[:, None]}
     for key in items[0]:
         values = [item[key] for item in items]
         if key in ("labels", "annotated"):

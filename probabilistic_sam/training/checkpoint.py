@@ -17,6 +17,7 @@ from ..errors import UserError
 from ..files import replaced_directory
 from .config import TrainingConfig
 from .optimization import Optimization
+from .windows import effective_augmentation
 
 # Fields that a resumed run may change, since neither weights nor scores depend on them. `base_model` is among them
 # because its weights are compared instead of its name
@@ -40,6 +41,8 @@ def fingerprint(config: TrainingConfig, model: PreTrainedModel, splits: dict[str
     for name, value in asdict(config).items():
         if name == "prompts":
             values[name] = json.dumps(value)  # the order matters, since a random number chooses among them
+        elif name == "augmentation":
+            values |= {f"{name}.{key}": item for key, item in effective_augmentation(value).items()}
         elif isinstance(value, dict):
             values |= {f"{name}.{key}": item for key, item in value.items()}
         elif name not in FREE_WHEN_RESUMED:

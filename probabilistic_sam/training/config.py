@@ -15,11 +15,13 @@ from .. import ProbabilisticSamConfig, ProbabilisticSamModel
 from ..baselines import BASELINES, EllipseConfig
 from ..configuration_probabilistic_sam import RENAMED
 from ..errors import UserError
+from .windows import ADDED_AUGMENTATION, SYMMETRIES
 
 MODELS = {item.config_class.model_type: item for item in (ProbabilisticSamModel, *BASELINES)}
 RANDOM = "random"  # base_model that is MobileSAM's architecture without its weights
 TRAINING_PROMPTS = ("union_box", "center_box", "center_point")
-AUGMENTATION = {"max_shift": 6.0, "max_zoom": 0.15, "max_gamma": 0.25}
+AUGMENTATION: dict[str, Any] = {"max_shift": 6.0, "max_zoom": 0.15, "max_gamma": 0.25} | ADDED_AUGMENTATION
+LARGEST = {"max_shift": math.inf, "max_zoom": 2, "max_gamma": 2, "rotation": 180, "noise": 1, "contrast": 2}
 
 
 def number(default: float, least: float = 0, below: float = math.inf) -> Any:
@@ -44,7 +46,7 @@ class TrainingConfig:
     seed: int = number(0)
     prompts: dict[str, float] = field(default_factory=lambda: {"union_box": 1.0})  # name -> share of the batches
     num_views: int = number(2)  # augmented views per row in the embedding cache; 0: the plain view only
-    augmentation: dict[str, float] = field(default_factory=AUGMENTATION.copy)  # arguments of windows.random_view
+    augmentation: dict[str, Any] = field(default_factory=AUGMENTATION.copy)  # arguments of windows.random_view
     batch_size: int = number(16, least=1)  # rows per step, over all processes
     max_steps: int = number(4000)
     learning_rate: float = number(2e-4)  # of SAM's mask decoder
@@ -76,6 +78,9 @@ class TrainingConfig:
         for name, value in known.items():
             if types[name] == dict[str, float] and isinstance(value, dict):
                 known[name] = convert(value, dict.fromkeys(value, float), f"{name}.")
+        if isinstance(known.get("augmentation"), dict):
+            types_ = {name: type(value) for name, value in AUGMENTATION.items()}
+            known["augmentation"] = convert(known["augmentation"], types_, "augmentation.")
         if isinstance(known.get("model"), dict):
             kind = known["model"].get("model_type", ProbabilisticSamConfig.model_type)
             known["model"] = convert(known["model"], model_fields(kind), "model.")
@@ -83,6 +88,9 @@ class TrainingConfig:
             return cls(**known)
         except StrictDataclassError as error:
             raise ValueError(explain(error)) from error
+
+    def __post_init__(self) -> None:
+        self.augmentation = AUGMENTATION | self.augmentation
 
     @property
     def model_type(self) -> str:
@@ -100,15 +108,24 @@ class TrainingConfig:
                 raise ValueError(f"{item.name} is {value}; accepted: {accepted}")
 
     def validate_names(self) -> None:
-        """Check the names of prompts and of augmentations."""
+        """Check the names of prompts and of the fields of `augmentation`."""
         for name, accepted in (("prompts", TRAINING_PROMPTS), ("augmentation", tuple(AUGMENTATION))):
             for key in getattr(self, name):
                 if key not in accepted:
                     raise ValueError(f"unknown field {f'{name}.{key}'!r}; accepted: {', '.join(accepted)}")
         if not self.prompts or min(self.prompts.values()) <= 0:
             raise ValueError(f"prompts are {self.prompts}; accepted: names with shares above 0")
-        if self.num_views and set(self.augmentation) != set(AUGMENTATION):
-            raise ValueError(f"augmentation is {self.augmentation}; accepted: all of {', '.join(AUGMENTATION)}")
+
+    def validate_augmentation(self) -> None:
+        """Check the values of `augmentation`."""
+        symmetries = self.augmentation["symmetries"]
+        if symmetries not in SYMMETRIES:
+            raise ValueError(f"augmentation.symmetries is {symmetries!r}; accepted: {', '.join(SYMMETRIES)}")
+        for name, largest in LARGEST.items():
+            value = self.augmentation[name]
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= largest:
+                accepted = "0 or more" if math.isinf(largest) else f"0 to {largest}"
+                raise ValueError(f"augmentation.{name} is {value!r}; accepted: {accepted}")
 
     def validate_model(self) -> None:
         """Check the fields of the model by building its configuration."""

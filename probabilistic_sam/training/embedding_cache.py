@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from ..data.format import decode_image, decode_masks
 from ..errors import UserError
 from ..processing_probabilistic_sam import ProbabilisticSamProcessor
-from .windows import View, plain_view, random_view, view_pixel_values
+from .windows import View, effective_augmentation, plain_view, random_view, view_pixel_values
 
 CACHE_VERSION = 2
 
@@ -41,7 +41,7 @@ class EmbeddingCache:
         num_views: * augmented views per row; 0 stores only the plain view, which the processor cuts.
         seed: * of the views.
         cache_dir: folder of all caches.
-        augmentation: * `max_shift`, `max_zoom`, `max_gamma` of `random_view`.
+        augmentation: * of `random_view`; fields without effect are not in the hash.
         rank, world_size, barrier: the processes that share the work, and how they wait for each other.
         batch_size: images per call of the encoder.
         bf16: * encode in bfloat16.
@@ -58,7 +58,7 @@ class EmbeddingCache:
         num_views: int,
         seed: int,
         cache_dir: str | os.PathLike,
-        augmentation: dict[str, float] | None = None,
+        augmentation: dict[str, Any] | None = None,
         rank: int = 0,
         world_size: int = 1,
         barrier: Callable[[], None] = lambda: None,
@@ -72,7 +72,10 @@ class EmbeddingCache:
         for row in dataset.select_columns(["image", "masks"]).with_format(None):
             masks = decode_masks(row)
             self.masks.append((np.packbits(masks), masks.shape))
-            images.update(decode_image(row).tobytes())
+            image = decode_image(row)
+            if image.ndim == 3:  # RGB
+                images.update(repr(image.shape).encode())
+            images.update(image.tobytes())
             images.update(self.masks[-1][0].tobytes())
         vision = hashlib.sha256()
         encoder = getattr(model, "vision_encoder", None)
@@ -85,7 +88,7 @@ class EmbeddingCache:
             "processor": processor.to_dict(),
             "num_views": num_views,
             "seed": seed,
-            "augmentation": augmentation,
+            "augmentation": None if augmentation is None else effective_augmentation(augmentation),
             "bf16": bf16,
         }
         name = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:20]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..files import write_text
+from ..loss_probabilistic_sam import masked_mean
 
 
 class Log:
@@ -42,12 +43,15 @@ class Log:
                 self.writer.add_scalar(name, value, step)
 
 
-def latent_values(kl: torch.Tensor | None, annotated: torch.Tensor, has_presence: bool) -> dict[str, torch.Tensor]:
-    """Columns of the log for a KL divergence.
+def latent_values(
+    kl: torch.Tensor | None, annotated: torch.Tensor, reader_mask: torch.Tensor, has_presence: bool
+) -> dict[str, torch.Tensor]:
+    """Columns of the log for a KL divergence, averaged over the readers who are present.
 
     Args:
         kl: (B, P, R, L) in nats by latent coordinate, or None for a model without a latent space.
-        annotated: (B, P, R), whose masks are not empty. The coordinates of the outline count for these only.
+        annotated: (B, P, R) bool, whose masks are not empty. The coordinates of the outline count for these only.
+        reader_mask: (B, P, R) bool, readers who are present.
         has_presence: coordinate 0 is the presence.
 
     Returns:
@@ -56,6 +60,6 @@ def latent_values(kl: torch.Tensor | None, annotated: torch.Tensor, has_presence
     if kl is None:
         return {}
     if not has_presence:
-        return {"kl": kl.sum(dim=-1).mean()}
-    outline = (kl[..., 1:].sum(dim=-1) * annotated).sum() / annotated.sum().clamp(min=1)
-    return {"outline_kl": outline, "presence_nll": kl[..., 0].mean()}
+        return {"kl": masked_mean(kl.sum(dim=-1), reader_mask)}
+    outline = masked_mean(kl[..., 1:].sum(dim=-1), annotated & reader_mask)
+    return {"outline_kl": outline, "presence_nll": masked_mean(kl[..., 0], reader_mask)}

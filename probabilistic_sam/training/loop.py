@@ -267,7 +267,7 @@ class Run:
         has_presence = isinstance(self.model, ProbabilisticSamModel)
         values = {
             "loss": output.loss, "reconstruction_loss": output.reconstruction_loss,
-            **latent_values(output.kl_divergence, batch["annotated"], has_presence),
+            **latent_values(output.kl_divergence, batch["annotated"], batch["reader_mask"], has_presence),
             "energy_distance": output.energy_distance, "grad_norm": norm,
         }  # fmt: skip
         for name, value in values.items():

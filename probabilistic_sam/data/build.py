@@ -109,7 +109,8 @@ def _spool_rows(rows: Iterable[dict], path: Path, report: BuildReport) -> dict[R
             for row, columns in zip(batch, record.select(PLAIN_COLUMNS).to_pylist(), strict=True):
                 key = row_key(columns)
                 if key in digests:
-                    raise UserError(f"{key[0]} nodule {key[1]} slice {key[2]}: two rows with this identity")
+                    place = f"nodule {key[1]} slice {key[2]}" if not key[3] else f"image {key[3]}"
+                    raise UserError(f"{key[0]} {place}: two rows with this identity")
                 digests[key] = row_sha256(columns, row["pixels_sha256"])
             writer.write_batch(record)
     return digests
@@ -136,9 +137,7 @@ def _write_split(table: pa.Table, order: list[int], directory: Path, split: str)
 
 
 def _manifest(report: BuildReport, digests: Mapping[RowKey, bytes]) -> dict[str, Any]:
-    by_split = {
-        split: {key: digest for key, digest in digests.items() if split_of(key[0]) == split} for split in report.splits
-    }
+    by_split = {split: [item for item in digests.items() if split_of(item[0][0]) == split] for split in report.splits}
     distributions = {distribution.name.lower() for distribution in importlib.metadata.distributions()}
     return {
         "format": FORMAT_VERSION,

@@ -437,10 +437,10 @@ def test_card_counts_only_known_identities(tmp_path):
     ("count", "category"), [(999, "n<1K"), (1000, "1K<n<10K"), (99_999, "10K<n<100K"), (2_000_000, "n>1M")]
 )
 def test_card_names_the_size(count, category):
-    report = BuildReport()
+    report = BuildReport(Origin("Made up."))
     report.add({**IDENTITY, "num_nonempty": 1, "masks": [None]})
     report.slices["train"] = count
-    assert dataset_card(report, Origin("Made up.")).data.size_categories == [category]
+    assert dataset_card(report).data.size_categories == [category]
 
 
 def test_load_split_errors_list_what_is_accepted(tmp_path):

@@ -15,7 +15,7 @@ from tiny import load_script
 
 from probabilistic_sam.data import split_of
 from probabilistic_sam.data.folder import FolderSource
-from probabilistic_sam.data.format import decode_image, decode_masks, load_split
+from probabilistic_sam.data.format import decode_image, decode_masks, encode_png, image_row, load_split
 from probabilistic_sam.errors import UserError, run
 
 CELLS = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "cells-several-readers.tar.gz"
@@ -53,6 +53,22 @@ def make_folder(root: Path, images=(TRAIN[0], VALIDATION[0])) -> Path:
 
 def rows_of(root: Path, **options) -> dict[str, dict]:
     return {row["image_id"]: row for row in FolderSource(root, **options)}
+
+
+def test_rgb_rows_are_evaluated_like_grey_ones():
+    from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamProcessor
+    from probabilistic_sam.evaluation import evaluate_rows
+
+    folder = Path(__file__).resolve().parent.parent / "model_cards" / "psam-lidc"
+    model, processor = (kind.from_pretrained(folder) for kind in (ProbabilisticSamModel, ProbabilisticSamProcessor))
+    grey = np.random.default_rng(0).integers(0, 255, size=(70, 90), dtype=np.uint8)
+    masks = [encode_png(square(20, 30, side, grey.shape) > 0) for side in (12, 20)]
+    rows = [
+        image_row(encode_png(image), masks, "image", ["a", "b"], patient_id="p", image_id="x", source="folder")
+        for image in (grey, np.stack([grey] * 3, axis=-1), np.stack([grey, 255 - grey, grey], axis=-1))
+    ]
+    scores = [one[0]["all"]["ged"] for one in evaluate_rows(model.eval(), processor, rows, "union_box", 4, [0])]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-6) and scores[0] != scores[2]
 
 
 @pytest.fixture

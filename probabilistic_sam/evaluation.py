@@ -17,7 +17,7 @@ from .metrics import slice_collapse, slice_metrics
 from .metrics.functional import majority_mask
 
 ORACLES = ("oracle:majority", "oracle:readers")
-IDENTITY = ["patient_id", "scan_id", "nodule_id", "slice_index", "source"]
+IDENTITY = ["patient_id", "scan_id", "nodule_id", "slice_index", "image_id", "source"]
 SELECTION = "the first max_slices of the split in the order of a hash of each slice's identity"
 READER_BOX_NOTE = (
     "num_samples samples were generated with each reader's own box, which reveals the answer: dice_max_per_reader, "

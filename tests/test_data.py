@@ -4,6 +4,8 @@ import errno
 import hashlib
 import io
 import json
+import struct
+import zlib
 
 import numpy as np
 import PIL.Image
@@ -139,6 +141,8 @@ def test_prompts_of_a_row_are_the_same_in_every_process():
     assert row_seed(IDENTITY, "union_box") == SEED
     assert len({row_seed(IDENTITY, prompt) for prompt in PROMPTS}) == len(PROMPTS)
     assert row_seed({**IDENTITY, "slice_index": 4}, "union_box") != row_seed(IDENTITY, "union_box")
+    assert row_seed({**IDENTITY, "image_id": None}, "union_box") == SEED
+    assert len({row_seed({**IDENTITY, "image_id": name}, "union_box") for name in (None, "a", "b")}) == 3
     first, second = (make_prompt(MASKS, "union_box", np.random.default_rng(SEED)) for _ in range(2))
     assert first == second
 
@@ -188,8 +192,28 @@ def test_masks_of_another_value_or_size_are_named():
         image_row(image, [encode_png(np.arange(64, dtype=np.uint8).reshape(8, 8))], "image", ["mask-0"])
     with pytest.raises(UserError, match="mask-0: mask is 9x8 pixels; accepted: 8x8"):
         image_row(image, [encode_png(np.zeros((8, 9), dtype=bool))], "image", ["mask-0"])
-    with pytest.raises(UserError, match="image: PNG of mode RGB"):
-        image_row(encode_png(np.zeros((8, 8, 3), dtype=np.uint8)), [], "image", [])
+    with pytest.raises(UserError, match="image: PNG of mode RGBA, 8 bits; accepted: 8 or 16 bit grey, or 8 bit RGB"):
+        image_row(encode_png(np.zeros((8, 8, 4), dtype=np.uint8)), [], "image", [])
+
+
+def test_rgb_images_are_kept_and_those_of_16_bits_refused():
+    image = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
+    row = image_row(encode_png(image), [encode_png(np.ones((2, 3), dtype=bool))], "image", ["mask"])
+    np.testing.assert_array_equal(decode_image(row), image)
+    assert decode_masks(row).shape == (1, 2, 3)
+    with pytest.raises(UserError, match="deep: PNG of mode RGB, 16 bits; accepted: 8 or 16 bit grey, or 8 bit RGB"):
+        image_row(png_rgb16(2, 3), [], "deep", [])
+
+
+def png_rgb16(height: int, width: int) -> bytes:
+    """A PNG of 16-bit RGB, which Pillow cannot write."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    pixels = zlib.compress((b"\0" + bytes(6 * width)) * height)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
 def test_build_opens_with_datasets_and_with_load_split(tmp_path):
@@ -295,7 +319,8 @@ def test_manifest_hash_is_computed_as_documented(tmp_path):
     image = np.full((64, 64), 7, dtype=np.uint8)
     image[0] = np.arange(64)
     pixels = hashlib.sha256(array("uint8", image) + b"".join(array("bool", mask) for mask in MASKS)).digest()
-    columns = dict.fromkeys(name for name in FEATURES if name not in ("image", "masks")) | IDENTITY
+    later = ("image_id", "reader_ids")  # hashed only where they are known
+    columns = dict.fromkeys(name for name in FEATURES if name not in ("image", "masks", *later)) | IDENTITY
     text = json.dumps(columns | {"num_nonempty": 2}, sort_keys=True)
     content = hashlib.sha256(text.encode() + pixels).digest()
     expected = {"train": {"rows": 1, "sha256": hashlib.sha256(content).hexdigest()}}
@@ -412,10 +437,10 @@ def test_card_counts_only_known_identities(tmp_path):
     ("count", "category"), [(999, "n<1K"), (1000, "1K<n<10K"), (99_999, "10K<n<100K"), (2_000_000, "n>1M")]
 )
 def test_card_names_the_size(count, category):
-    report = BuildReport()
+    report = BuildReport(Origin("Made up."))
     report.add({**IDENTITY, "num_nonempty": 1, "masks": [None]})
     report.slices["train"] = count
-    assert dataset_card(report, Origin("Made up.")).data.size_categories == [category]
+    assert dataset_card(report).data.size_categories == [category]
 
 
 def test_load_split_errors_list_what_is_accepted(tmp_path):
@@ -452,6 +477,42 @@ def test_columns_of_another_type_are_refused(tmp_path):
     rows.cast_column("nodule_id", datasets.Value("string")).to_parquet(path)
     with pytest.raises(UserError, match=r"column 'nodule_id' is Value\('string'\); accepted: Value\('int32'\)"):
         load_split(tmp_path / "build", "train")
-    rows.remove_columns("z_mm").to_parquet(path)
-    with pytest.raises(UserError, match="has no column 'z_mm'; accepted: the output of training/build_dataset"):
+    rows.remove_columns("masks").to_parquet(path)
+    with pytest.raises(UserError, match="has no column 'masks'; accepted: the output of training/build_dataset"):
         load_split(tmp_path / "build", "train")
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_builds_of_other_software_need_three_columns(tmp_path, saved):
+    import datasets
+
+    first = make_row(grey=3)
+    columns = {"image": [first["image"]] * 2, "masks": [first["masks"], first["masks"][:1]], "patient_id": ["a", "b"]}
+    features = datasets.Features({name: FEATURES[name] for name in columns} | {"mine": datasets.Value("string")})
+    rows = datasets.Dataset.from_dict(columns | {"mine": ["x", "y"]}, features=features)
+    if saved:
+        datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path)
+    else:
+        (tmp_path / "data").mkdir()
+        rows.to_parquet(tmp_path / "data" / "train-00000-of-00001.parquet")
+    train = load_split(tmp_path, "train")
+    assert train.features == FEATURES and train["patient_id"] == ["a", "b"]
+    assert {name for name, value in train[0].items() if value is not None} == set(columns)
+    np.testing.assert_array_equal(decode_image(train[1]), decode_image(first))
+    assert [len(decode_masks(row)) for row in train] == [3, 1]
+    assert row_seed(train[0], "union_box") != row_seed(train[1], "union_box")
+    assert split_content(train)["rows"] == 2
+    with pytest.raises(UserError, match="has no split 'test'; accepted: train"):
+        load_split(tmp_path, "test")
+
+
+def test_rows_of_other_software_that_do_not_decode_are_named():
+    row = make_row() | {"image_id": "x"}
+    for mode, value in (("RGBA", (0, 0, 0, 0)), ("I", 70_000), ("F", 0.5)):
+        with pytest.raises(UserError, match=f"0001, image_id x: image of mode {mode}; accepted: 8 or 16 bit grey"):
+            decode_image(row | {"image": PIL.Image.new(mode, (2, 2), value)})
+    with pytest.raises(UserError, match="image_id x: no image"):
+        decode_image(row | {"image": None})
+    for masks in (None, [], [PIL.Image.new("1", (2, 2)), PIL.Image.new("1", (2, 3))]):
+        with pytest.raises(UserError, match=r"image_id x: masks of shapes .*; accepted: one or more masks"):
+            decode_masks(row | {"masks": masks})

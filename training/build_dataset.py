@@ -1,10 +1,11 @@
-"""Build a dataset of CT slices with the masks of all readers, as Parquet files split by patient.
+"""Build a dataset of images with the masks of all readers, as Parquet files split by patient.
 
 For example:
 
   python training/build_dataset.py dicom --input FOLDER --output lidc --num-proc 8
   python training/build_dataset.py slices --input lidc-idri-slices.tar.gz --output lidc
   python training/build_dataset.py phantom --output phantom
+  python training/build_dataset.py folder --input FOLDER --output mine
 
 The output directory gets Parquet files, a dataset card (README.md) and manifest.json. Two builds have the same content
 if their manifests have the same hashes.
@@ -24,6 +25,7 @@ from tqdm import tqdm
 
 from probabilistic_sam.data.build import NoRows, check_output, write_dataset
 from probabilistic_sam.data.card import UNKNOWN, BuildReport, Note, Origin
+from probabilistic_sam.data.folder import OBJECTS, SPLIT_BY, FolderSource
 from probabilistic_sam.data.lidc import dicom, hpunet, phantom, pickle_crops, slices
 from probabilistic_sam.data.parts import Job, finished_parts, part_rows, parts_folder
 from probabilistic_sam.errors import UserError, run
@@ -61,6 +63,22 @@ def parse_args() -> argparse.Namespace:
         default=64,
         help="number of nodules, with all of their slices (default 64, all: 2651)",
     )
+    of_folder = add_source("folder", "your own images/ID.EXT and masks/READER/ID.png, with an optional table.csv")
+    of_folder.add_argument("--input", type=Path, required=True, help="folder of images, masks and table.csv")
+    of_folder.add_argument(
+        "--objects",
+        choices=OBJECTS,
+        default="image",
+        help="one row per image, or per connected component of the union of the masks (default image)",
+    )
+    of_folder.add_argument(
+        "--split-by",
+        choices=SPLIT_BY,
+        default="hash",
+        help="split by the hash of the group's name, or as the column split of table.csv says (default hash)",
+    )
+    of_folder.add_argument("--source-name", metavar="NAME", help="title of the card (default: the folder's name)")
+    of_folder.add_argument("--license", help="licence on the card, such as cc-by-4.0 (default: none stated)")
     for source in (of_dicom, of_phantom):
         source.add_argument("--num-proc", type=int, default=1, help="number of processes (default 1)")
         source.add_argument(
@@ -75,7 +93,7 @@ def parse_args() -> argparse.Namespace:
             default=0,
             help="the shard to build, from 0 (default 0); a shard without rows is not written",
         )
-    for source in (of_dicom, of_slices, of_pickle, of_hpunet, of_phantom):
+    for source in (of_dicom, of_slices, of_pickle, of_hpunet, of_phantom, of_folder):
         source.add_argument("--output", type=Path, required=True, help="directory to write, new or an earlier build")
         source.add_argument("--push-to-hub", metavar="ORG/NAME", help="push the build to this dataset on the Hub")
         source.add_argument("--private", action="store_true", help="make the dataset on the Hub private")
@@ -126,7 +144,7 @@ def build(args: argparse.Namespace) -> BuildReport | None:
     notes: list[Note] = []
     rows, origin = open_source(args, notes)
     try:
-        report = write_dataset(tqdm(rows, unit=" slices", desc=args.source), args.output, origin, notes)
+        report = write_dataset(tqdm(rows, unit=" rows", desc=args.source), args.output, origin, notes)
     except NoRows:
         if args.source not in SOURCES_OF_JOBS or args.num_shards == 1 or args.output.exists():
             raise
@@ -135,6 +153,8 @@ def build(args: argparse.Namespace) -> BuildReport | None:
         for note in notes:
             if note.detail:
                 print(note.detail)
+    if isinstance(rows, FolderSource):
+        print(rows.size_line())
     if args.source in SOURCES_OF_JOBS:
         shutil.rmtree(parts_folder(args.output))
     return report
@@ -148,6 +168,9 @@ def open_source(args: argparse.Namespace, notes: list[Note]) -> tuple[Iterable[d
         return pickle_crops.read_pickle(args.input), pickle_crops.ORIGIN
     if args.source == "hpunet":
         return hpunet.read_hpunet(args.input), hpunet.ORIGIN
+    if args.source == "folder":
+        source = FolderSource(args.input, args.objects, args.split_by, args.source_name, args.license)
+        return source, source.origin
     if args.source == "phantom":
         jobs = phantom.phantom_jobs(args.num_nodules)[args.shard_index :: args.num_shards]
         return rows_of_jobs(jobs, args, notes), phantom.ORIGIN

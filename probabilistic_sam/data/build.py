@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..files import replaced_directory, write_json
 from .card import BUILD_TAG, BuildReport, Note, Origin, dataset_card
 from .format import FEATURES, FORMAT_VERSION, PLAIN_COLUMNS, RowKey, content_of, row_key, row_sha256
-from .splits import SPLITS, split_of
+from .splits import SPLITS
 
 BUILD_FILES = ("README.md", "data", "manifest.json")
 SHARD_BYTES = 500_000_000
@@ -50,25 +50,26 @@ def write_dataset(
     """
     output = Path(output)
     check_output(output)
-    report = BuildReport()
+    report = BuildReport(Origin(origin) if isinstance(origin, str) else origin)
     with replaced_directory(output, BUILD_FILES) as folder:
         spool = folder / "spool.arrow"
         digests = _spool_rows(rows, spool, report)
         report.add_notes(notes)
         if not digests:
-            raise NoRows(f"{output}: nothing to write, the source has no slice that a reader annotated")
+            raise NoRows(
+                f"{output}: nothing to write, the source has no {report.origin.rows[:-1]} that a reader annotated"
+            )
         (folder / "data").mkdir()
         with pa.memory_map(str(spool)) as source:
             table = pa.ipc.open_file(source).read_all()
             positions = sorted((key, position) for position, key in enumerate(digests))
             for split in report.splits:
-                order = [position for key, position in positions if split_of(key[0]) == split]
+                order = [position for key, position in positions if report.origin.split_of(key[0]) == split]
                 _write_split(table, order, folder / "data", split)
             del table
         spool.unlink()
         write_json(folder / "manifest.json", _manifest(report, digests))
-        card = dataset_card(report, Origin(origin) if isinstance(origin, str) else origin, notes)
-        (folder / "README.md").write_text(f"{card}\n", encoding="utf-8")
+        (folder / "README.md").write_text(f"{dataset_card(report, notes)}\n", encoding="utf-8")
     return report
 
 
@@ -109,7 +110,8 @@ def _spool_rows(rows: Iterable[dict], path: Path, report: BuildReport) -> dict[R
             for row, columns in zip(batch, record.select(PLAIN_COLUMNS).to_pylist(), strict=True):
                 key = row_key(columns)
                 if key in digests:
-                    raise UserError(f"{key[0]} nodule {key[1]} slice {key[2]}: two rows with this identity")
+                    place = f"nodule {key[1]} slice {key[2]}" if not key[3] else f"image {key[3]}"
+                    raise UserError(f"{key[0]} {place}: two rows with this identity")
                 digests[key] = row_sha256(columns, row["pixels_sha256"])
             writer.write_batch(record)
     return digests
@@ -136,9 +138,8 @@ def _write_split(table: pa.Table, order: list[int], directory: Path, split: str)
 
 
 def _manifest(report: BuildReport, digests: Mapping[RowKey, bytes]) -> dict[str, Any]:
-    by_split = {
-        split: {key: digest for key, digest in digests.items() if split_of(key[0]) == split} for split in report.splits
-    }
+    split_of = report.origin.split_of
+    by_split = {split: [item for item in digests.items() if split_of(item[0][0]) == split] for split in report.splits}
     distributions = {distribution.name.lower() for distribution in importlib.metadata.distributions()}
     return {
         "format": FORMAT_VERSION,

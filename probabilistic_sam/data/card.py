@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import DatasetCard, DatasetCardData
 
-from .splits import SPLITS, split_of
+from . import splits
+from .splits import SPLITS
 
 BUILD_TAG = "probabilistic-sam-build"
 TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -25,12 +26,32 @@ class Origin(NamedTuple):
         title: title of the card.
         is_lidc: the masks are those of LIDC-IDRI; the card gives its licence and citation.
         has_nodules: `nodule_id` identifies a nodule. Otherwise it is only part of the row's identity.
+        is_scan: rows are slices of the scans of patients. Otherwise they are images in groups, without a nodule.
+        license: licence of the data, where it is not that of LIDC-IDRI and is known.
+        splits: split of each patient or group, where it is not the one of the hash.
     """
 
     text: str
     title: str = "Images with readers' masks"
     is_lidc: bool = False
     has_nodules: bool = True
+    is_scan: bool = True
+    license: str | None = None
+    splits: Mapping[str, str] | None = None
+
+    def split_of(self, patient_id: str) -> str:
+        """Split of a patient or group."""
+        return splits.split_of(patient_id) if self.splits is None else self.splits[patient_id]
+
+    @property
+    def groups(self) -> str:
+        """What a split does not cut, in the plural."""
+        return "patients" if self.is_scan else "groups"
+
+    @property
+    def rows(self) -> str:
+        """What a row is, in the plural."""
+        return "slices" if self.is_scan else "images"
 
 
 class Note(NamedTuple):
@@ -48,9 +69,14 @@ class Note(NamedTuple):
 
 
 class BuildReport:
-    """Counts of patients, scans, nodules and slices by split, and of what was left out by kind."""
+    """Counts of patients, scans, nodules and slices by split, and of what was left out by kind.
 
-    def __init__(self) -> None:
+    Args:
+        origin: of the rows.
+    """
+
+    def __init__(self, origin: Origin) -> None:
+        self.origin = origin
         self.patients: dict[str, set] = defaultdict(set)
         self.scans: dict[str, set] = defaultdict(set)
         self.without_scan: Counter[str] = Counter()
@@ -64,9 +90,9 @@ class BuildReport:
     def add(self, row: Mapping[str, Any]) -> bool:
         """Count a row. Returns False if no reader annotated it; such a row is dropped."""
         if not row["num_nonempty"]:
-            self.left_out["slices without any mask dropped"] += 1
+            self.left_out[f"{self.origin.rows} without any mask dropped"] += 1
             return False
-        split = split_of(row["patient_id"])
+        split = self.origin.split_of(row["patient_id"])
         self.patients[split].add(row["patient_id"])
         if row["scan_id"] is None:
             self.without_scan[split] += 1
@@ -102,9 +128,10 @@ class BuildReport:
         return f"at least {found:,}" if found else UNKNOWN
 
     def summary(self) -> str:
-        """One line: patients and slices of each split."""
+        """One line: patients and slices, or groups and images, of each split."""
+        groups, rows = self.origin.groups, self.origin.rows
         return "; ".join(
-            f"{split} {len(self.patients[split]):,} patients, {self.slices[split]:,} slices" for split in self.splits
+            f"{split} {len(self.patients[split]):,} {groups}, {self.slices[split]:,} {rows}" for split in self.splits
         )
 
     def left_out_lines(self) -> list[str]:
@@ -112,17 +139,17 @@ class BuildReport:
         return [f"{count:,} {kind}" for kind, count in sorted(self.left_out.items())] or ["nothing was left out"]
 
 
-def dataset_card(report: BuildReport, origin: Origin, notes: Sequence[Note] = ()) -> DatasetCard:
+def dataset_card(report: BuildReport, notes: Sequence[Note] = ()) -> DatasetCard:
     """The card of a build.
 
     Args:
         report: counts of the build.
-        origin: what the source states.
         notes: what the source left out. The card counts all of them and shows the first `CARD_NOTES` in full.
     """
+    origin = report.origin
     total = sum(report.slices.values())
     data = DatasetCardData(
-        license="cc-by-3.0" if origin.is_lidc else None,
+        license="cc-by-3.0" if origin.is_lidc else origin.license,
         pretty_name=origin.title,
         task_categories=["mask-generation", "image-segmentation"],
         size_categories=[next((name for most, name in SIZE_CATEGORIES.items() if total < most), "n>1M")],
@@ -134,15 +161,13 @@ def dataset_card(report: BuildReport, origin: Origin, notes: Sequence[Note] = ()
             }
         ],
     )
-    sizes = {
-        split: [
-            len(report.patients[split]),
-            report.num_scans([split]),
-            len(report.nodules[split]) if origin.has_nodules else UNKNOWN,
-            report.slices[split],
-        ]
-        for split in report.splits
-    }
+    sizes: dict[str, dict[str, int | str]] = {}
+    for split in report.splits:
+        sizes[split] = {origin.groups: len(report.patients[split])}
+        if origin.is_scan:
+            sizes[split]["scans"] = report.num_scans([split])
+            sizes[split]["nodules"] = len(report.nodules[split]) if origin.has_nodules else UNKNOWN
+        sizes[split][origin.rows] = report.slices[split]
     fewest, most = min(report.masks_per_row), max(report.masks_per_row)
     readers = range(1, most + 1)
     return DatasetCard.from_template(
@@ -150,7 +175,7 @@ def dataset_card(report: BuildReport, origin: Origin, notes: Sequence[Note] = ()
         str(TEMPLATE),
         origin=origin,
         masks_per_row=most if fewest == most else f"{fewest} to {most}",
-        sizes=_table(["patients", "scans", "nodules", "slices"], sizes),
+        sizes=_table(list(sizes[report.splits[0]]), {split: list(cells.values()) for split, cells in sizes.items()}),
         readers=_table(readers, {split: [report.by_readers[split][n] for n in readers] for split in report.splits}),
         sources=_table(
             report.sources, {split: [report.by_source[split][s] for s in report.sources] for split in report.splits}

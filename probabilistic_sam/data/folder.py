@@ -1,0 +1,343 @@
+"""Source `folder`: your own images with the masks of several readers, as files in folders.
+
+    DIR/images/ID.EXT           PNG, TIFF, JPEG or DICOM; grey (8 or 16 bit) or RGB (8 bit)
+    DIR/masks/READER/ID.png     or ID.tif: one folder per reader; 1 bit, or values 0/1 or 0/255
+    DIR/table.csv               optional: columns id and any of group, spacing_mm, split
+
+ID is a file's name without its last suffix. A reader without a file for an image is absent: they did not look at it. A
+mask without pixels is that of a reader who looked and annotated nothing. Hidden files are ignored.
+"""
+
+import csv
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import PIL.Image
+import scipy.ndimage
+
+from ..dicom_slice import read_dicom
+from ..errors import UserError
+from ..processing_image_files import open_image
+from .card import Origin
+from .format import ACCEPTED_IMAGE, MAX_PIXELS, encode_png, image_row
+from .splits import SPLITS
+
+LAYOUT = "accepted: images/ID.EXT, masks/READER/ID.png (or .tif) and optionally table.csv"
+DICOM_SUFFIXES = (".dcm", ".dicom")
+MASK_SUFFIXES = (".png", ".tif", ".tiff")
+IMAGE_SUFFIXES = (*MASK_SUFFIXES, ".jpg", ".jpeg", *DICOM_SUFFIXES)
+TABLE_COLUMNS = ("id", "group", "spacing_mm", "split")
+OBJECTS = ("image", "components")
+SPLIT_BY = ("hash", "table")
+NEEDED_SPLITS = ("train", "validation")
+MAX_COMPONENTS = 1000  # per image; more are specks rather than objects
+MAX_SPACING_MM = 1000.0
+DICOM_OFFSET = 1024  # added to grey values of DICOM files with negative ones, as the source `dicom` does
+CROP_STEP = 32  # px; suggested crop sizes are multiples of it
+
+
+class TableLine(NamedTuple):
+    """One line of `table.csv`. Empty fields are None."""
+
+    group: str | None
+    spacing_mm: float | None
+    split: str | None
+
+
+class FolderSource:
+    """Rows of a folder.
+
+    File names and the table are checked on construction, and pixels while the rows are read.
+
+    Args:
+        root: the folder.
+        objects: `image` for one row per image; `components` for one row per connected component of the union of the
+            readers' masks, with the masks restricted to it.
+        split_by: `hash` splits groups by the hash of their name; `table` takes the column `split` of the table.
+        name: name of the data on the card (default: the folder's name).
+        license: licence on the card.
+
+    Raises:
+        UserError: files that do not follow the layout, or a table that does not fit the images. Reading the rows also
+            raises it, for files that do not decode or fit, and if the training or validation split would be empty.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        objects: str = "image",
+        split_by: str = "hash",
+        name: str | None = None,
+        license: str | None = None,
+    ) -> None:
+        self.root, self.objects = Path(root), objects
+        if not self.root.is_dir():
+            raise UserError(f"{self.root}: no such directory; {LAYOUT}")
+        self.images = _list_files(self.root / "images", IMAGE_SUFFIXES)
+        self.masks = _list_masks(self.root / "masks", self.images)
+        self.table = _read_table(self.root / "table.csv", self.images)
+        self.sizes: list[int] = []  # larger side of the box around the union of the masks, for each row
+        self.largest_side = 0  # of all images
+        splits = self._splits_of_table(complete=split_by == "table")
+        kind = "image" if objects == "image" else "connected component of the union of the masks"
+        self.origin = Origin(
+            f"Images and readers' masks from a folder; one row per {kind}. Images are stored as PNG.",
+            " ".join((name or self.root.resolve().name).split()) or "Images with readers' masks",
+            is_scan=False,
+            license=license,
+            splits=splits if split_by == "table" else None,
+        )
+
+    def __iter__(self) -> Iterator[dict]:
+        """Yield the rows in the order of the images' names, including those that no reader annotated."""
+        groups: dict[str, set[str]] = {split: set() for split in SPLITS}
+        for image_id, path in self.images.items():
+            for row in self._rows(image_id, path):
+                if row["num_nonempty"]:
+                    groups[self.origin.split_of(row["patient_id"])].add(row["patient_id"])
+                yield row
+        for split in NEEDED_SPLITS:
+            if any(groups.values()) and not groups[split]:
+                found = ", ".join(f"{name} {len(groups[name])}" for name in SPLITS)
+                raise UserError(
+                    f"{self.root}: the split {split} would be empty (groups with masks: {found}); accepted: more "
+                    f"groups, smaller groups, or the splits in table.csv with --split-by table"
+                )
+
+    def size_line(self) -> str:
+        """Sizes of the objects, and the crop size they suggest: 95 % of the objects fill at most half a window."""
+        median, high = np.percentile(self.sizes, [50, 95])
+        crop_size = CROP_STEP * math.ceil(min(2 * high, self.largest_side) / CROP_STEP)
+        return (
+            f"larger side of the objects: median {median:.0f}, 95th percentile {high:.0f} pixels; suggested "
+            f"crop_size: {crop_size}"
+        )
+
+    def _group(self, image_id: str) -> str:
+        line = self.table.get(image_id)
+        return (line and line.group) or image_id
+
+    def _splits_of_table(self, complete: bool) -> dict[str, str]:
+        """Split of each group; `complete` refuses images without one."""
+        path = self.root / "table.csv"
+        splits: dict[str, str] = {}
+        for image_id in self.images:
+            split = self.table[image_id].split if image_id in self.table else None
+            if split is None and complete:
+                raise UserError(f"{path}: no split for {image_id!r}; accepted with --split-by table: one per image")
+            group = self._group(image_id)
+            if split is not None and splits.setdefault(group, split) != split:
+                raise UserError(
+                    f"{path}: group {group!r} is in {splits[group]} and, with {image_id!r}, in {split}; accepted: one "
+                    f"split per group"
+                )
+        return splits
+
+    def _rows(self, image_id: str, path: Path) -> Iterator[dict]:
+        pixels, spacing_mm = _read_image(path)
+        self.largest_side = max(self.largest_side, *pixels.shape[:2])
+        line = self.table.get(image_id)
+        if line is not None and line.spacing_mm is not None:
+            spacing_mm = line.spacing_mm
+        paths = {reader: masks[image_id] for reader, masks in self.masks.items() if image_id in masks}
+        if not paths:
+            raise UserError(
+                f"{path}: no reader has a mask of it; accepted: at least one mask per image, without pixels if the "
+                f"reader annotated nothing"
+            )
+        masks = np.stack([_read_mask(mask_path, pixels.shape[:2]) for mask_path in paths.values()])
+        png = encode_png(pixels)
+        for suffix, one in self._objects_of(masks, path):
+            if one.any():
+                self.sizes.append(_larger_side(one))
+            yield image_row(
+                png,
+                [encode_png(mask) for mask in one],
+                str(path),
+                [str(mask_path) for mask_path in paths.values()],
+                patient_id=self._group(image_id),
+                image_id=image_id + suffix,
+                reader_ids=list(paths),
+                pixel_spacing_mm=spacing_mm,
+                source="folder",
+            )
+
+    def _objects_of(self, masks: np.ndarray, path: Path) -> Iterator[tuple[str, np.ndarray]]:
+        """Suffix of the image's id, and masks (R, H, W), for each object."""
+        union = masks.any(axis=0)
+        if self.objects == "image" or not union.any():
+            yield "", masks
+            return
+        labels, count = scipy.ndimage.label(union)
+        if count > MAX_COMPONENTS:
+            raise UserError(f"{path}: its masks have {count:,} components; accepted: at most {MAX_COMPONENTS:,}")
+        for number in range(1, count + 1):
+            yield f":{number}", masks & (labels == number)
+
+
+def _list_files(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
+    """Files of a folder by id, sorted."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such directory; {LAYOUT}")
+    files: dict[str, Path] = {}
+    for path in _entries(folder):
+        if not path.is_file() or path.suffix.lower() not in suffixes:
+            raise UserError(f"{path}: unexpected; accepted: files of the kinds {', '.join(suffixes)}")
+        if path.stem in files:
+            raise UserError(f"{path}: same id as {files[path.stem].name}; accepted: one file per id")
+        files[path.stem] = path
+    if not files:
+        raise UserError(f"{folder}: holds no file; {LAYOUT}")
+    return files
+
+
+def _list_masks(folder: Path, images: dict[str, Path]) -> dict[str, dict[str, Path]]:
+    """Mask files by reader and id."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such directory; {LAYOUT}")
+    masks = {}
+    for reader in _entries(folder):
+        if not reader.is_dir():
+            raise UserError(f"{reader}: is not in the folder of a reader; {LAYOUT}")
+        files = _list_files(reader, MASK_SUFFIXES)
+        unknown = [path for image_id, path in files.items() if image_id not in images]
+        if len(unknown) == len(files):
+            raise UserError(f"{reader}: none of its {len(files)} files has the id of an image; {LAYOUT}")
+        if unknown:
+            raise UserError(f"{unknown[0]}: no image has the id {unknown[0].stem!r}; {LAYOUT}")
+        masks[reader.name] = files
+    if not masks:
+        raise UserError(f"{folder}: holds no folder of a reader; {LAYOUT}")
+    return masks
+
+
+def _entries(folder: Path) -> list[Path]:
+    paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    for path in paths:
+        if not path.name.isprintable():  # would break messages, or cannot be encoded
+            raise UserError(f"{folder}: holds the name {ascii(path.name)}; accepted: printable names in UTF-8")
+    return paths
+
+
+def _read_table(path: Path, images: dict[str, Path]) -> dict[str, TableLine]:
+    """Lines of the table by id; none if there is no table."""
+    if not path.exists():
+        return {}
+    table: dict[str, TableLine] = {}
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            lines = csv.DictReader(file, restval="", strict=True)
+            names = list(lines.fieldnames or [])
+            if "id" not in names or len(set(names)) < len(names) or not set(names) <= set(TABLE_COLUMNS):
+                raise UserError(
+                    f"{path}: columns {', '.join(names)}; accepted: id, and any of {', '.join(TABLE_COLUMNS[1:])}"
+                )
+            for line in lines:
+                place, image_id = f"{path}: line {lines.line_num}", line["id"]
+                if None in line:
+                    raise UserError(f"{place}: more fields than columns; accepted: {len(names)} fields")
+                if image_id not in images:
+                    raise UserError(f"{place}: no image has the id {image_id!r}; accepted: ids of files in images/")
+                if image_id in table:
+                    raise UserError(f"{place}: id {image_id!r} is repeated; accepted: one line per image")
+                table[image_id] = _table_line(line, place)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: does not open as CSV in UTF-8: {error}") from error
+    return table
+
+
+def _table_line(line: dict[str, str], place: str) -> TableLine:
+    split, spacing_mm = line.get("split") or None, None
+    if split is not None and split not in SPLITS:
+        raise UserError(f"{place}: split is {split!r}; accepted: {', '.join(SPLITS)}")
+    text = line.get("spacing_mm")
+    if text:
+        try:
+            spacing_mm = float(text)
+        except ValueError:
+            spacing_mm = math.nan
+        if not 0 < spacing_mm <= MAX_SPACING_MM:
+            raise UserError(f"{place}: spacing_mm is {text!r}; accepted: a number of mm, up to {MAX_SPACING_MM:g}")
+    return TableLine(line.get("group") or None, spacing_mm, split)
+
+
+def _read_image(path: Path) -> tuple[np.ndarray, float | None]:
+    """Pixels (H, W), uint8 or uint16, or (H, W, 3), uint8; and the side of a pixel in mm where the file states it."""
+    spacing_mm = None
+    try:
+        if path.suffix.lower() in DICOM_SUFFIXES:
+            values, spacing_mm = read_dicom(path, MAX_PIXELS)
+            if values.min() < 0:
+                values = np.maximum(values + DICOM_OFFSET, 0)
+        else:
+            _check_depth(path)
+            values = np.asarray(open_image(path, "the image", MAX_PIXELS))
+        if min(values.shape[:2]) < 2:
+            raise ValueError(f"image of {values.shape[1]}x{values.shape[0]} pixels; accepted: at least 2x2")
+        return values if values.dtype == np.uint8 else _sixteen_bits(values), spacing_mm
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def _sixteen_bits(values: np.ndarray) -> np.ndarray:
+    """Grey values as uint16."""
+    accepted = "accepted: whole numbers, 0 to 65535"
+    if not np.isfinite(values).all():
+        raise ValueError(f"NaN or infinite grey values; {accepted}")
+    if (values != np.round(values)).any():
+        raise ValueError(f"grey values with fractions; {accepted}")
+    low, high = values.min(), values.max()
+    if low < 0 or high > np.iinfo(np.uint16).max:
+        raise ValueError(f"grey values from {low:g} to {high:g}; {accepted}")
+    return values.astype(np.uint16)
+
+
+def _check_depth(path: Path) -> None:
+    """Refuse 16-bit colour, of which Pillow silently reads 8 bits."""
+    with path.open("rb") as file:
+        head = file.read(26)
+    deep = False
+    if head.startswith(b"\x89PNG") and len(head) == 26:
+        deep = head[24] == 16 and head[25] != 0  # bit depth and colour type of the header; type 0 is grey
+    elif head[:2] in (b"II", b"MM"):
+        try:
+            with PIL.Image.open(path, formats=["TIFF"]) as image:
+                bits = image.tag_v2.get(258, (1,))  # type: ignore[attr-defined] # BitsPerSample
+            deep = len(bits) > 1 and max(bits) > 8
+        except Exception:  # Pillow raises almost anything; `open_image` then says what is wrong
+            return
+    if deep:
+        raise ValueError(f"16-bit RGB, or 16 bits with transparency; {ACCEPTED_IMAGE}")
+
+
+def _read_mask(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """Boolean mask (H, W) of an image of this shape."""
+    try:
+        values = np.asarray(open_image(path, "the mask", MAX_PIXELS))
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+    accepted = "accepted: 1 bit, or grey with values 0/1 or 0/255"
+    if values.ndim != 2:
+        raise UserError(f"{path}: mask in colours; {accepted}")
+    if values.shape != shape:
+        raise UserError(
+            f"{path}: mask is {values.shape[1]}x{values.shape[0]} pixels; accepted: {shape[1]}x{shape[0]}, the size "
+            f"of its image"
+        )
+    found = set(np.unique(values).tolist()) - {0}
+    if found not in (set(), {1}, {255}):
+        shown = ", ".join(f"{value:g}" for value in sorted(found)[:4])
+        raise UserError(f"{path}: mask has values {shown}; {accepted}")
+    return values != 0
+
+
+def _larger_side(masks: np.ndarray) -> int:
+    """Larger side of the box around the union of masks (R, H, W), in pixels."""
+    _, rows, columns = np.nonzero(masks)
+    return int(max(np.ptp(rows), np.ptp(columns))) + 1

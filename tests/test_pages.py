@@ -14,7 +14,7 @@ from PIL import Image
 from tiny import SIZE, load_script, tiny_model
 
 from probabilistic_sam import ProbabilisticSamProcessor, cli
-from probabilistic_sam.hub.staging import stage_model
+from probabilistic_sam.hub.staging import EXAMPLES, stage_model
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "model_cards" / "psam-lidc"
@@ -44,13 +44,8 @@ def desk(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model_cards").mkdir()
     os.symlink(SHIPPED, tmp_path / "model_cards" / "psam-lidc")
-    shutil.copyfile(example(), tmp_path / "slice.png")
+    shutil.copyfile(EXAMPLES / "phantom-1.png", tmp_path / "slice.png")
     return tmp_path
-
-
-def example():
-    (path,) = ROOT.rglob("examples/phantom-1.png")
-    return path
 
 
 def test_readme_is_short():

@@ -242,8 +242,6 @@ def until(question, seconds=120):
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    if not inference.DEFAULT_MODEL.is_dir():
-        pytest.skip("no model in model_cards/psam-lidc")
     log = tmp_path_factory.mktemp("server") / "log"
     kept = tmp_path_factory.mktemp("kept")
     with socket.socket() as free:

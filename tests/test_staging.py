@@ -93,7 +93,6 @@ staging.stage_model(*sys.argv[2:])
 
 
 def test_package_installed_from_a_wheel_stages_the_same_files(run, tmp_path):
-    pytest.importorskip("setuptools", minversion="77")
     source, installed = tmp_path / "source", tmp_path / "installed"
     shutil.copytree(ROOT / "probabilistic_sam", source / "probabilistic_sam")
     for name in ("pyproject.toml", "README.md", "LICENSE"):

@@ -245,14 +245,26 @@ class ProbabilisticSamProcessor(ProcessorMixin):
 
     def pixel_values(self, image: torch.Tensor, window: tuple[int, int, int]) -> torch.Tensor:
         """Window (x, y, side) of an image (1 or 3, H, W) as model input: (3, image_size, image_size)."""
+        return self.normalize(self.resize(self.stretch(image, window)))
+
+    def stretch(self, image: torch.Tensor, window: tuple[int, int, int]) -> torch.Tensor:
+        """Window (x, y, side) of an image (1 or 3, H, W), stretched to grey values 0..255: (1 or 3, side, side)."""
         inside = image[:, max(window[1], 0) : window[1] + window[2], max(window[0], 0) : window[0] + window[2]]
         crop = cut(image, window, fill=float(inside.min()))
         low, high = np.percentile(inside.numpy(), self.stretch_percentiles)
-        crop = ((crop - low) / max(high - low, 1e-6)).clamp(0, 1) * 255.0
-        shrinks = window[2] > self.image_size
-        crop = F.interpolate(crop[None], size=(self.image_size,) * 2, mode="bilinear", antialias=shrinks)[0]
-        mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
-        return (crop.expand(3, -1, -1) - mean[:, None, None]) / std[:, None, None]
+        return ((crop - low) / max(high - low, 1e-6)).clamp(0, 1) * 255.0
+
+    def resize(self, crop: torch.Tensor) -> torch.Tensor:
+        """A square (C, side, side), resized to (C, image_size, image_size)."""
+        shrinks = crop.shape[-1] > self.image_size
+        return F.interpolate(crop[None], size=(self.image_size,) * 2, mode="bilinear", antialias=shrinks)[0]
+
+    def normalize(self, grey: torch.Tensor) -> torch.Tensor:
+        """Grey values 0..255 (..., 1 or 3, S, S) as SAM was trained: (..., 3, S, S)."""
+        channels = grey.expand(*grey.shape[:-3], 3, -1, -1).unbind(dim=-3)
+        # With numbers, not tensors, which would have to be copied to the device
+        scaled = [(c - mean) / std for c, mean, std in zip(channels, IMAGENET_MEAN, IMAGENET_STD, strict=True)]
+        return torch.stack(scaled, dim=-3)
 
     # ---------------------------------------------------------------------------------------------------- SAM's names
 

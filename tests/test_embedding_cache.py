@@ -23,7 +23,7 @@ from probabilistic_sam.errors import UserError
 from probabilistic_sam.modeling_probabilistic_sam import pack_pixels
 from probabilistic_sam.processing_probabilistic_sam import IMAGENET_MEAN, IMAGENET_STD
 from probabilistic_sam.training import embedding_cache
-from probabilistic_sam.training.embedding_cache import EmbeddingCache
+from probabilistic_sam.training.embedding_cache import EmbeddingCache, NodeProcesses
 from probabilistic_sam.training.windows import (
     ADDED_AUGMENTATION,
     View,
@@ -301,13 +301,13 @@ def test_embeddings_are_those_of_the_model(make, model, processor, dataset):
     assert cache.embeddings.shape == (6, 2, 32, 2, 2) and cache.embeddings.dtype == np.float16
     for index, row in enumerate(dataset):
         image, masks = decode_image(row), decode_masks(row)
-        assert (cache.row_masks(index) == masks).all()
         for number in range(2):
-            pixels = view_pixel_values(image, cache.view(index, number), processor)
+            pixels = view_pixel_values(image, cache.view(index, number, masks), processor)
             expected = model.get_image_embeddings(pixels[None])[0].numpy()
             assert np.allclose(cache.embeddings[index, number], expected, atol=2e-3, rtol=2e-3)
     assert not np.allclose(cache.embeddings[:, 0], cache.embeddings[:, 1], atol=0.1)
-    assert len({cache.view(index, number) for index in range(6) for number in range(2)}) == 12
+    all_masks = [decode_masks(row) for row in dataset]
+    assert len({cache.view(index, number, all_masks[index]) for index in range(6) for number in range(2)}) == 12
 
 
 def test_without_augmented_views_the_plain_view_is_stored(make, model, processor, dataset):
@@ -323,7 +323,7 @@ def test_cache_is_used_again_and_only_for_the_same_embeddings(make, dataset, mon
     first = make()
     written = first.path.stat().st_mtime_ns
     with monkeypatch.context() as patch:
-        patch.setattr(EmbeddingCache, "_build", lambda *arguments: pytest.fail("built again"))
+        patch.setattr(EmbeddingCache, "_encode", lambda *arguments: pytest.fail("built again"))
         again = make(model=tiny_model(tiny_vit_parts), batch_size=1)
     assert again.path == first.path and first.path.stat().st_mtime_ns == written
     assert (again.embeddings == first.embeddings).all()
@@ -371,7 +371,7 @@ def test_model_without_an_encoder_stores_the_pixels(make, dataset, processor):
     first, second = (make(model=unet) for unet in unets)
     assert first.path == second.path != make().path
     assert first.embeddings.shape == (6, 2, 16, 2, 2)
-    pixels = view_pixel_values(decode_image(dataset[3]), first.view(3, 1), processor)
+    pixels = view_pixel_values(decode_image(dataset[3]), first.view(3, 1, decode_masks(dataset[3])), processor)
     assert np.allclose(first.embeddings[3, 1], pack_pixels(pixels[None])[0], atol=2e-3)
 
 
@@ -393,13 +393,13 @@ def colour_rows(masks):
 def test_cache_takes_rgb_images(make, model, processor, colour_rows):
     more = {"rotation": 30.0, "noise": 0.05, "contrast": 0.2}
     cache = make(dataset=colour_rows, augmentation=AUGMENTATION | more)
-    image = decode_image(colour_rows[0])
+    image, masks = decode_image(colour_rows[0]), decode_masks(colour_rows[0])
     assert image.shape == (40, 60, 3)
     for number in range(2):
-        view = cache.view(1, number)
+        view = cache.view(1, number, masks)
         pixels = view_pixel_values(image, view, processor)
         grey = pixels * torch.tensor(IMAGENET_STD)[:, None, None] + torch.tensor(IMAGENET_MEAN)[:, None, None]
-        seen = view_readers(cache.row_masks(1), view, SIZE)["labels"][0]
+        seen = view_readers(masks, view, SIZE)["labels"][0]
         assert grey[0][seen].mean() > 2 * grey[2][seen].mean()  # red inside the mask
         assert grey[2][~seen].mean() > 2 * grey[0][~seen].mean()  # blue outside
         expected = model.get_image_embeddings(pixels[None])[0].numpy()
@@ -450,7 +450,7 @@ def test_processes_share_the_work(make, tmp_path):
     barrier = threading.Barrier(2, timeout=60)
 
     def process(rank):
-        return make(cache_dir=tmp_path / "two", rank=rank, world_size=2, barrier=barrier.wait)
+        return make(cache_dir=tmp_path / "two", processes=NodeProcesses(0, rank, 2, barrier.wait))
 
     first, second = together(lambda: process(0), lambda: process(1))
     alone = make()
@@ -463,9 +463,9 @@ def test_processes_share_the_work(make, tmp_path):
 
 def test_of_two_runs_one_builds_and_the_other_waits(make, monkeypatch):
     builds = []
-    build = EmbeddingCache._build
+    encode = EmbeddingCache._encode
     monkeypatch.setattr(
-        EmbeddingCache, "_build", lambda self, *arguments: (builds.append(self), build(self, *arguments))
+        EmbeddingCache, "_encode", lambda self, *arguments: (builds.append(self), encode(self, *arguments))
     )
     first, second = together(make, make)
     assert len(builds) == 1

@@ -33,9 +33,8 @@ from probabilistic_sam.data.format import decode_masks, image_row, load_split
 from probabilistic_sam.errors import UserError
 from probabilistic_sam.training import checkpoint, loop, models
 from probabilistic_sam.training import config as config_module
-from probabilistic_sam.training.batches import Batches, collate
+from probabilistic_sam.training.batches import collate
 from probabilistic_sam.training.config import TrainingConfig, parse_overrides, read_config
-from probabilistic_sam.training.embedding_cache import EmbeddingCache
 from probabilistic_sam.training.log import latent_values
 from probabilistic_sam.training.optimization import Ema
 from probabilistic_sam.training.validation import Validation
@@ -45,7 +44,8 @@ SCRIPT = ROOT / "training" / "train.py"
 ENVIRONMENT = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 # Three steps per epoch; neither checkpoints nor validations coincide with the end of one or with a line of the log
 CONFIG = {
-    "image_size": SIZE, "crop_size": 24, "batch_size": 4, "max_steps": 8, "warmup_steps": 1, "log_every": 3,
+    "image_size": SIZE, "crop_size": 24, "encoder": "cached", "batch_size": 4, "max_steps": 8, "warmup_steps": 1,
+    "log_every": 3,
     "eval_every": 4, "eval_slices": 5, "eval_samples": 3, "checkpoint_every": 4, "energy_ramp_steps": 4,
     "model": {"energy_weight": 5, "num_energy_samples": 2, "latent_dropout": 0.5},
     "prompts": {"union_box": 0.5, "center_box": 0.25, "center_point": 0.25},
@@ -329,83 +329,7 @@ def test_two_processes_killed_and_resumed_equal_two_uninterrupted_ones(workspace
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
 
-# --------------------------------------------------------------------------------------------------------- batches
-
-
-class StubCache:
-    """Rows whose embedding is their index."""
-
-    num_views = 2
-
-    def __len__(self):
-        return 12
-
-    def embedding(self, index, view):
-        return torch.full((1, 1, 1), float(index))
-
-    def row_masks(self, index):
-        masks = np.zeros((2 + index % 2, SIZE, SIZE), bool)  # two or three readers
-        masks[:, 8:20, 10:18] = True
-        return masks
-
-    def view(self, index, view, masks):
-        return SimpleNamespace(turn=lambda array: array, window=(2, 2, 24))
-
-
-def make_batches(script, rank=0, world_size=1, **changes):
-    config = TrainingConfig(base_model="random", image_size=SIZE, batch_size=4, **changes)
-    return Batches(StubCache(), config, SIZE // 4, rank, world_size)
-
-
-def rows_of(batch):
-    return batch["image_embeddings"].flatten().tolist()
-
-
-def test_an_epoch_visits_every_row_once_in_another_order(script):
-    batches = make_batches(script)
-    epochs = [sum((rows_of(batches(step)) for step in range(start, start + 3)), []) for start in (0, 3)]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(12))
-    assert epochs[0] != epochs[1]
-
-
-def test_batch_follows_from_seed_and_step_alone(script):
-    batch = make_batches(script)(7)
-    again = make_batches(script)
-    again(0)
-    assert all(torch.equal(value, again(7)[name]) for name, value in batch.items())
-    assert rows_of(make_batches(script, seed=1)(7)) != rows_of(batch)
-
-
-def test_processes_share_the_rows_of_a_batch(script):
-    parts = [make_batches(script, rank, 2)(4) for rank in (0, 1)]
-    assert rows_of(parts[0]) + rows_of(parts[1]) == rows_of(make_batches(script)(4))
-    with pytest.raises(UserError, match="batch_size is 4 with 3 processes; accepted: a multiple of 3"):
-        make_batches(script, 0, 3)
-
-
-def test_batch_has_the_shapes_of_the_model(script):
-    batch = make_batches(script, prompts={"union_box": 1.0})(0)
-    assert batch["input_boxes"].shape == (4, 1, 4)
-    assert batch["labels"].shape == (4, 1, 3, 8, 8) and batch["labels"].dtype == torch.bool
-    two = rows_of(batch).index(next(row for row in rows_of(batch) if row % 2 == 0))
-    assert batch["labels"][two, 0].any(dim=(1, 2)).tolist() == [True, True, False]  # the third reader is absent
-    assert batch["reader_mask"].shape == (4, 1, 3) and batch["reader_mask"].dtype == torch.bool
-    counts = [2 + int(row) % 2 for row in rows_of(batch)]
-    assert batch["reader_mask"].sum(dim=-1)[:, 0].tolist() == counts and batch["reader_mask"][two, 0, :2].all()
-    assert make_batches(script, prompts={"center_point": 1.0})(0)["input_points"].shape == (4, 1, 1, 2)
-
-
-def test_batch_tells_who_annotated_before_masks_are_resized(script, monkeypatch):
-    def row_masks(self, index):  # the second reader's mask is one pixel
-        masks = np.zeros((2 + index % 2, SIZE, SIZE), bool)
-        masks[0, 8:20, 10:18] = masks[1, 12, 12] = True
-        return masks
-
-    monkeypatch.setattr(StubCache, "row_masks", row_masks)
-    batch = make_batches(script)(0)
-    assert batch["annotated"].shape == (4, 1, 3) and batch["annotated"].dtype == torch.bool
-    assert batch["annotated"][:, 0].tolist() == [[True, True, False]] * 4  # the third is empty, or missing
-    assert batch["labels"].flatten(3).any(dim=-1)[:, 0].tolist() == [[True, False, False]] * 4  # the pixel is lost
+# --------------------------------------------------------------------------------------------------------- readers
 
 
 @pytest.mark.parametrize("path", ["base", ROOT / "model_cards" / "psam-lidc"], ids=["tiny", "shipped"])
@@ -483,16 +407,13 @@ def test_rows_with_different_numbers_of_readers_are_trained_and_validated(train,
     rows = load_split(tmp_path / "mixed", "validation")
     model = ProbabilisticSamModel.from_pretrained(tmp_path / "run").eval()
     processor = ProbabilisticSamProcessor.from_pretrained(tmp_path / "run")
-    cache = EmbeddingCache(model, processor, rows, 0, 0, tmp_path / "cache")
-    validation = Validation(
-        rows, cache, processor, read_config(tmp_path / "run" / "training_config.yaml"), Accelerator()
-    )
+    validation = Validation(rows, processor, read_config(tmp_path / "run" / "training_config.yaml"), Accelerator())
     for index, row in enumerate(rows):
         masks = decode_masks(row)
         with torch.no_grad():
             scores = validation.score(model, index)
         assert scores["all"]["empty_rate_readers"] == pytest.approx(1 - masks.any(axis=(1, 2)).mean())
-        assert len(scores["collapse"]["annotated"]) == len(masks) == len(cache.row_masks(index))
+        assert len(scores["collapse"]["annotated"]) == len(masks)
         assert len(masks) == 4 or scores["four_readers"] is None
     assert {len(row["masks"]) for row in rows} == {2, 4}
 
@@ -738,7 +659,7 @@ def test_nothing_to_resume_from(train, finished, tmp_path, monkeypatch):
         lambda state: state["ema"].pop(name),
         lambda state: state["model"].update({name: torch.zeros(1)}),  # would be broadcast to all elements
         lambda state: state["optimizer"]["state"][0].update(exp_avg=torch.zeros(1)),
-        lambda state: state["scheduler"].update(last_epoch=3),
+        lambda state: state["optimizer"]["state"][0].update(step=torch.tensor(3.0)),
         lambda state: state.pop("fingerprint"),
         lambda state: state.update(model=[1]),
         lambda state: state.update(step="8"),

@@ -1,72 +1,182 @@
-"""Batches of the training split."""
+"""Batches of training windows: a dataset of (row, seed), a sampler that can start at any step, and their loader.
 
+Windows have different sides. A worker cuts a window and stretches its grey values at the image's own resolution,
+`collate` pads the windows of a batch to one side, and `resize_windows` resizes them together on the model's device.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import datasets
 import numpy as np
+import pyarrow.compute as pc
 import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ..data.format import decode_image, decode_masks
 from ..errors import UserError
+from ..processing_probabilistic_sam import ProbabilisticSamProcessor
 from .config import TrainingConfig
 from .embedding_cache import EmbeddingCache
-from .windows import view_prompt, view_readers
+from .windows import random_view, view_prompt, view_readers, view_window
+
+MOST_WORKERS = 16
 
 
-class Batches:
-    """The batch of any step, which follows from (seed, step, rank) alone.
+class WindowKey(NamedTuple):
+    """What a window follows from.
 
     Args:
-        cache: of the training split.
-        config: its `seed`, `batch_size`, `prompts` and `image_size`.
-        mask_size: side of the masks that the model predicts, in pixels.
-        rank, world_size: of this process.
-
-    Raises:
-        UserError: the batch size is not a multiple of the number of processes.
+        row: index in the split.
+        epoch: how often the row has been visited before; chooses among its cached views.
+        seed: of everything random: the run's seed, the step and the place in the step's batch.
+        prompt: name of the prompt.
     """
 
-    def __init__(self, cache: EmbeddingCache, config: TrainingConfig, mask_size: int, rank: int, world_size: int):
-        if config.batch_size % world_size:
-            raise UserError(
-                f"batch_size is {config.batch_size} with {world_size} processes; accepted: a multiple of {world_size}"
-            )
-        self.cache, self.config, self.mask_size = cache, config, mask_size
-        self.rank, self.share = rank, config.batch_size // world_size
-        self.steps_per_epoch = max(1, len(cache) // config.batch_size)
-        self.epoch, self.order = -1, np.empty(0, dtype=np.int64)
+    row: int
+    epoch: int
+    seed: tuple[int, ...]
+    prompt: str
 
-    def __call__(self, step: int) -> dict[str, torch.Tensor]:
-        """Inputs of the model for this process at `step` (from 0).
+
+class TrainingWindows(Dataset[dict[str, torch.Tensor]]):
+    """The windows of a split's rows, which are read from the memory-mapped dataset when they are needed.
+
+    Args:
+        rows: of the split.
+        processor: cuts the windows.
+        config: its `augmentation`.
+        cache: of the rows' embeddings, whose views are then used; without it every view is new.
+    """
+
+    def __init__(
+        self,
+        rows: datasets.Dataset,
+        processor: ProbabilisticSamProcessor,
+        config: TrainingConfig,
+        cache: EmbeddingCache | None = None,
+    ):
+        # The format "arrow" leaves images encoded; only what a window needs is decoded
+        self.rows = rows.select_columns(["masks"] if cache else ["image", "masks"]).with_format("arrow")
+        self.processor, self.augmentation, self.cache = processor, config.augmentation, cache
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: WindowKey) -> dict[str, torch.Tensor]:
+        """One window.
 
         Returns:
-            `image_embeddings` (B, C, g, g), `input_boxes` (B, 1, 4) or `input_points` (B, 1, 1, 2), `labels`
-            (B, 1, R, h, w), `annotated` and `reader_mask` (B, 1, R). All rows of a batch have the same kind of prompt.
+            `labels` (R, h, w), `annotated` (R,), `input_boxes` (4,) or `input_points` (2,), and `image_embeddings`
+            (C, g, g) or `window` (1 or 3, side, side): grey values 0..255, at most `image_size` pixels wide.
+
+        Raises:
+            UserError: a row without annotated pixels, or with an image of another size than its masks.
         """
+        row = self.rows[key.row].to_pylist()[0]
+        masks, rng = decode_masks(row), np.random.default_rng(key.seed)
+        if not masks.any():
+            raise UserError(f"row {key.row} of the training split has no annotated pixel; accepted: at least one")
+        if self.cache:
+            number = (key.epoch + key.row) % max(self.cache.num_views, 1)
+            view = self.cache.view(key.row, number, masks)
+            image = {"image_embeddings": self.cache.embedding(key.row, number)}
+        else:
+            pixels = decode_image(row)
+            if pixels.shape[:2] != masks.shape[1:]:
+                raise UserError(
+                    f"row {key.row} of the training split has an image of {pixels.shape[:2]} pixels and masks of "
+                    f"{masks.shape[1:]}; accepted: one size"
+                )
+            view = random_view(masks, self.processor, rng, **self.augmentation)
+            window = view_window(pixels, view, self.processor)
+            image = {"window": self.processor.resize(window) if view.window[2] > self.processor.image_size else window}
+        size = self.processor.image_size
+        return view_prompt(masks, view, key.prompt, rng, size) | view_readers(masks, view, size // 4) | image
+
+
+class StepSampler(Sampler[list[WindowKey]]):
+    """The keys of this process for every micro-batch, which follow from (seed, step, place in the step's batch).
+
+    A step's batch is therefore the same for any number of processes, micro-batches and workers. Every epoch visits
+    each row once, in an order that follows from (seed, epoch). All windows of a step have the same kind of prompt.
+
+    Args:
+        num_readers: (N,), masks of each row, see `reader_counts`.
+        config: its `seed`, `batch_size`, `gradient_accumulation`, `prompts` and `max_steps`.
+        rank, world_size: of this process.
+
+    Attributes:
+        start: the first step.
+
+    Raises:
+        UserError: the batch size is not a multiple of the number of micro-batches of all processes.
+    """
+
+    def __init__(self, num_readers: np.ndarray, config: TrainingConfig, rank: int = 0, world_size: int = 1):
+        parts = world_size * config.gradient_accumulation
+        if config.batch_size % parts:
+            raise UserError(
+                f"batch_size is {config.batch_size} with {world_size} processes and gradient_accumulation "
+                f"{config.gradient_accumulation}; accepted: a multiple of {parts}"
+            )
+        self.num_readers, self.config = num_readers, config
+        share = config.batch_size // parts
+        first = rank * config.gradient_accumulation
+        self.slots = [range(part * share, (part + 1) * share) for part in range(first, first + parts // world_size)]
+        self.steps_per_epoch = max(1, len(num_readers) // config.batch_size)
+        self.start = 0
+        self.epoch, self.order = -1, np.empty(0, dtype=np.int64)
+
+    def __iter__(self) -> Iterator[list[WindowKey]]:
+        for step in range(self.start, self.config.max_steps):
+            keys = self.keys(step)
+            for slots in self.slots:
+                yield [keys[slot] for slot in slots]
+
+    def keys(self, step: int) -> list[WindowKey]:
+        """The keys of the whole batch of a step (from 0)."""
+        seed, (epoch, rows) = self.config.seed, self.rows(step)
+        names, shares = zip(*self.config.prompts.items(), strict=True)
+        prompt = np.random.default_rng((seed, 2, step)).choice(names, p=np.asarray(shares) / sum(shares))
+        return [WindowKey(row, epoch, (seed, 3, step, slot), str(prompt)) for slot, row in enumerate(rows)]
+
+    def rows(self, step: int) -> tuple[int, list[int]]:
+        """The epoch of a step, and the rows of its batch."""
         epoch, offset = divmod(step, self.steps_per_epoch)
         if epoch != self.epoch:
             self.epoch = epoch
-            self.order = np.random.default_rng((self.config.seed, 1, epoch)).permutation(len(self.cache))
-        start = offset * self.config.batch_size + self.rank * self.share
-        rows = self.order[np.arange(start, start + self.share) % len(self.cache)].tolist()
+            self.order = np.random.default_rng((self.config.seed, 1, epoch)).permutation(len(self.num_readers))
+        places = np.arange(offset * self.config.batch_size, (offset + 1) * self.config.batch_size)
+        return epoch, self.order[places % len(self.order)].tolist()
 
-        rng = np.random.default_rng((self.config.seed, 2, step, self.rank))
-        names, shares = zip(*self.config.prompts.items(), strict=True)
-        prompt = str(rng.choice(names, p=np.asarray(shares) / sum(shares)))
-        return collate([self.item(row, epoch, prompt, rng) for row in rows])
+    def weights(self, step: int) -> list[float]:
+        """Readers in each micro-batch of this process, relative to the mean of all micro-batches of the step.
 
-    def item(self, index: int, epoch: int, prompt: str, rng: np.random.Generator) -> dict[str, torch.Tensor]:
-        """The window of one row; its augmented view changes from epoch to epoch."""
-        number = (epoch + index) % max(self.cache.num_views, 1)
-        masks = self.cache.row_masks(index)
-        view = self.cache.view(index, number, masks)
-        return {
-            **view_prompt(masks, view, prompt, rng, self.config.image_size),
-            **view_readers(masks, view, self.mask_size),
-            "image_embeddings": self.cache.embedding(index, number),
-        }
+        A micro-batch's loss is a mean over its readers; with these weights, the mean of all micro-batches is the
+        mean over all readers of the step.
+        """
+        counts = self.num_readers[self.rows(step)[1]]
+        return [float(counts[list(slots)].mean() / counts.mean()) for slots in self.slots]
 
 
-def collate(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Stack windows with one prompt each.
+def reader_counts(rows: datasets.Dataset) -> np.ndarray:
+    """Number of readers of each row, without reading any mask."""
+    counts = [pc.list_value_length(table["masks"]) for table in rows.with_format("arrow").iter(1000)]
+    return np.concatenate([part.to_numpy() for part in counts])
 
-    Rows with fewer readers than the largest row are padded with empty masks; `reader_mask` is false there.
+
+def collate(items: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """A batch for the model, from windows of `TrainingWindows` with one kind of prompt.
+
+    Rows with fewer readers than the largest row are padded with empty masks; `reader_mask` is false there. Windows
+    are padded with zeros to the largest side, and grey ones get three channels in a batch with colours.
+
+    Returns:
+        `labels` (B, 1, R, h, w), `annotated` and `reader_mask` (B, 1, R), `input_boxes` (B, 1, 4) or `input_points`
+        (B, 1, 1, 2), and `image_embeddings` (B, C, g, g), or `windows` (B, 1 or 3, side, side) and `sides` (B,).
     """
     counts = torch.tensor([len(item["labels"]) for item in items])
     most = int(counts.max())
@@ -75,7 +185,80 @@ def collate(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         values = [item[key] for item in items]
         if key in ("labels", "annotated"):
             values = [torch.cat([v, v.new_zeros((most - len(v), *v.shape[1:]))]) for v in values]
-        batch[key] = torch.stack(values) if key == "image_embeddings" else torch.stack(values)[:, None]
+        if key == "window":
+            channels, side = max(len(v) for v in values), max(v.shape[-1] for v in values)
+            missing = [side - v.shape[-1] for v in values]
+            padded = [F.pad(v, (0, m, 0, m)).expand(channels, -1, -1) for v, m in zip(values, missing, strict=True)]
+            batch["windows"], batch["sides"] = torch.stack(padded), torch.tensor([v.shape[-1] for v in values])
+        else:
+            batch[key] = torch.stack(values) if key == "image_embeddings" else torch.stack(values)[:, None]
     if "input_points" in batch:
         batch["input_points"] = batch["input_points"][:, None]  # one point per prompt
     return batch
+
+
+def resize_windows(windows: torch.Tensor, sides: torch.Tensor, size: int) -> torch.Tensor:
+    """Resize padded windows of different sides together, as `ProbabilisticSamProcessor.resize` does one by one.
+
+    Bilinear interpolation mixes two rows and two columns for each pixel of the result; here they are gathered, so
+    that nothing depends on how exactly the device multiplies matrices.
+
+    Args:
+        windows: (B, C, N, N), of which the first `side` rows and columns belong to the window.
+        sides: (B,), at most `size`.
+        size: of the result, in pixels.
+
+    Returns:
+        (B, C, size, size).
+    """
+    place = (torch.arange(size, device=windows.device) + 0.5) * (sides[:, None] / size) - 0.5  # (B, size)
+    place = place.clamp(min=0)
+    low = place.long()
+    high, share = torch.minimum(low + 1, sides[:, None] - 1), (place - low)[:, None]
+
+    def gather(planes: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return planes.gather(2, rows[:, None, :, None].expand(-1, planes.shape[1], -1, planes.shape[3]))
+
+    for _ in range(2):  # rows, then columns
+        windows = torch.lerp(gather(windows, low), gather(windows, high), share[..., None]).transpose(2, 3)
+    return windows
+
+
+def make_loader(
+    windows: TrainingWindows, sampler: StepSampler, num_workers: int, device: torch.device
+) -> DataLoader[dict[str, torch.Tensor]]:
+    """Micro-batches in order of the steps.
+
+    Workers of a CUDA run are forked from a server that has never seen CUDA, because CUDA does not survive a fork.
+    """
+    on_cuda = device.type == "cuda"
+    return DataLoader(
+        windows, batch_sampler=sampler, collate_fn=collate, num_workers=num_workers, pin_memory=on_cuda,
+        multiprocessing_context="forkserver" if on_cuda and num_workers else None,
+    )  # fmt: skip
+
+
+def choose_workers(wanted: int, device: torch.device, local_processes: int) -> tuple[int, str]:
+    """Number of worker processes for each training process, and the reason.
+
+    Args:
+        wanted: `num_workers` of the configuration, -1 for an automatic choice.
+        device: of the model.
+        local_processes: training processes on this machine.
+    """
+    if wanted >= 0:
+        return wanted, "num_workers of the configuration"
+    if device.type == "cpu":
+        return 0, "the model trains on the CPU, where workers would compete with it for the cores"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    number = max(1, min(MOST_WORKERS, cores // local_processes - 1))
+    return number, f"{cores} cores for {local_processes} processes, which keep one core each; at most {MOST_WORKERS}"
+
+
+def next_batch(batches: Iterator[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """The next batch of a loader; an error of a row is one line, without the worker's traceback."""
+    try:
+        return next(batches)
+    except UserError as error:
+        line = str(error).strip().splitlines()[-1]
+        raise UserError(line.removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")) from error

@@ -8,11 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from transformers import PreTrainedModel
 
 from ..conversion import load_torch_file
-from ..data.format import split_content
 from ..errors import UserError
 from ..files import replaced_directory
 from .config import TrainingConfig
@@ -21,10 +21,10 @@ from .windows import effective_augmentation
 
 # Fields that a resumed run may change, since neither weights nor scores depend on them. `base_model` is among them
 # because its weights are compared instead of its name
-FREE_WHEN_RESUMED = ("base_model", "log_every", "checkpoint_every")
+FREE_WHEN_RESUMED = ("base_model", "log_every", "checkpoint_every", "num_workers")
 
 CHECKPOINT = {  # content of training_state.pt
-    "step": int, "best": dict, "log": dict, "ema": dict, "optimizer": dict, "scheduler": dict, "model": dict,
+    "step": int, "best": dict, "log": dict, "seconds": float, "ema": dict, "optimizer": dict, "model": dict,
     "fingerprint": dict,
 }  # fmt: skip
 
@@ -34,7 +34,7 @@ def fingerprint(config: TrainingConfig, model: PreTrainedModel, splits: dict[str
 
     Args:
         config: of the run.
-        model: from `build_model`, its encoder frozen.
+        model: from `build_model`; its frozen weights are compared.
         splits: rows by the name of their split.
     """
     values: dict[str, Any] = {}
@@ -54,9 +54,21 @@ def fingerprint(config: TrainingConfig, model: PreTrainedModel, splits: dict[str
             frozen.update(name.encode() + value.detach().cpu().float().numpy().tobytes())
     values["frozen weights of base_model"] = f"sha256 {frozen.hexdigest()}"
     for split, rows in splits.items():
-        content = split_content(rows)  # as in manifest.json
-        values[f"{split} split of the dataset"] = f"{content['rows']} rows, sha256 {content['sha256']}"
+        values[f"{split} split of the dataset"] = f"{len(rows)} rows, sha256 {encoded_content(rows)}"
     return values
+
+
+def encoded_content(rows: datasets.Dataset) -> str:
+    """SHA-256 of a split's columns and encoded images, without decoding any."""
+    digest = hashlib.sha256()
+    for table in rows.with_format("arrow").iter(256):
+        for row in table.to_pylist():
+            image, masks = row.pop("image"), row.pop("masks")
+            digest.update(json.dumps(row, sort_keys=True).encode())
+            for item in (image, *masks):
+                content = Path(item["path"]).read_bytes() if item["bytes"] is None else item["bytes"]
+                digest.update(hashlib.sha256(content).digest())
+    return digest.hexdigest()
 
 
 def save_checkpoint(directory: Path, state: dict[str, Any]) -> None:
@@ -100,7 +112,7 @@ def find_checkpoint(name: str, directory: Path) -> Path:
 
 
 def resume_from(path: Path, wanted: dict[str, Any], optimization: Optimization) -> dict[str, Any]:
-    """Restore weights, average, optimizer and learning rates from a checkpoint.
+    """Restore weights, average and optimizer from a checkpoint.
 
     Args:
         path: checkpoint folder.
@@ -145,7 +157,7 @@ def check_same_run(recorded: dict[str, Any], wanted: dict[str, Any]) -> None:
     for name in [*wanted, *recorded]:
         values = [str(given[name]) if name in given else "not set" for given in (recorded, wanted)]
         if values[0] != values[1]:
-            free = " and ".join(FREE_WHEN_RESUMED[1:])
+            free = ", ".join(FREE_WHEN_RESUMED[1:])
             raise ValueError(
                 f"{name} is {values[0]} there and {values[1]} here; accepted: the same dataset, configuration and "
                 f"base model, only {free} may differ"

@@ -45,12 +45,19 @@ class TrainingConfig:
     model: dict[str, Any] = field(default_factory=dict)  # model_type, and fields of that model's configuration
     seed: int = number(0)
     prompts: dict[str, float] = field(default_factory=lambda: {"union_box": 1.0})  # name -> share of the batches
+    # frozen: a new view of a row at every visit; trained: the encoder learns too; cached: `num_views` fixed views per
+    # row, encoded once and read from disk, for machines without a GPU
+    encoder: Literal["frozen", "trained", "cached"] = "frozen"
     num_views: int = number(2)  # augmented views per row in the embedding cache; 0: the plain view only
     augmentation: dict[str, Any] = field(default_factory=AUGMENTATION.copy)  # arguments of windows.random_view
-    batch_size: int = number(16, least=1)  # rows per step, over all processes
+    batch_size: int = number(16, least=1)  # rows per step, over all processes and micro-batches
+    gradient_accumulation: int = number(1, least=1)  # micro-batches per step and process
+    num_workers: int = number(-1, least=-1)  # processes that make windows, per training process; -1: automatic
     max_steps: int = number(4000)
+    max_minutes: float = number(0.0)  # of training, validation included; 0: no limit
     learning_rate: float = number(2e-4)  # of SAM's mask decoder
     latent_learning_rate: float = number(1e-3)  # of the new parameters
+    encoder_learning_rate: float = number(5e-5)  # of the vision encoder, if it is trained
     weight_decay: float = number(0.02)
     warmup_steps: int = number(100)
     energy_start_step: int = number(0)  # first step with the energy distance in the loss
@@ -58,6 +65,7 @@ class TrainingConfig:
     max_grad_norm: float = number(5.0)
     ema_decay: float = number(0.995, below=1)  # of the averaged weights, which are validated and saved
     mixed_precision: Literal["no", "bf16"] = "no"
+    compile: bool = False  # compile encoder and detail network with torch.compile
     log_every: int = number(50, least=1)  # steps
     eval_every: int = number(500, least=1)  # steps
     eval_slices: int = number(300, least=1)  # rows of the validation split that are scored
@@ -136,12 +144,18 @@ class TrainingConfig:
                 raise ValueError("base_model is not given; accepted: MobileSAM's file, a SAM's directory or Hub name")
         else:
             values["image_size"] = self.image_size
+            if self.encoder == "trained":
+                raise ValueError(f"encoder is 'trained', but {self.model_type} has none; accepted: frozen, cached")
+            if self.compile:
+                raise ValueError(f"compile is true; accepted for {self.model_type}: false")
         try:
             model_class.config_class(**values)
         except (StrictDataclassError, ValueError) as error:
             raise ValueError(f"model: {explain(error)}") from error
         if self.model_type == EllipseConfig.model_type and self.max_steps:
             raise ValueError(f"max_steps is {self.max_steps}; accepted for an ellipse, which is fitted: 0")
+        if self.max_minutes and not self.max_steps:
+            raise ValueError(f"max_minutes is {self.max_minutes:g} with max_steps 0, which trains nothing")
 
 
 def read_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> TrainingConfig:

@@ -10,6 +10,7 @@ from scipy.special import ndtr
 
 from .. import ProbabilisticSamModel
 from ..data import row_prompt
+from ..data.format import decode_masks
 from ..errors import UserError
 from .embedding_cache import EmbeddingCache
 from .windows import place_prompt
@@ -63,14 +64,14 @@ def presence_means(
     model: ProbabilisticSamModel, cache: EmbeddingCache, rows: datasets.Dataset, batch_size: int = 32
 ) -> tuple[np.ndarray, np.ndarray]:
     """For each row the prior's mean of the presence, and the share of readers whose mask is empty: (N,) each."""
-    rows = rows.remove_columns(["image", "masks"])
     means, shares = [], []
     for start in range(0, len(rows), batch_size):
         indices = range(start, min(start + batch_size, len(rows)))
         boxes = []
         for index in indices:
-            masks = cache.row_masks(index)
-            prompt: Any = row_prompt(rows[index], masks, PROMPT)
+            row = rows[index]
+            masks = decode_masks(row)
+            prompt: Any = row_prompt(row, masks, PROMPT)
             window = cache.view(index, 0, masks).window
             boxes.append(place_prompt(prompt, window, model.config.vision_config.image_size)["input_boxes"])
             shares.append(1 - masks.any(axis=(1, 2)).mean())

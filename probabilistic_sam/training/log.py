@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,39 @@ class Log:
         for name, value in values.items():
             if self.writer is not None and isinstance(value, (int, float)):
                 self.writer.add_scalar(name, value, step)
+
+
+class RunningMeans:
+    """Means of values over the steps since the last line of the log.
+
+    The sums stay on the values' device until they are read, because reading a GPU would stall it at every step.
+    """
+
+    def __init__(self) -> None:
+        self.sums: dict[str, torch.Tensor] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, values: Mapping[str, torch.Tensor | None]) -> None:
+        """Add the values of a step; None has no value there."""
+        for name, value in values.items():
+            if value is not None:
+                value = value.detach().float()
+                self.sums[name] = self.sums[name] + value if name in self.sums else value
+                self.counts[name] = self.counts.get(name, 0) + 1
+
+    def read(self) -> dict[str, float]:
+        """The means; one copy from the device."""
+        sums = torch.stack(list(self.sums.values())).tolist() if self.sums else []
+        return {name: value / self.counts[name] for name, value in zip(self.sums, sums, strict=True)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"sums": {name: value.cpu() for name, value in self.sums.items()}, "counts": dict(self.counts)}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Continue from a checkpoint."""
+        self.sums = {name: value.to(device) for name, value in state["sums"].items()}
+        self.counts = dict(state["counts"])
 
 
 def latent_values(

@@ -1,20 +1,21 @@
 """Training: `train` sets a run up; `Run` repeats step, log, validation and checkpoint."""
 
+import contextlib
 import json
 import math
 import os
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, broadcast
 from tqdm.auto import tqdm
 
 from .. import ProbabilisticSamConfig, ProbabilisticSamModel, ProbabilisticSamProcessor
@@ -25,16 +26,26 @@ from ..errors import UserError
 from ..files import write_text
 from ..hub.push import check_repo_name
 from ..hub.staging import push_model
-from .batches import Batches
+from .batches import (
+    StepSampler,
+    TrainingWindows,
+    choose_workers,
+    make_loader,
+    next_batch,
+    reader_counts,
+    resize_windows,
+)
 from .checkpoint import find_checkpoint, fingerprint, resume_from, save_checkpoint
 from .config import TrainingConfig
-from .embedding_cache import EmbeddingCache
-from .log import Log, latent_values
-from .models import build_model, fit_ellipse, freeze
-from .optimization import Optimization
+from .embedding_cache import EmbeddingCache, NodeProcesses
+from .log import Log, RunningMeans, latent_values
+from .models import build_model, compile_parts, fit_ellipse, freeze, set_training_mode
+from .optimization import Optimization, rate_factor
 from .validation import Validation
 
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+NATIVE_BF16 = {"avx512_bf16", "amx_bf16", "bf16"}  # flags in /proc/cpuinfo of CPUs that compute in bfloat16
+CLOCK_EVERY = 10  # steps between two looks at the clock, which all processes share
 PRINTED = ("all/ged", "shape/ged", "all/hm_iou", "active_outline_units", "posterior_iou")  # of a validation
 
 
@@ -70,33 +81,36 @@ def train(
 
     torch.manual_seed(config.seed)
     model: Any = build_model(config)
-    freeze(model)
+    if config.encoder != "trained":
+        freeze(model)
     model.to(accelerator.device)
     processor = ProbabilisticSamProcessor(config.image_size, config.crop_size)
     if config.max_steps:
+        sampler = StepSampler(
+            reader_counts(rows["train"]), config, accelerator.process_index, accelerator.num_processes
+        )
         optimization = Optimization(model, config)
         identity = fingerprint(config, model, rows)
         state = resume_from(checkpoint, identity, optimization) if checkpoint else {}
 
     # From here on the run folder is written to
     describe_run(directory, config, rows, accelerator.is_main_process)
-    caching = {
-        "cache_dir": cache_dir, "rank": accelerator.process_index, "world_size": accelerator.num_processes,
-        "barrier": accelerator.wait_for_everyone, "bf16": config.mixed_precision == "bf16",
-    }  # fmt: skip
+    validation = Validation(rows["validation"], processor, config, accelerator)
     if config.max_steps:
-        # Views do not depend on the seed of the training, so that runs with other seeds share one cache
-        cache = EmbeddingCache(
-            model, processor, rows["train"], config.num_views, 0, augmentation=config.augmentation, **caching
-        )
-    validation_cache = EmbeddingCache(model, processor, rows["validation"], 0, 0, **caching)
-    validation = Validation(rows["validation"], validation_cache, processor, config, accelerator)
-
-    if config.max_steps:
-        mask_size = 4 * cache.embeddings.shape[-1]
-        batches = Batches(cache, config, mask_size, accelerator.process_index, accelerator.num_processes)
-        run = Run(config, accelerator, directory, model, processor, optimization, batches, validation, identity)
-        best = run(state, stop_after)
+        nearby, cache = NodeProcesses.of(accelerator), None
+        if config.encoder == "cached":
+            # Views do not depend on the seed of the training, so that runs with other seeds share one cache
+            cache = EmbeddingCache(
+                model, processor, rows["train"], config.num_views, 0, cache_dir, config.augmentation, nearby,
+                bf16=config.mixed_precision == "bf16",
+            )  # fmt: skip
+        windows = TrainingWindows(rows["train"], processor, config, cache)
+        num_workers, reason = choose_workers(config.num_workers, accelerator.device, nearby.world_size)
+        accelerator.print(f"{num_workers} worker processes make windows ({reason})")
+        loader = make_loader(windows, sampler, num_workers, accelerator.device)
+        best = Run(
+            config, accelerator, directory, model, processor, optimization, sampler, loader, validation, identity
+        )(state, stop_after)
     else:
         if isinstance(model, EllipseModel):
             fit_ellipse(model, rows["train"])
@@ -110,13 +124,23 @@ def train(
 
 def start_accelerator(config: TrainingConfig) -> Accelerator:
     """Join the other processes, if any."""
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    # The loop itself chooses what runs in bfloat16, so that validation stays in float32
+    accelerator = Accelerator(mixed_precision="no")
     if accelerator.distributed_type in SHARDED:
         raise UserError(
             f"accelerate is configured for {accelerator.distributed_type}, which shards the weights, but averages and "
             "checkpoints need them whole; accepted: one process, or one per device as in training/configs/accelerate"
         )
+    if accelerator.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32
+    elif config.mixed_precision == "bf16" and accelerator.device.type == "cpu" and not computes_bf16():
+        accelerator.print("mixed_precision is bf16, which is slow on this CPU; mixed_precision=no is faster")
     return accelerator
+
+
+def computes_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether the CPU computes in bfloat16; true where that is not known."""
+    return not cpuinfo.exists() or bool(NATIVE_BF16 & set(cpuinfo.read_text(encoding="utf-8").split()))
 
 
 def choose_checkpoint(directory: Path, config: TrainingConfig, resume: str | None) -> Path | None:
@@ -177,6 +201,9 @@ def report_best(directory: Path, best: dict, num_slices: int, repo_name: str | N
 class Run:
     """The steps of a training run.
 
+    Nothing in a step waits for the device: copies do not block, noise is made on the device, and what the log needs
+    stays there until a line is written.
+
     Args:
         config: of the run.
         accelerator: of its processes.
@@ -184,7 +211,8 @@ class Run:
         model: on its device.
         processor: saved with the model.
         optimization: of the model, restored if the run resumes.
-        batches: of the training split.
+        sampler: of the windows of all steps.
+        loader: of their batches.
         validation: of the validation split.
         identity: `fingerprint` of the run, for its checkpoints.
     """
@@ -195,13 +223,15 @@ class Run:
     model: Any
     processor: ProbabilisticSamProcessor
     optimization: Optimization
-    batches: Batches
+    sampler: StepSampler
+    loader: Any
     validation: Validation
     identity: dict[str, Any]
 
     step: int = field(init=False)  # steps that are done
+    checked: int = field(init=False)  # step up to which losses are known to be finite
     best: dict[str, Any] = field(init=False)  # step and scores of the model that is saved
-    running: dict[str, list[float]] = field(init=False)  # values of the steps since the last line of the log
+    time_share: float = field(init=False, default=0.0)  # of max_minutes; 0 without a limit
 
     def __call__(self, state: dict[str, Any], stop_after: int | None = None) -> dict[str, Any]:
         """Train to the last step.
@@ -213,23 +243,28 @@ class Run:
         Returns:
             `step` and scores of the best model, which is in the run folder.
         """
-        self.step, self.best = state.get("step", 0), state.get("best", {})
-        unlogged = state.get("log", {})
-        self.running = unlogged.get("running", {})
-        self.started = time.time() - unlogged.get("seconds", 0.0)
+        self.step = self.checked = self.sampler.start = state.get("step", 0)
+        self.best, self.running = state.get("best", {}), RunningMeans()
+        if "log" in state:
+            self.running.load_state_dict(state["log"], self.accelerator.device)
         self.energy_weight = getattr(self.model.config, "energy_weight", 0.0)
+        self.generator = torch.Generator(self.accelerator.device)
+        if self.config.compile:
+            compile_parts(self.model)
         self.wrapped, self.optimization.optimizer = self.accelerator.prepare(self.model, self.optimization.optimizer)
         self.progress = tqdm(total=self.config.max_steps, initial=self.step, desc="training", disable=not self.is_main)
         if self.is_main:
             self.log = Log(self.directory, self.step)
-            weights = sum(parameter.numel() for parameter in self.optimization.trained.values()) / 1e6
-            steps = self.batches.steps_per_epoch
-            slices = len(self.batches.cache)
-            print(f"{slices} training slices, {weights:.2f} M trained weights, {steps} steps per epoch")
+            self.describe()
 
-        self.model.train()
-        while self.step < self.config.max_steps:
-            self.train_step()
+        set_training_mode(self.model)
+        batches = iter(self.loader)
+        self.started = time.monotonic() - state.get("seconds", 0.0)
+        self.read_clock()
+        while not self.ended:
+            self.train_step(batches)
+            if self.step % CLOCK_EVERY == 0:
+                self.read_clock()
             if self.due(self.config.log_every, at_end=False):
                 self.write_log()
             if self.due(self.config.eval_every):
@@ -246,37 +281,53 @@ class Run:
         """Whether this process writes and prints."""
         return self.accelerator.is_main_process
 
+    def describe(self) -> None:
+        """Print the sizes of the run."""
+        weights = sum(parameter.numel() for parameter in self.optimization.trained.values()) / 1e6
+        slices, steps = len(self.sampler.num_readers), self.sampler.steps_per_epoch
+        print(f"{slices} training slices, {weights:.2f} M trained weights, {steps} steps per epoch")
+
     def due(self, every: int, at_end: bool = True) -> bool:
         """Whether something that happens `every` so many steps happens now."""
-        return self.step % every == 0 or at_end and self.step == self.config.max_steps
+        return self.step % every == 0 or at_end and self.ended
 
-    def train_step(self) -> None:
+    @property
+    def ended(self) -> bool:
+        """Whether the run has done all its steps, or its time is over."""
+        return self.step >= self.config.max_steps or self.time_share >= 1
+
+    def read_clock(self) -> None:
+        """Share of `max_minutes` that has passed, by the clock of the main process for all of them."""
+        if self.config.max_minutes:
+            share = (time.monotonic() - self.started) / (60 * self.config.max_minutes)
+            self.time_share = broadcast(torch.tensor(share, device=self.accelerator.device)).item()
+
+    # ------------------------------------------------------------------------------------------------------- a step
+
+    def train_step(self, batches: Iterator[dict[str, torch.Tensor]]) -> None:
         """One step of the optimizer."""
-        batch = {key: value.to(self.accelerator.device) for key, value in self.batches(self.step).items()}
-        # Noise and dropout follow from the number of the step, so a checkpoint needs no state of a random generator
-        torch.manual_seed(hash((self.config.seed, self.step, self.accelerator.process_index)) % 2**63)
+        self.seed_noise()
         self.ramp_energy_weight()
-        output = self.wrapped(**batch)
-        self.accelerator.backward(output.loss)
+        weights = self.sampler.weights(self.step)
+        for number, weight in enumerate(weights, start=1):
+            batch = next_batch(batches)
+            waits = number < len(weights)  # for the gradients of the other micro-batches
+            with self.accelerator.no_sync(self.wrapped) if waits else contextlib.nullcontext():
+                loss = self.forward(batch, weight)
+                self.accelerator.backward(loss / len(weights))
         trained = list(self.optimization.trained.values())
         norm = self.accelerator.clip_grad_norm_(trained, self.config.max_grad_norm)
+        self.running.add({"grad_norm": norm})
+        self.rate = rate_factor(self.step, self.time_share, self.config)
         self.step += 1
-        self.optimization.step(self.step)
+        self.optimization.step(self.step, self.rate)
         self.progress.update()
 
-        has_presence = isinstance(self.model, ProbabilisticSamModel)
-        values = {
-            "loss": output.loss, "reconstruction_loss": output.reconstruction_loss,
-            **latent_values(output.kl_divergence, batch["annotated"], batch["reader_mask"], has_presence),
-            "energy_distance": output.energy_distance, "grad_norm": norm,
-        }  # fmt: skip
-        for name, value in values.items():
-            if value is not None:
-                self.running.setdefault(name, []).append(float(value.detach()))
-        # The norm is that of the mean gradient of all processes, so all of them stop together
-        if not all(math.isfinite(items[-1]) for items in self.running.values()):
-            advice = "lower the learning rates or use mixed_precision: no"
-            raise UserError(f"the loss or its gradient is not finite at step {self.step}; {advice}")
+    def seed_noise(self) -> None:
+        """Let noise and dropout follow from the number of the step, so that a checkpoint needs no random state."""
+        seed, rank = self.config.seed, self.accelerator.process_index
+        torch.manual_seed(hash((seed, self.step, rank)) % 2**63)
+        self.generator.manual_seed(hash((seed, self.step, rank, 1)) % 2**63)
 
     def ramp_energy_weight(self) -> None:
         """Set the weight of the energy distance for the next step."""
@@ -284,22 +335,73 @@ class Run:
             ramp = (self.step + 1 - self.config.energy_start_step) / max(self.config.energy_ramp_steps, 1)
             self.model.config.energy_weight = self.energy_weight * min(max(ramp, 0.0), 1.0)
 
+    def forward(self, batch: dict[str, torch.Tensor], weight: float) -> torch.Tensor:
+        """The loss of a micro-batch; `weight` is one of `StepSampler.weights`."""
+        device = self.accelerator.device
+        batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.mixed_precision == "bf16"):
+            output = self.wrapped(**self.encode(batch), generator=self.generator)
+        has_presence = isinstance(self.model, ProbabilisticSamModel)
+        self.running.add(
+            {
+                "loss": output.loss,
+                "reconstruction_loss": output.reconstruction_loss,
+                **latent_values(output.kl_divergence, batch["annotated"], batch["reader_mask"], has_presence),
+                "energy_distance": output.energy_distance,
+            }
+        )
+        if weight == 1 or output.energy_distance is None:
+            return output.loss * weight
+        by_row = self.model.config.energy_weight * output.energy_distance  # a mean over rows, not over readers
+        return (output.loss - by_row) * weight + by_row
+
+    def encode(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Arguments of the model; windows become its input, and their embeddings unless the encoder is trained."""
+        if "windows" not in batch:
+            return batch
+        inputs = {name: value for name, value in batch.items() if name not in ("windows", "sides")}
+        grey = resize_windows(batch["windows"], batch["sides"], self.config.image_size)
+        pixel_values = self.processor.normalize(grey)
+        if self.config.encoder == "trained":
+            return inputs | {"pixel_values": pixel_values}
+        return inputs | {"image_embeddings": self.model.get_image_embeddings(pixel_values).float()}
+
+    # ------------------------------------------------------------------------------------------- between two steps
+
+    def read_means(self) -> dict[str, float]:
+        """Means since the last line of the log, which are checked; nothing is written or saved before.
+
+        The norm is that of the mean gradient of all processes, so all of them stop together.
+        """
+        means = self.running.read()
+        if not all(math.isfinite(value) for value in means.values()):
+            raise UserError(
+                f"the loss or its gradient is not finite in one of the steps {self.checked + 1} to {self.step}; lower "
+                "the learning rates or use mixed_precision: no"
+            )
+        self.checked = self.step
+        return means
+
     def write_log(self) -> None:
         """Write the means since the last line of the log."""
-        line = {name: round(float(np.mean(items)), 5) for name, items in self.running.items()}
-        self.running.clear()
+        line = {name: round(value, 5) for name, value in self.read_means().items()}
+        self.running = RunningMeans()
         if self.is_main:
-            rate, seconds = self.optimization.scheduler.get_last_lr()[0], round(time.time() - self.started, 1)
+            rate, seconds = self.optimization.rates[0] * self.rate, round(time.monotonic() - self.started, 1)
             self.log(self.step, line | {"lr": rate, "seconds": seconds})
             shown = [name for name in ("loss", "outline_kl", "kl") if name in line]
             self.progress.set_postfix({name: f"{line[name]:.3g}" for name in shown})
 
     def validate(self) -> None:
         """Score the averaged weights, and save the model if it is the best so far."""
+        self.read_means()
         self.optimization.ema.swap()
         if self.energy_weight:
             self.model.config.energy_weight = self.energy_weight
-        scores = self.validation(self.model)
+        # Batches of other shapes would be compiled again
+        with torch.compiler.set_stance("force_eager") if self.config.compile else contextlib.nullcontext():
+            scores = self.validation(self.model)
+        set_training_mode(self.model)
         if self.is_main:
             self.log(self.step, {f"validation/{name}": value for name, value in scores.items()})
             known = [f"{name} {scores[name]:.4g}" for name in PRINTED if scores.get(name) is not None]
@@ -311,8 +413,9 @@ class Run:
 
     def write_checkpoint(self) -> None:
         """Save everything that resuming needs."""
+        self.read_means()
         if self.is_main:
-            unlogged = {"running": self.running, "seconds": time.time() - self.started}
-            done = {"step": self.step, "best": self.best, "log": unlogged, "fingerprint": self.identity}
-            save_checkpoint(self.directory, done | self.optimization.state_dict())
+            done = {"step": self.step, "best": self.best, "fingerprint": self.identity}
+            clock = {"log": self.running.state_dict(), "seconds": time.monotonic() - self.started}
+            save_checkpoint(self.directory, done | clock | self.optimization.state_dict())
         self.accelerator.wait_for_everyone()

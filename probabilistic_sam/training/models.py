@@ -81,6 +81,26 @@ def freeze(model: PreTrainedModel) -> None:
         model.vision_encoder.requires_grad_(False)
 
 
+def set_training_mode(model: PreTrainedModel) -> None:
+    """Training mode, but the vision encoder stays in evaluation mode even where it is trained.
+
+    TinyViT's batch norms keep the statistics of its pretraining: those of small batches of windows would be noisy,
+    would differ between processes and micro-batches, and are not averaged like the weights.
+    """
+    model.train()
+    if isinstance(model, ProbabilisticSamModel):
+        model.vision_encoder.eval()
+
+
+def compile_parts(model: ProbabilisticSamModel) -> None:
+    """Compile encoder and detail network in place: most of a step's kernels, always called with the same shapes.
+
+    Latent networks and decoder see as many readers as the batch has, and losses are a few small operations.
+    """
+    for part in (model.vision_encoder, model.detail_network):
+        part.compile()
+
+
 def fit_ellipse(model: EllipseModel, rows) -> None:
     """Fit to the readers' masks of the training split and to the boxes that evaluation uses."""
 

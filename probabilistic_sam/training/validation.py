@@ -10,11 +10,11 @@ from scipy.special import expit
 
 from .. import ProbabilisticSamModel, ProbabilisticSamProcessor
 from ..data import row_prompt, row_seed
+from ..data.format import decode_image, decode_masks
 from ..evaluation import choose_rows, latent_state
 from ..metrics import slice_metrics, summarize, summarize_collapse
 from .config import TrainingConfig
-from .embedding_cache import EmbeddingCache
-from .windows import place_prompt, view_readers
+from .windows import place_prompt, plain_view, view_pixel_values, view_readers
 
 PROMPT = "union_box"
 # The scores in the log: for each column, then for the column `all` alone
@@ -27,7 +27,6 @@ class Validation:
 
     Args:
         rows: of the validation split.
-        cache: of the same rows, plain views.
         processor: puts samples back into the image.
         config: its `image_size`, `eval_slices` and `eval_samples`.
         accelerator: of the processes that share the rows.
@@ -36,14 +35,13 @@ class Validation:
     def __init__(
         self,
         rows: datasets.Dataset,
-        cache: EmbeddingCache,
         processor: ProbabilisticSamProcessor,
         config: TrainingConfig,
         accelerator: Accelerator,
     ):
-        self.rows = rows.remove_columns(["image", "masks"])
+        self.rows = rows
         self.indices = choose_rows(rows, config.eval_slices, "subset")
-        self.cache, self.processor, self.config, self.accelerator = cache, processor, config, accelerator
+        self.processor, self.config, self.accelerator = processor, config, accelerator
 
     @torch.no_grad()
     def __call__(self, model: Any) -> dict[str, Any]:
@@ -68,10 +66,12 @@ class Validation:
 
     def score(self, model: Any, index: int) -> dict[str, Any]:
         """What `slice_metrics` returns for a row, with `collapse`, as in `evaluation.evaluate_rows`."""
-        row, masks = self.rows[index], self.cache.row_masks(index)
-        view = self.cache.view(index, 0, masks)
+        row = self.rows[index]
+        masks = decode_masks(row)
+        view = plain_view(masks, self.processor)
+        pixels = view_pixel_values(decode_image(row), view, self.processor)[None].to(self.accelerator.device)
         box = place_prompt(row_prompt(row, masks, PROMPT), view.window, self.config.image_size)["input_boxes"]
-        inputs = {"image_embeddings": self.cache.embedding(index, 0)[None], "input_boxes": box[None, None]}
+        inputs = {"image_embeddings": model.get_image_embeddings(pixels), "input_boxes": box[None, None]}
         inputs = {name: value.to(self.accelerator.device) for name, value in inputs.items()}
         generator = torch.Generator().manual_seed(row_seed(row, "validation") % 2**63)
         pred_masks = model.sample(**inputs, num_samples=self.config.eval_samples, generator=generator).pred_masks

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ..data import make_prompt
-from ..processing_probabilistic_sam import IMAGENET_MEAN, IMAGENET_STD, ProbabilisticSamProcessor, cut, cut_masks
+from ..processing_probabilistic_sam import ProbabilisticSamProcessor, cut, cut_masks
 
 SYMMETRIES = ("dihedral", "flips", "none")
 # Arguments of `random_view` that earlier versions did not have, with the values that give their views
@@ -145,7 +145,12 @@ def prompt_window(masks: np.ndarray, processor: ProbabilisticSamProcessor) -> tu
 
 
 def view_pixel_values(image: np.ndarray, view: View, processor: ProbabilisticSamProcessor) -> torch.Tensor:
-    """The model's input (3, S, S) for a view of an image (H, W) or (H, W, 3).
+    """The model's input (3, S, S) for a view of an image (H, W) or (H, W, 3)."""
+    return processor.normalize(processor.resize(view_window(image, view, processor)))
+
+
+def view_window(image: np.ndarray, view: View, processor: ProbabilisticSamProcessor) -> torch.Tensor:
+    """The window of a view of an image (H, W) or (H, W, 3), before resizing: grey values 0..255 (1 or 3, side, side).
 
     Colours change together: gamma and contrast have one scale for the whole image, and noise is grey.
     """
@@ -155,8 +160,10 @@ def view_pixel_values(image: np.ndarray, view: View, processor: ProbabilisticSam
         planes = ((planes - low) / (high - low)) ** view.gamma
     if view.noise:
         planes = add_noise(planes, view, processor)
-    pixel_values = processor.pixel_values(torch.from_numpy(planes), view.window)
-    return change_contrast(pixel_values, view.contrast) if view.contrast != 1.0 else pixel_values
+    grey = processor.stretch(torch.from_numpy(planes), view.window)
+    if view.contrast != 1.0:  # after the stretch, which would undo it
+        grey = (grey.mean() + view.contrast * (grey - grey.mean())).clamp(0, 255)
+    return grey
 
 
 def add_noise(planes: np.ndarray, view: View, processor: ProbabilisticSamProcessor) -> np.ndarray:
@@ -168,17 +175,6 @@ def add_noise(planes: np.ndarray, view: View, processor: ProbabilisticSamProcess
     low, high = np.percentile(planes[:, max(y, 0) : y + side, max(x, 0) : x + side], processor.stretch_percentiles)
     noise = np.random.default_rng(view.noise_seed).standard_normal(planes.shape[-2:], dtype=np.float32)
     return planes + np.float32(view.noise * (high - low)) * noise
-
-
-def change_contrast(pixel_values: torch.Tensor, gain: float) -> torch.Tensor:
-    """Multiply the distance of pixel values (3, S, S) from their mean grey value; what exceeds 0..255 is clipped.
-
-    This follows the processor, which stretches the grey values and would undo a change before it.
-    """
-    mean, std = torch.tensor(IMAGENET_MEAN)[:, None, None], torch.tensor(IMAGENET_STD)[:, None, None]
-    grey = pixel_values * std + mean
-    grey = (grey.mean() + gain * (grey - grey.mean())).clamp(0, 255)
-    return (grey - mean) / std
 
 
 def view_readers(masks: np.ndarray, view: View, size: int) -> dict[str, torch.Tensor]:

@@ -411,7 +411,8 @@ class LatentNetwork(nn.Module):
             Mean and log standard deviation: (N, L), with masks (N, R, L).
         """
         hidden = self.image_proj(features) + self.prompt_proj(prompt_maps)  # (N, H, g, g)
-        inside = prompt_maps[:, (0, 1, 3)].amax(dim=1)  # (N, g, g): cells inside the prompt
+        # (N, g, g): cells inside the prompt. By slices, since a list of channels would have to be copied to the device
+        inside = torch.maximum(prompt_maps[:, :2].amax(dim=1), prompt_maps[:, 3])
         extents = prompt_maps.sum(dim=(-2, -1))  # (N, 4) in cells
         lead = hidden.shape[:1]
         if masks is not None:

@@ -1,6 +1,7 @@
 """training/train.py: a run of eight steps, resuming after a kill, errors in one line."""
 
 import doctest
+import itertools
 import json
 import os
 import pickle
@@ -18,7 +19,7 @@ import torch
 import yaml
 from huggingface_hub.errors import StrictDataclassError
 from loopback_hub import LoopbackHub
-from tiny import SIZE, load_script, tiny_model, tiny_rows, tiny_vit_parts
+from tiny import SIZE, load_script, tiny_inputs, tiny_labels, tiny_model, tiny_rows, tiny_vit_parts
 from transformers import AutoModel, AutoProcessor
 
 pytest.importorskip("accelerate")
@@ -36,7 +37,7 @@ from probabilistic_sam.training import config as config_module
 from probabilistic_sam.training.batches import collate
 from probabilistic_sam.training.config import TrainingConfig, parse_overrides, read_config
 from probabilistic_sam.training.log import latent_values
-from probabilistic_sam.training.optimization import Ema
+from probabilistic_sam.training.optimization import Ema, Optimization, parameter_groups
 from probabilistic_sam.training.validation import Validation
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -234,7 +235,7 @@ def test_killed_and_resumed_run_equals_an_uninterrupted_one(train, finished, wor
 def test_run_killed_from_outside_resumes(train, workspace, tmp_path):
     """A checkpoint per step, so that the kill is likely to come while one is written or removed."""
     values = yaml.safe_load((workspace / "config.yaml").read_text())
-    changes = {"checkpoint_every": 1, "max_steps": 60, "eval_every": 60, "log_every": 7}
+    changes = {"checkpoint_every": 1, "max_steps": 30, "eval_every": 30, "log_every": 7, "eval_slices": 1}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values | changes))
     more = ("--config", tmp_path / "config.yaml")
     train(tmp_path / "whole", *more)
@@ -249,7 +250,35 @@ def test_run_killed_from_outside_resumes(train, workspace, tmp_path):
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     train(tmp_path / "killed", *more, "--resume_from_checkpoint", "latest")
-    assert_same_run(tmp_path / "killed", tmp_path / "whole", steps=60)
+    assert_same_run(tmp_path / "killed", tmp_path / "whole", steps=30)
+
+
+class Killed(BaseException):
+    """In place of a signal."""
+
+
+@pytest.mark.parametrize("encoder", ["frozen", "trained"])
+def test_run_with_new_views_resumes_exactly_with_other_workers(train, workspace, tmp_path, monkeypatch, encoder):
+    """The uninterrupted run makes its windows in one process, the resumed one with two workers."""
+    more = (f"encoder={encoder}", "eval_slices=1", "gradient_accumulation=2", "max_steps=6", "eval_every=6")
+
+    def kill(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.os, "kill", kill)
+        with pytest.raises(Killed):
+            train(tmp_path / "killed", *more, "--stop_after", 5)
+    assert not list(tmp_path.glob("*/model.safetensors"))
+    train(tmp_path / "killed", *more, "num_workers=2", "--resume_from_checkpoint", "latest")
+    train(tmp_path / "whole", *more)
+    assert_same_run(tmp_path / "killed", tmp_path / "whole", steps=6)
+    assert not list((tmp_path / "cache").glob("*")) and len(read_log(tmp_path / "whole")) == 3
+
+    base = ProbabilisticSamModel.from_pretrained(workspace / "base").vision_encoder
+    encoded = ProbabilisticSamModel.from_pretrained(tmp_path / "whole").vision_encoder
+    pairs = zip(base.parameters(), encoded.parameters(), strict=True)
+    assert {torch.equal(*pair) for pair in pairs} == {encoder == "frozen"}  # all of them or none
 
 
 def test_finished_run_resumes_to_nothing(train, finished, tmp_path):
@@ -385,26 +414,14 @@ def test_log_averages_the_outline_over_annotated_masks_and_the_presence_over_pre
     assert latent_values(kl, annotated, present, False)["kl"].item() == pytest.approx(128 / 3)
 
 
-def test_rows_with_different_numbers_of_readers_are_trained_and_validated(train, tmp_path):
-    def some_readers(rows):
-        for number, row in enumerate(rows):
-            if number % 2:  # two readers of four; the first one annotated
-                row["masks"] = row["masks"][:2]
-                image, masks = row["image"]["bytes"], [mask["bytes"] for mask in row["masks"]]
-                row = image_row(
-                    image, masks, "image", ["mask 0", "mask 1"],
-                    **{name: row[name] for name in ("patient_id", "scan_id", "nodule_id", "slice_index", "source")},
-                )  # fmt: skip
-            yield row
-
-    write_dataset(some_readers(tiny_rows({"train": 2, "validation": 2})), tmp_path / "mixed", "Made for a test.")
-    more = ("--dataset", tmp_path / "mixed", "--cache_dir", tmp_path / "cache", "max_steps=2", "log_every=1")
+def test_rows_with_different_numbers_of_readers_are_trained_and_validated(train, mixed, tmp_path):
+    more = ("--dataset", mixed, "--cache_dir", tmp_path / "cache", "max_steps=2", "log_every=1")
     train(tmp_path / "run", *more, "eval_every=2", "eval_slices=6")
     log = read_log(tmp_path / "run")
     assert [line["step"] for line in log] == [1, 2, 2] and all(np.isfinite(line["loss"]) for line in log[:2])
 
     # Each row is scored with its own readers
-    rows = load_split(tmp_path / "mixed", "validation")
+    rows = load_split(mixed, "validation")
     model = ProbabilisticSamModel.from_pretrained(tmp_path / "run").eval()
     processor = ProbabilisticSamProcessor.from_pretrained(tmp_path / "run")
     validation = Validation(rows, processor, read_config(tmp_path / "run" / "training_config.yaml"), Accelerator())
@@ -416,6 +433,146 @@ def test_rows_with_different_numbers_of_readers_are_trained_and_validated(train,
         assert len(scores["collapse"]["annotated"]) == len(masks)
         assert len(masks) == 4 or scores["four_readers"] is None
     assert {len(row["masks"]) for row in rows} == {2, 4}
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """A dataset whose rows have two or four readers."""
+
+    def some_readers(rows):
+        for number, row in enumerate(rows):
+            if number % 2:  # two readers of four; the first one annotated
+                image, masks = row["image"]["bytes"], [mask["bytes"] for mask in row["masks"][:2]]
+                row = image_row(
+                    image, masks, "image", ["mask 0", "mask 1"],
+                    **{name: row[name] for name in ("patient_id", "scan_id", "nodule_id", "slice_index", "source")},
+                )  # fmt: skip
+            yield row
+
+    path = tmp_path_factory.mktemp("mixed") / "lidc"
+    write_dataset(some_readers(tiny_rows({"train": 2, "validation": 2})), path, "Made for a test.")
+    return path
+
+
+def gradients_of(monkeypatch, start):
+    """The gradients at each step of a run."""
+    steps = []
+    with monkeypatch.context() as patch:
+        step = Optimization.step
+
+        def record(self, *given):
+            steps.append({name: weight.grad.clone() for name, weight in self.trained.items()})
+            step(self, *given)
+
+        patch.setattr(Optimization, "step", record)
+        start()
+    return steps
+
+
+def test_micro_batches_give_the_gradients_of_the_whole_batch(train, mixed, tmp_path, monkeypatch):
+    """With different numbers of readers, each weight is that of the mean over all readers of the step."""
+    monkeypatch.setattr(
+        "probabilistic_sam.modeling_probabilistic_sam.normal_noise", lambda shape, *_: torch.zeros(shape)
+    )
+    more = ("--dataset", mixed, "max_steps=2", "log_every=1", "eval_slices=1", "encoder=frozen")
+    more += ("model.latent_dropout=0", "model.energy_weight=50", "learning_rate=0", "latent_learning_rate=0")
+    one, four = (
+        gradients_of(
+            monkeypatch, lambda parts=parts: train(tmp_path / str(parts), *more, f"gradient_accumulation={parts}")
+        )
+        for parts in (1, 4)
+    )
+    logs = [read_log(tmp_path / name) for name in ("1", "4")]
+    assert [line["step"] for line in logs[0]] == [1, 2, 2]
+    for whole, parts, lines in zip(one, four, zip(*logs, strict=True), strict=False):
+        largest = max(gradient.abs().max() for gradient in whole.values())
+        for name, gradient in whole.items():
+            assert torch.allclose(parts[name], gradient, rtol=1e-3, atol=1e-5 * largest), name
+        for name in ("grad_norm", "loss"):
+            assert lines[0][name] == pytest.approx(lines[1][name], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_gradients_of_one(train, workspace, mixed, tmp_path):
+    """A model without noise, since every process has its own."""
+    config = configured(workspace, tmp_path, model={"model_type": "deterministic_sam"}, encoder="frozen")
+    more = ("--config", config, "--dataset", mixed, "max_steps=2", "log_every=1", "eval_slices=2")
+    ended = train_apart(workspace, tmp_path / "two", *more, processes=2)
+    assert ended.returncode == 0, ended.stderr
+    train(tmp_path / "one", *more)
+    norms = [[line["grad_norm"] for line in read_log(tmp_path / run) if "loss" in line] for run in ("one", "two")]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3) and len(norms[0]) == 2
+
+
+def test_a_run_ends_by_time_and_resumes_with_what_is_left(train, tmp_path, monkeypatch, capsys):
+    """A clock that advances by six seconds whenever someone looks at it."""
+    ticks = itertools.count(step=6.0)
+    monkeypatch.setattr(loop.time, "monotonic", lambda: next(ticks))
+    monkeypatch.setattr(loop, "CLOCK_EVERY", 1)
+    more = ("encoder=frozen", "eval_slices=1", "log_every=1", "max_steps=1000", "eval_every=999", "warmup_steps=2")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.os, "kill", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            train(tmp_path, *more, "--max_minutes", 2, "--stop_after", 4)
+    assert torch.load(tmp_path / "checkpoint-4" / "training_state.pt")["seconds"] >= 4 * 6
+    train(tmp_path, *more, "--max_minutes", 2, "--resume_from_checkpoint", "latest")
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    lines = [line for line in log if "loss" in line]
+    assert (
+        8 <= lines[-1]["step"] <= 14 and lines[-1]["step"] == json.loads((tmp_path / "best.json").read_text())["step"]
+    )
+    assert lines[-1]["seconds"] == pytest.approx(120, abs=15)
+    rates, shares = [line["lr"] for line in lines], [line["seconds"] / 120 for line in lines]
+    assert rates[2:] == sorted(rates[2:], reverse=True) and rates[-1] < 0.2 * max(rates)
+    later, earlier = (2e-4 * 0.5 * (1 + np.cos(np.pi * shares[index])) for index in (4, 3))
+    assert later < rates[4] < earlier  # by the clock after the step before
+
+
+def test_a_loss_that_is_not_finite_is_found_before_anything_is_saved(train, tmp_path, monkeypatch):
+    forward = loop.Run.forward
+    monkeypatch.setattr(
+        loop.Run, "forward", lambda self, *given: forward(self, *given) * (np.nan if self.step == 1 else 1.0)
+    )
+    with pytest.raises(UserError, match="is not finite in one of the steps 1 to 3; lower"):
+        train(tmp_path / "run", "encoder=frozen", "checkpoint_every=3", "log_every=50", "eval_every=50")
+    assert not list((tmp_path / "run").glob("checkpoint-*")) and not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_learning_rates_of_the_three_groups(workspace):
+    model = ProbabilisticSamModel.from_pretrained(workspace / "base")
+    config = TrainingConfig(base_model="random", image_size=SIZE, encoder="trained")
+    groups = parameter_groups(model, config)
+    assert {(group["lr"], group["weight_decay"]) for group in groups} == {
+        (rate, decay) for rate in (5e-5, 2e-4, 1e-3) for decay in (0.0, 0.02)
+    }
+    rate_of = {id(weight): group["lr"] for group in groups for weight in group["params"]}
+    assert {rate_of[id(weight)] for weight in model.vision_encoder.parameters()} == {5e-5}
+    models.freeze(model)
+    assert {group["lr"] for group in parameter_groups(model, config)} == {2e-4, 1e-3}
+
+
+@pytest.mark.slow
+def test_compiled_parts_give_the_same_loss_and_keep_the_names_of_the_weights():
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        pytest.skip("torch.compile needs a C++ compiler")
+    model = tiny_model(tiny_vit_parts)
+    names, given = list(model.state_dict()), {**tiny_inputs(), "labels": tiny_labels()}
+
+    def loss():
+        return model(**given, generator=torch.Generator().manual_seed(0)).loss.item()
+
+    expected = loss()
+    models.compile_parts(model)
+    assert loss() == pytest.approx(expected, rel=1e-4) and list(model.state_dict()) == names
+
+
+@pytest.mark.parametrize(
+    ("flags", "native"), [("fpu sse4_2 avx512f", False), ("fpu avx512_bf16", True), ("asimd bf16", True)]
+)
+def test_cpus_that_compute_in_bfloat16(tmp_path, flags, native):
+    (tmp_path / "cpuinfo").write_text(f"flags\t\t: {flags}\n")
+    assert loop.computes_bf16(tmp_path / "cpuinfo") == native
+    assert loop.computes_bf16(tmp_path / "missing")
 
 
 def test_a_field_of_version_0_1_is_read_as_the_new_one(tmp_path):
@@ -578,6 +735,18 @@ def configured(workspace, tmp_path, **changes):
         ({"model": {"model_type": "bert"}}, "model.model_type is 'bert'; accepted: probabilistic_sam, "),
         ({"model": {"model_type": [1]}}, "model.model_type is .1.; accepted: probabilistic_sam, "),
         ({"model": {"energy_weight": float("nan")}}, "model.energy_weight is nan; accepted: a finite number"),
+        ({"encoder": "thawed"}, "'encoder' expected one of .'frozen', 'trained', 'cached'., got thawed"),
+        (
+            {"encoder": "trained", "model": {"model_type": "dropout_unet"}},
+            "encoder is 'trained', but dropout_unet has",
+        ),
+        ({"compile": True, "model": {"model_type": "dropout_unet"}}, "compile is true; accepted for dropout_unet: f"),
+        ({"max_steps": 0, "max_minutes": 3}, "max_minutes is 3 with max_steps 0, which trains nothing"),
+        (
+            {"gradient_accumulation": 3},
+            "batch_size is 4 with 1 processes and gradient_accumulation 3; accepted: a mult",
+        ),
+        ({"num_workers": -2}, "num_workers is -2; accepted: -1 or more"),
         ({"model": {"model_type": "ellipse"}}, "max_steps is 8; accepted for an ellipse, which is fitted: 0"),
     ],
 )

@@ -20,7 +20,7 @@ from ..errors import UserError
 from ..processing_probabilistic_sam import ProbabilisticSamProcessor
 from .config import TrainingConfig
 from .embedding_cache import EmbeddingCache
-from .windows import random_view, view_prompt, view_readers, view_window
+from .windows import View, turn_randomly, view_prompt, view_readers, view_window
 
 MOST_WORKERS = 16
 
@@ -82,6 +82,7 @@ class TrainingWindows(Dataset[dict[str, torch.Tensor]]):
         if self.cache:
             number = (key.epoch + key.row) % max(self.cache.num_views, 1)
             view = self.cache.view(key.row, number, masks)
+            turned = view.turn(masks)
             image = {"image_embeddings": self.cache.embedding(key.row, number)}
         else:
             pixels = decode_image(row)
@@ -90,11 +91,11 @@ class TrainingWindows(Dataset[dict[str, torch.Tensor]]):
                     f"row {key.row} of the training split has an image of {pixels.shape[:2]} pixels and masks of "
                     f"{masks.shape[1:]}; accepted: one size"
                 )
-            view = random_view(masks, self.processor, rng, **self.augmentation)
+            view, turned = turn_randomly(masks, self.processor, rng, **self.augmentation)
             window = view_window(pixels, view, self.processor)
             image = {"window": self.processor.resize(window) if view.window[2] > self.processor.image_size else window}
-        size = self.processor.image_size
-        return view_prompt(masks, view, key.prompt, rng, size) | view_readers(masks, view, size // 4) | image
+        size, place = self.processor.image_size, View(0, False, view.window, 1.0)  # in the turned masks
+        return view_prompt(turned, place, key.prompt, rng, size) | view_readers(turned, place, size // 4) | image
 
 
 class StepSampler(Sampler[list[WindowKey]]):

@@ -341,19 +341,19 @@ class Run:
         batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
         with torch.autocast(device.type, torch.bfloat16, enabled=self.config.mixed_precision == "bf16"):
             output = self.wrapped(**self.encode(batch), generator=self.generator)
+        loss = output.loss * weight
+        if weight != 1 and output.energy_distance is not None:  # which is a mean over rows, not over readers
+            loss = loss + (1 - weight) * self.model.config.energy_weight * output.energy_distance
         has_presence = isinstance(self.model, ProbabilisticSamModel)
         self.running.add(
             {
-                "loss": output.loss,
+                "loss": loss,
                 "reconstruction_loss": output.reconstruction_loss,
                 **latent_values(output.kl_divergence, batch["annotated"], batch["reader_mask"], has_presence),
                 "energy_distance": output.energy_distance,
             }
         )
-        if weight == 1 or output.energy_distance is None:
-            return output.loss * weight
-        by_row = self.model.config.energy_weight * output.energy_distance  # a mean over rows, not over readers
-        return (output.loss - by_row) * weight + by_row
+        return loss
 
     def encode(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Arguments of the model; windows become its input, and their embeddings unless the encoder is trained."""

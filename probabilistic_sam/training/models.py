@@ -84,8 +84,8 @@ def freeze(model: PreTrainedModel) -> None:
 def set_training_mode(model: PreTrainedModel) -> None:
     """Training mode, but the vision encoder stays in evaluation mode even where it is trained.
 
-    TinyViT's batch norms keep the statistics of its pretraining: those of small batches of windows would be noisy,
-    would differ between processes and micro-batches, and are not averaged like the weights.
+    Windows are then encoded as in validation, without dropout. No encoder has batch norm whose statistics would have
+    to be kept: MobileSAM's are folded into its convolutions at conversion, and SAM's ViT has none.
     """
     model.train()
     if isinstance(model, ProbabilisticSamModel):

@@ -58,6 +58,13 @@ def plain_view(masks: np.ndarray, processor: ProbabilisticSamProcessor) -> View:
 
 
 def random_view(
+    masks: np.ndarray, processor: ProbabilisticSamProcessor, rng: np.random.Generator, **augmentation: Any
+) -> View:
+    """The view of `turn_randomly`, whose arguments it takes."""
+    return turn_randomly(masks, processor, rng, **augmentation)[0]
+
+
+def turn_randomly(
     masks: np.ndarray,
     processor: ProbabilisticSamProcessor,
     rng: np.random.Generator,
@@ -68,8 +75,8 @@ def random_view(
     rotation: float = 0.0,
     noise: float = 0.0,
     contrast: float = 0.0,
-) -> View:
-    """A random view. What is 0 takes no random number.
+) -> tuple[View, np.ndarray]:
+    """A random view, and the masks turned as in it. What is 0 takes no random number.
 
     Args:
         masks: (R, H, W), at least one of them not empty.
@@ -101,7 +108,7 @@ def random_view(
     view = replace(view, window=(x, y, new_side))
     if contrast:
         view = replace(view, contrast=math.exp(rng.uniform(-contrast, contrast)))
-    return replace(view, noise_seed=int(rng.integers(2**32))) if noise else view
+    return (replace(view, noise_seed=int(rng.integers(2**32))) if noise else view), turned
 
 
 def effective_augmentation(augmentation: Mapping[str, Any]) -> dict[str, Any]:

@@ -101,15 +101,21 @@ class StubModel:
         self.calls = []
 
     def sample(self, pixel_values, num_samples, generator, input_boxes=None, input_points=None, input_labels=None):
-        assert pixel_values.shape == (1, 3, SIZE, SIZE)
+        assert pixel_values.shape == (len(generator), 3, SIZE, SIZE)
         self.calls.append((input_boxes, input_points, input_labels))
-        box = input_boxes[0, 0] if input_boxes is not None else (input_points[0, 0, 0].repeat(2) + self.side)
+        masks = []
+        for index, one in enumerate(generator):
+            point = None if input_points is None else input_points[index, 0, 0]
+            box = input_boxes[index, 0] if point is None else point.repeat(2) + self.side
+            masks.append(self.sample_box(box, num_samples, one))
+        return SimpleNamespace(pred_masks=(torch.stack(masks).float() * 8 - 4)[:, None])  # (B, 1, N, H, W)
+
+    def sample_box(self, box, num_samples, generator):
         sides = box + self.noise * torch.randn(num_samples, 4, generator=generator)  # (N, 4)
         centres = torch.arange(SIZE) + 0.5
         in_x = (centres > sides[:, :1]) & (centres < sides[:, 2:3])
         in_y = (centres > sides[:, 1:2]) & (centres < sides[:, 3:])
-        masks = in_y[:, :, None] & in_x[:, None, :]
-        return SimpleNamespace(pred_masks=(masks.float() * 8 - 4)[None, None])  # (1, 1, N, H, W)
+        return in_y[:, :, None] & in_x[:, None, :]
 
     side = torch.tensor([-4.0, -4.0, 4.0, 4.0])
 
@@ -181,21 +187,25 @@ class AlternatingModel(StubModel):
 
     noise = 0.0
 
-    def sample(self, num_samples, generator, **kwargs):
-        masks = super().sample(num_samples=num_samples, generator=generator, **kwargs).pred_masks
+    def sample_box(self, box, num_samples, generator):
+        masks = super().sample_box(box, num_samples, generator)
         spread = (torch.arange(num_samples) + torch.rand(1, generator=generator)) / num_samples
-        masks[:, :, spread > 0.5] = -4
-        return SimpleNamespace(pred_masks=masks)
+        return masks & (spread <= 0.5)[:, None, None]
 
 
-def test_independent_samples_have_a_call_each(script, dataset):
-    few, many = AlternatingModel(), AlternatingModel()
-    _, (together,) = run(script, few, dataset)
-    _, (independent,) = run(script, many, dataset, independent=True)
-    assert (len(few.calls), len(many.calls)) == (15, 4 * 15)
+def test_independent_samples_are_those_of_a_call_each(script, dataset, monkeypatch):
+    _, (together,) = run(script, AlternatingModel(), dataset)
+    _, (independent,) = run(script, AlternatingModel(), dataset, independent=True)
+    row = dataset[0]
+    box = torch.tensor(row_prompt(row, decode_masks(row), "union_box")["input_boxes"])
+    generator = torch.Generator().manual_seed(row_seed(row, "samples 0 None"))
+    masks = [AlternatingModel().sample_box(box, 1, generator).any().item() for _ in range(4)]
+    assert independent[0]["all"]["empty_rate_samples"] == 1 - np.mean(masks)
+    assert [item["all"]["ged_unbiased"][1] for item in (together[0], independent[0])] == [0, 1]
     shares = [[slice_["all"]["empty_rate_samples"] for slice_ in slices] for slices in (together, independent)]
     assert set(shares[0]) == {0.5}
     assert len(set(shares[1])) > 2  # random from call to call
+    monkeypatch.setattr(evaluation, "INDEPENDENT_AT_ONCE", 3)  # does not divide the samples of a window
     assert geds(run(script, AlternatingModel(), dataset, independent=True)[1][0]) == geds(independent)
 
 
@@ -216,7 +226,7 @@ def test_reader_box_scores_readers_with_samples_of_their_own_box(script, dataset
     model.noise = 0.0
     index = next(i for i, row in enumerate(dataset) if row["num_nonempty"] == 4)
     (slice_,) = run(script, model, dataset.select([index]), prompt="reader_box")[1][0]
-    assert len(model.calls) == 4
+    assert [len(boxes) for boxes, _, _ in model.calls] == [4]
     masks = decode_masks(dataset[index])
     expected = []
     for mask in masks:
@@ -238,10 +248,10 @@ def test_prompt_follows_from_the_identity_of_the_row(dataset, prompt):
 
 def test_samples_that_cannot_be_scored_are_refused(script, dataset):
     model = StubModel()
-    model.sample = lambda **kwargs: SimpleNamespace(pred_masks=torch.zeros(1, 1, 1, SIZE, SIZE))
+    model.sample = lambda **kwargs: SimpleNamespace(pred_masks=torch.zeros(4, 1, 1, SIZE, SIZE))
     with pytest.raises(UserError, match="returned 1 masks instead of 4"):
         run(script, model, dataset)
-    model.sample = lambda **kwargs: SimpleNamespace(pred_masks=torch.full((1, 1, 4, SIZE, SIZE), torch.nan))
+    model.sample = lambda **kwargs: SimpleNamespace(pred_masks=torch.full((4, 1, 4, SIZE, SIZE), torch.nan))
     with pytest.raises(UserError, match="not finite"):
         run(script, model, dataset)
 

@@ -362,7 +362,9 @@ def _row_name(row: Mapping[str, Any]) -> str:
 
 
 def _open(image: Any) -> PIL.Image.Image:
-    return PIL.Image.open(io.BytesIO(image["bytes"])) if isinstance(image, Mapping) else image
+    if not isinstance(image, Mapping):
+        return image
+    return PIL.Image.open(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"]))
 
 
 def _array_sha256(array: np.ndarray) -> bytes:

@@ -34,8 +34,8 @@ def summarize(per_slice: Sequence[dict], patient_ids: Sequence[str], seed: int =
     Returns:
         For each name of `COLUMNS` `{"count": slices, "num_patients": patients, metric: {"mean": x, "ci95": [lo, hi]}}`
         with every name of `METRICS`. A number that is not defined (no slice, a correlation without variance) is None.
-        Those of `RATIO_METRICS` also have `count`: the slices on which `ged_unbiased` is defined, or the masks that are
-        not empty.
+        Those of `RATIO_METRICS` also have `count`: slices with a value of `ged_unbiased`, or masks that are
+        not empty; the mean over runs.
 
     Raises:
         ValueError: the two lists differ in length.
@@ -205,8 +205,8 @@ def _number(value: float) -> float | None:
 
 
 # Every statistic is a function of sums over slices, so a resample is a row of weights times the sums of all patients.
-# The sums: 1 per slice, the slice metrics, numerators and denominators of the ratios, two sets of calibration bins, and
-# the moments of the two empty shares
+# The sums: 1 per slice, the slice metrics, numerators and denominators of the ratios, two sets of calibration bins,
+# and the moments of the two empty shares
 _BINS = 3 * functional.NUM_BINS
 _NUM_SUMS = 1 + len(SLICE_METRICS) + 2 * len(RATIO_METRICS) + 2 * _BINS + 3
 

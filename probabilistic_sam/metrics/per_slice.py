@@ -26,6 +26,8 @@ SLICE_METRICS = (
 )
 # Not defined for every slice: each is a pair of numbers, whose sums over slices are divided
 RATIO_METRICS = ("ged_unbiased", "stray_pieces", "stray_pieces_readers")
+# The same in every column: of all samples and all readers
+OF_ALL_MASKS = ("empty_rate_samples", "empty_rate_readers", "stray_pieces", "stray_pieces_readers")
 # Defined over many slices only
 POOLED_METRICS = ("ece", "empty_ece", "empty_correlation")
 METRICS = SLICE_METRICS + RATIO_METRICS + POOLED_METRICS

@@ -89,8 +89,7 @@ def train(
         cache = EmbeddingCache(
             model, processor, rows["train"], config.num_views, 0, augmentation=config.augmentation, **caching
         )
-    validation_cache = EmbeddingCache(model, processor, rows["validation"], 0, 0, **caching)
-    validation = Validation(rows["validation"], validation_cache, processor, config, accelerator)
+    validation = Validation(rows["validation"], processor, config, accelerator)
 
     if config.max_steps:
         mask_size = 4 * cache.embeddings.shape[-1]

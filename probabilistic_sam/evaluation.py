@@ -1,20 +1,30 @@
-"""Scoring a model's samples on the rows of a dataset."""
+"""Scoring a model's samples on the rows of a dataset.
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+`evaluate_dataset` is a pipeline. `prepare_row` (in workers) decodes a row and cuts its windows, `collate` makes a
+batch of rows, `sample_batch` samples all windows of a batch at once on the device, and `score_samples` (in workers)
+computes the metrics of a row. At most `BATCHES_AHEAD` batches wait between two stages, so memory is bounded.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from .data import row_prompt, row_seed
 from .data.format import decode_image, decode_masks
 from .errors import UserError
-from .metrics import slice_collapse, slice_metrics
+from .metrics import OF_ALL_MASKS, slice_collapse, slice_metrics
 from .metrics.functional import majority_mask
+from .processing_probabilistic_sam import OUTSIDE_LOGIT
+from .workers import InThisProcess
 
 ORACLES = ("oracle:majority", "oracle:readers")
 IDENTITY = ["patient_id", "scan_id", "nodule_id", "slice_index", "image_id", "source"]
@@ -24,6 +34,85 @@ READER_BOX_NOTE = (
     "dice_mean and iou_mean compare a reader only with the samples of their own box; all other metrics score the "
     "union of the samples of all readers, num_samples * readers of them"
 )
+BATCHES_AHEAD = 2
+INDEPENDENT_AT_ONCE = 32  # of independent samples, each of which has its own row in a call of the model
+OUTSIDE_PROBABILITY = torch.tensor(OUTSIDE_LOGIT).sigmoid().item()
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What is sampled.
+
+    Args:
+        prompt: one of `probabilistic_sam.data.PROMPTS`. With `reader_box`, `num_samples` samples are generated for
+            each reader's box, see `slice_metrics(owners=...)`.
+        num_samples: masks per prompt.
+        seeds: of the samples; the prompt is the same for all of them.
+        independent: sample each mask separately. Samples of one call may depend on each other, since a model may
+            spread them evenly over the distribution.
+    """
+
+    prompt: str = "union_box"
+    num_samples: int = 16
+    seeds: Sequence[int] = (0,)
+    independent: bool = False
+
+
+class PreparedRow(NamedTuple):
+    """A decoded row.
+
+    Args:
+        columns: of the row, without image and masks.
+        masks: (R, H, W) bool, of the readers.
+        windows: for each prompt the reader whose box it is, or None, and the processor's output as arrays. There is
+            one window, with `reader_box` one per reader, for an oracle none.
+    """
+
+    columns: dict[str, Any]
+    masks: np.ndarray
+    windows: list[tuple[int | None, dict[str, np.ndarray]]]
+
+
+@dataclass
+class Batch:
+    """Rows that are sampled together.
+
+    Args:
+        indices: of the rows in their dataset.
+        rows: the decoded rows.
+        owners: for each of W windows, the row in this batch, and the reader whose box it is or None.
+        inputs: of the model, with W images and one prompt per image.
+        places: `windows` (W, 3) and `original_sizes` (W, 2) of the processor.
+    """
+
+    indices: Sequence[int]
+    rows: list[PreparedRow]
+    owners: list[tuple[int, int | None]]
+    inputs: dict[str, torch.Tensor]
+    places: tuple[torch.Tensor, torch.Tensor]
+
+
+class WindowSamples(NamedTuple):
+    """Samples of one window, cut to the window, since they are empty outside.
+
+    Args:
+        rows, columns: the window's part of the image.
+        bits: the masks (N, h, w), packed.
+        probabilities: (N, h, w), float32.
+    """
+
+    rows: slice
+    columns: slice
+    bits: np.ndarray
+    probabilities: np.ndarray
+
+
+class ScoredRow(NamedTuple):
+    """A row's number in its dataset, its patient, and its scores for each seed."""
+
+    number: int
+    patient: str
+    scores: list[dict[str, Any]]
 
 
 def choose_rows(dataset: datasets.Dataset, count: int | None, purpose: str) -> list[int]:
@@ -46,9 +135,10 @@ def evaluate_dataset(
     num_samples: int,
     seeds: Sequence[int],
     batch_size: int,
-    state: PartialState,
+    state: Any,
     device: torch.device | str = "cpu",
     independent: bool = False,
+    workers: Executor | None = None,
 ) -> tuple[list[str], list[list[dict]]]:
     """Score a dataset with all processes.
 
@@ -56,33 +146,38 @@ def evaluate_dataset(
     processes, and the floating-point results are identical.
 
     Args:
-        model: see `evaluate_rows`, also for the other arguments that are not explained here.
-        processor: see there.
+        model: has `sample(pixel_values, input_boxes, num_samples, generator)`, where `generator` is a list with one
+            per image; with `get_image_embeddings` also `sample(image_embeddings=...)`; with `posterior` takes `labels`
+            like `ProbabilisticSamModel`. Or an `Oracle`, which uses neither processor nor prompt.
+        processor: `ProbabilisticSamProcessor`, or one with the same arguments and outputs.
         dataset: rows to score.
-        prompt: see there.
+        prompt: see `Sampling`, also for the other arguments that are not explained here.
         num_samples: see there.
         seeds: see there.
         batch_size: rows per batch.
-        state: of the processes.
-        device: see there.
+        state: of the processes; a `PartialState` or an `Accelerator`.
+        device: of the model.
         independent: see there.
+        workers: prepare inputs and compute metrics; by default this process does.
 
     Returns:
-        The patient of each row, and for each seed the scores of all rows, in the order of the dataset.
+        The patient of each row, and for each seed what `slice_metrics` returns for all rows, in the order of the
+        dataset. The first seed also has `collapse`, what `slice_collapse` returns, if the model has a `posterior` and
+        the prompt is not `reader_box`.
+
+    Raises:
+        UserError: a row that cannot be decoded, or the model returns another number of masks, or logits that are not
+            finite.
     """
-    starts = range(0, len(dataset), batch_size)[state.process_index :: state.num_processes]
-    mine = []
+    sampling, workers = Sampling(prompt, num_samples, seeds, independent), workers or InThisProcess()
+    batches = read_batches(model, processor, dataset, sampling, batch_size, state, workers)
+    scored = []
     with tqdm(total=len(dataset), unit="slice", desc="evaluate", disable=not state.is_main_process) as progress:
-        for start in starts:
-            indices = range(start, min(start + batch_size, len(dataset)))
-            rows = [dataset[index] for index in indices]
-            scores = evaluate_rows(model, processor, rows, prompt, num_samples, seeds, device, independent)
-            mine += [(i, row["patient_id"], by_seed) for i, row, by_seed in zip(indices, rows, scores, strict=True)]
+        for row in score_batches(model, processor, batches, sampling, device, workers):
+            scored.append(row)
             # The other processes are about as far
-            progress.update(min(len(rows) * state.num_processes, len(dataset) - progress.n))
-    gathered = sorted(gather_object(mine), key=lambda item: item[0])
-    patients = [patient for _, patient, _ in gathered]
-    return patients, [[by_seed[number] for _, _, by_seed in gathered] for number in range(len(seeds))]
+            progress.update(min(state.num_processes, len(dataset) - progress.n))
+    return gather(scored, seeds)
 
 
 def evaluate_rows(
@@ -95,70 +190,45 @@ def evaluate_rows(
     device: torch.device | str = "cpu",
     independent: bool = False,
 ) -> list[list[dict]]:
-    """Sample masks for one batch of rows and score them.
+    """For each row of one batch and each seed what `evaluate_dataset` returns, with the same arguments."""
+    sampling = Sampling(prompt, num_samples, seeds, independent)
+    options = prepare_options(model, processor, prompt)
+    batch = collate(range(len(rows)), [prepare_row(row, *options) for row in rows])
+    return collect(score_batch(model, processor, encode(model, batch, device), sampling, InThisProcess()))
 
-    A model with `get_image_embeddings` encodes the batch at once. Samples are generated row by row, because each row
-    has its own random generator.
+
+# --------------------------------------------------------------------------------------------------------------- input
+
+
+def prepare_options(model: Any, processor: Any, prompt: str) -> tuple[Any, str, bool]:
+    """The arguments of `prepare_row` that follow `row`."""
+    return None if isinstance(model, Oracle) else processor, prompt, has_latent_state(model, prompt)
+
+
+def has_latent_state(model: Any, prompt: str) -> bool:
+    """Whether the state of the latent space is part of the scores."""
+    return hasattr(model, "posterior") and prompt != "reader_box"
+
+
+def prepare_row(row: Mapping[str, Any], processor: Any, prompt: str, with_readers: bool) -> PreparedRow:
+    """Decode a row and cut its windows.
 
     Args:
-        model: has `sample(pixel_values, input_boxes, num_samples, generator)`; with `get_image_embeddings` also
-            `sample(image_embeddings=...)`; with `posterior` takes `labels` like `ProbabilisticSamModel`. Or an
-            `Oracle`, which uses neither processor nor prompt.
-        processor: `ProbabilisticSamProcessor`, or one with the same arguments and outputs.
-        rows: of a dataset build.
-        prompt: one of `probabilistic_sam.data.PROMPTS`. With `reader_box`, `num_samples` samples are generated for
-            each reader's box, see `slice_metrics(owners=...)`.
-        num_samples: masks per prompt.
-        seeds: of the samples; the prompt is the same for all of them.
-        device: of the model.
-        independent: generate each sample in a separate call. Samples of one call may depend on each other, since a
-            model may spread them evenly over the distribution.
-
-    Returns:
-        For each row and each seed, what `slice_metrics` returns. The first seed also has `collapse`, what
-        `latent_state` returns, if the model has a `posterior` and the prompt is not `reader_box`.
-
-    Raises:
-        UserError: the model returns another number of masks, or logits that are not finite.
+        row: of a dataset build, images encoded or decoded.
+        processor: see `evaluate_dataset`; without one there are no windows.
+        prompt: see `Sampling`.
+        with_readers: the windows get the readers' masks, too.
     """
-    all_masks = [decode_masks(row) for row in rows]
-    if isinstance(model, Oracle):
-        return [
-            [score_oracle(model, masks, num_samples, row_seed(row, f"samples {seed} None")) for seed in seeds]
-            for row, masks in zip(rows, all_masks, strict=True)
-        ]
-    has_latent_state = hasattr(model, "posterior") and prompt != "reader_box"
-    windows = []  # (row, reader whose box it is or None, features), one per row, with reader_box one per reader
-    for index, (row, masks) in enumerate(zip(rows, all_masks, strict=True)):
-        readers = {"segmentation_maps": [masks]} if has_latent_state else {}
+    masks = decode_masks(row)
+    windows: list[tuple[int | None, dict[str, np.ndarray]]] = []
+    if processor is not None:
+        image, readers = decode_image(row), {"segmentation_maps": [masks]} if with_readers else {}
         for reader in range(len(masks)) if prompt == "reader_box" else [None]:
             given = nest_prompt(row_prompt(row, masks, prompt, reader)) | readers
-            windows.append((index, reader, processor(images=[decode_image(row)], return_tensors="pt", **given)))
-
-    results: list[list[dict]] = [[] for _ in rows]
-    with torch.inference_mode():
-        name, images = "pixel_values", torch.cat([item["pixel_values"] for _, _, item in windows]).to(device)
-        if hasattr(model, "get_image_embeddings"):
-            name, images = "image_embeddings", model.get_image_embeddings(images)
-        for seed in seeds:
-            logits: list[list[torch.Tensor]] = [[] for _ in rows]
-            latent_states: list[dict[str, Any]] = [{} for _ in rows]
-            for number, (index, reader, item) in enumerate(windows):
-                inputs = {key: value.to(device) for key, value in item.items() if key.startswith("input_")}
-                inputs[name] = images[number : number + 1]
-                # A seed for each row and reader, so that results do not depend on batches or processes
-                generator = torch.Generator().manual_seed(row_seed(rows[index], f"samples {seed} {reader}"))
-                pred_masks = sample_logits(model, inputs, num_samples, generator, independent)
-                logits[index] += processor.post_process_logits(pred_masks, item["windows"], item["original_sizes"])
-                if has_latent_state and seed == seeds[0]:  # after sampling, whose noise must not depend on it
-                    labels, annotated = item["labels"][0, 0].bool(), item["annotated"][0, 0]
-                    latent_states[index]["collapse"] = latent_state(model, inputs, labels, annotated, generator)
-            for index, masks in enumerate(all_masks):
-                sampled = torch.cat(logits[index]).float()  # (N, H, W); with reader_box N per reader
-                samples, probabilities = (sampled > 0).cpu().numpy(), sampled.sigmoid().cpu().numpy()
-                owners = np.repeat(np.arange(len(masks)), num_samples) if prompt == "reader_box" else None
-                results[index].append(slice_metrics(samples, probabilities, masks, owners) | latent_states[index])
-    return results
+            features = processor(images=[image], return_tensors="pt", **given)
+            windows.append((reader, {name: value.numpy() for name, value in features.items()}))
+    columns = {name: value for name, value in row.items() if name not in ("image", "masks")}
+    return PreparedRow(columns, masks, windows)
 
 
 def nest_prompt(prompt: Mapping[str, Any]) -> dict[str, list]:
@@ -168,46 +238,227 @@ def nest_prompt(prompt: Mapping[str, Any]) -> dict[str, list]:
     return {"input_points": [[[prompt["input_points"]]]], "input_labels": [[[prompt["input_labels"]]]]}
 
 
-def sample_logits(
-    model: Any, inputs: Mapping[str, Any], num_samples: int, generator: torch.Generator, independent: bool
+def read_batches(
+    model: Any,
+    processor: Any,
+    dataset: datasets.Dataset,
+    sampling: Sampling,
+    batch_size: int,
+    state: Any,
+    workers: Executor,
+) -> Iterator[Batch]:
+    """The batches of this process, see `evaluate_dataset`; workers prepare the next ones meanwhile."""
+    rows, options = dataset.with_format("arrow"), prepare_options(model, processor, sampling.prompt)
+    coming: deque[tuple[Sequence[int], list[Future]]] = deque()
+    starts = range(0, len(dataset), batch_size)[state.process_index :: state.num_processes]
+    for start in starts:
+        indices = range(start, min(start + batch_size, len(dataset)))
+        encoded = rows[start : indices.stop].to_pylist()  # decoded by the workers
+        coming.append((indices, [workers.submit(prepare_row, row, *options) for row in encoded]))
+        if len(coming) > BATCHES_AHEAD:
+            yield take_batch(coming)
+    while coming:
+        yield take_batch(coming)
+
+
+def take_batch(coming: deque[tuple[Sequence[int], list[Future]]]) -> Batch:
+    """The next batch, when its rows are ready."""
+    indices, futures = coming.popleft()
+    return collate(indices, [future.result() for future in futures])
+
+
+def collate(indices: Sequence[int], rows: list[PreparedRow]) -> Batch:
+    """A batch from its rows."""
+    owners = [(index, reader) for index, row in enumerate(rows) for reader, _ in row.windows]
+    windows = [features for row in rows for _, features in row.windows]
+    names = [name for name in (windows[0] if windows else ()) if name not in ("labels", "annotated")]
+    tensors = {name: torch.cat([torch.from_numpy(window[name]) for window in windows]) for name in names}
+    places = (tensors.pop("windows"), tensors.pop("original_sizes")) if windows else (torch.empty(0),) * 2
+    return Batch(indices, rows, owners, tensors, places)
+
+
+@torch.inference_mode()
+def encode(model: Any, batch: Batch, device: torch.device | str) -> Batch:
+    """A batch with its inputs on the device, and image embeddings in place of pixels if the model has them."""
+    inputs = {name: value.to(device, non_blocking=True) for name, value in batch.inputs.items()}
+    if "pixel_values" in inputs and hasattr(model, "get_image_embeddings"):
+        inputs["image_embeddings"] = model.get_image_embeddings(inputs.pop("pixel_values"))
+    return replace(batch, inputs=inputs)
+
+
+# ------------------------------------------------------------------------------------------------------------- samples
+
+
+def score_batches(
+    model: Any,
+    processor: Any,
+    batches: Iterable[Batch],
+    sampling: Sampling,
+    device: torch.device | str,
+    workers: Executor,
+) -> Iterator[ScoredRow]:
+    """Score the rows of batches; for the arguments see `evaluate_dataset`."""
+    pending: deque[tuple[Batch, list]] = deque()
+    for batch in batches:
+        pending.append((batch, score_batch(model, processor, encode(model, batch, device), sampling, workers)))
+        if len(pending) > BATCHES_AHEAD:
+            yield from take_scores(pending)
+    while pending:
+        yield from take_scores(pending)
+
+
+def take_scores(pending: deque[tuple[Batch, list]]) -> Iterator[ScoredRow]:
+    """The rows of the first batch, when their metrics are there."""
+    batch, futures = pending.popleft()
+    for index, row, scores in zip(batch.indices, batch.rows, collect(futures), strict=True):
+        yield ScoredRow(index, row.columns["patient_id"], scores)
+
+
+def gather(scored: list[ScoredRow], seeds: Sequence[int]) -> tuple[list[str], list[list[dict]]]:
+    """Patients, and for each seed the scores, of the rows of all processes in the order of the dataset."""
+    gathered = sorted(gather_object(scored), key=lambda row: row.number)
+    return [row.patient for row in gathered], [[row.scores[i] for row in gathered] for i in range(len(seeds))]
+
+
+def score_batch(
+    model: Any, processor: Any, batch: Batch, sampling: Sampling, workers: Executor
+) -> list[list[tuple[Future, dict[str, Any]]]]:
+    """For each row and each seed, its metrics to come, and what else belongs to its scores."""
+    result: list[list[tuple[Future, dict[str, Any]]]] = [[] for _ in batch.rows]
+    for number, seed in enumerate(sampling.seeds):
+        if isinstance(model, Oracle):
+            for row, by_seed in zip(batch.rows, result, strict=True):
+                row_seed_ = row_seed(row.columns, f"samples {seed} None")
+                arguments = (model, row.masks, sampling.num_samples, row_seed_, sampling.independent)
+                by_seed.append((workers.submit(score_oracle, *arguments), {}))
+            continue
+        # A seed for each row and reader, so that results do not depend on batches or processes
+        seeds = [row_seed(batch.rows[index].columns, f"samples {seed} {reader}") for index, reader in batch.owners]
+        generators = [torch.Generator().manual_seed(value) for value in seeds]
+        samples = cut_samples(processor, sample_batch(model, batch.inputs, sampling, generators), batch)
+        states: list[dict[str, Any]] = [{} for _ in batch.rows]
+        if has_latent_state(model, sampling.prompt) and number == 0:
+            # After sampling, whose noise must not depend on it
+            states = [{"collapse": state} for state in latent_states(model, batch, generators)]
+        for row, by_seed, windows, state in zip(batch.rows, result, samples, states, strict=True):
+            by_reader = sampling.prompt == "reader_box"
+            by_seed.append((workers.submit(score_samples, windows, row.masks, by_reader, sampling.independent), state))
+    return result
+
+
+def collect(futures: list[list[tuple[Future, dict[str, Any]]]]) -> list[list[dict]]:
+    """The scores of each row and seed, when they are there."""
+    return [[future.result() | more for future, more in by_seed] for by_seed in futures]
+
+
+@torch.inference_mode()
+def sample_batch(
+    model: Any, inputs: Mapping[str, torch.Tensor], sampling: Sampling, generators: Sequence[torch.Generator]
 ) -> torch.Tensor:
-    """Logits (1, 1, N, h, w) of the samples for one window, from one call or from one call per sample."""
-    calls = [1] * num_samples if independent else [num_samples]
-    sampled = [model.sample(**inputs, num_samples=count, generator=generator).pred_masks for count in calls]
-    pred_masks = torch.cat(sampled, dim=2)
-    if pred_masks.shape[2] != num_samples:
-        raise UserError(f"sample() returned {pred_masks.shape[2]} masks instead of {num_samples}")
+    """Logits (W, 1, N, h, w) of the samples for W windows of one prompt each, with one generator each.
+
+    Independent samples are those of N calls with one sample each. They are N copies of a window in one call, since
+    the copies read their noise from its generator one after the other.
+
+    Raises:
+        UserError: see `evaluate_dataset`.
+    """
+    count, generators = sampling.num_samples, list(generators)
+    if sampling.independent:
+        copies = torch.arange(len(generators)).repeat_interleave(count).split(INDEPENDENT_AT_ONCE)
+        parts = [
+            model.sample(
+                **{name: value[part.to(value.device)] for name, value in inputs.items()},
+                num_samples=1,
+                generator=[generators[index] for index in part.tolist()],
+            ).pred_masks
+            for part in copies
+        ]
+        pred_masks = torch.cat(parts).unflatten(0, (-1, count)).flatten(1, 3)[:, None]
+    else:
+        pred_masks = model.sample(**inputs, num_samples=count, generator=generators).pred_masks
+    if pred_masks.shape[2] != count:
+        raise UserError(f"sample() returned {pred_masks.shape[2]} masks instead of {count}")
     if not torch.isfinite(pred_masks).all():
         raise UserError("sample() returned logits that are not finite; the model's training may have diverged")
     return pred_masks
 
 
-def latent_state(
-    model: Any,
-    inputs: Mapping[str, Any],
-    labels: torch.Tensor,
-    annotated: torch.Tensor,
-    generator: torch.Generator,
+@torch.inference_mode()
+def cut_samples(processor: Any, pred_masks: torch.Tensor, batch: Batch) -> list[list[WindowSamples]]:
+    """The samples of each row, by window, at the image's resolution.
+
+    Window by window, since logits at the size of the image are larger by far.
+    """
+    result: list[list[WindowSamples]] = [[] for _ in batch.rows]
+    for number, (index, _) in enumerate(batch.owners):
+        of_window = slice(number, number + 1)
+        windows, sizes = (item[of_window] for item in batch.places)
+        (logits,) = processor.post_process_logits(pred_masks[of_window], windows, sizes)  # (N, H, W)
+        x, y, side = windows[0].tolist()
+        rows, columns = slice(max(y, 0), y + side), slice(max(x, 0), x + side)
+        inside = logits[:, rows, columns].float()
+        bits = np.packbits((inside > 0).cpu().numpy())
+        result[index].append(WindowSamples(rows, columns, bits, inside.sigmoid().cpu().numpy()))
+    return result
+
+
+@torch.inference_mode()
+def latent_states(model: Any, batch: Batch, generators: Sequence[torch.Generator]) -> list[dict[str, Any]]:
+    """What `slice_collapse` returns for each row, whose readers are those of its only window.
+
+    Rows with equal numbers of readers share a call of the model; a generator per row is the source of its noise.
+    """
+    by_readers: dict[int, list[int]] = {}
+    for index, row in enumerate(batch.rows):
+        by_readers.setdefault(len(row.masks), []).append(index)
+    result: dict[int, dict[str, Any]] = {}
+    for indices in by_readers.values():
+        windows = [batch.rows[index].windows[0][1] for index in indices]
+        labels = torch.from_numpy(np.concatenate([window["labels"] for window in windows])).bool()  # (G, 1, R, h, w)
+        annotated = torch.from_numpy(np.concatenate([window["annotated"] for window in windows]))  # (G, 1, R)
+        inputs = {name: value[indices] for name, value in batch.inputs.items()}
+        device = next(iter(inputs.values())).device
+        output = model(
+            **inputs,
+            labels=labels.to(device),
+            annotated=annotated.to(device),
+            generator=[generators[index] for index in indices],
+        )
+        arrays = [
+            item[:, 0].cpu().numpy()
+            for item in (output.kl_divergence, output.posterior_mean, output.reconstructed_masks > 0)
+        ]
+        for index, *of_row in zip(indices, *arrays, labels[:, 0].numpy(), annotated[:, 0].numpy(), strict=True):
+            result[index] = slice_collapse(*of_row)
+    return [result[index] for index in range(len(batch.rows))]
+
+
+# -------------------------------------------------------------------------------------------------------------- scores
+
+
+def score_samples(
+    windows: Sequence[WindowSamples], masks: np.ndarray, by_reader: bool, independent: bool
 ) -> dict[str, Any]:
-    """What `slice_collapse` returns for the readers of one window.
+    """What `slice_metrics` returns for the samples of a row and the readers' masks (R, H, W).
 
     Args:
-        model: with a posterior.
-        inputs: its arguments for one image and one prompt.
-        labels: readers' masks (R, h, w) in the window, boolean.
-        annotated: (R,) boolean, see `slice_collapse`.
-        generator: of the posterior's noise.
+        windows: samples of the row.
+        masks: (R, H, W) bool.
+        by_reader: there is a window per reader, with the samples for their own box.
+        independent: see `slice_metrics`.
     """
-    readers = {"labels": labels[None, None], "annotated": annotated[None, None]}
-    readers = {name: value.to(model.device) for name, value in readers.items()}
-    output = model(**inputs, **readers, generator=generator)
-    return slice_collapse(
-        output.kl_divergence[0, 0].cpu().numpy(),
-        output.posterior_mean[0, 0].cpu().numpy(),
-        (output.reconstructed_masks[0, 0] > 0).cpu().numpy(),
-        labels.numpy(),
-        annotated.numpy(),
-    )
+    samples: list[np.ndarray] = []
+    probabilities: list[np.ndarray] = []
+    for window in windows:
+        shape = window.probabilities.shape
+        size = (len(window.probabilities), *masks.shape[1:])
+        samples.append(np.zeros(size, dtype=bool))
+        samples[-1][:, window.rows, window.columns] = np.unpackbits(window.bits, count=prod(shape)).reshape(shape)
+        probabilities.append(np.full(size, OUTSIDE_PROBABILITY, dtype=np.float32))
+        probabilities[-1][:, window.rows, window.columns] = window.probabilities
+    owners = np.repeat(np.arange(len(masks)), len(samples[0])) if by_reader else None
+    return slice_metrics(np.concatenate(samples), np.concatenate(probabilities), masks, owners, independent)
 
 
 class Oracle:
@@ -231,7 +482,9 @@ class Oracle:
         return masks[torch.randint(len(masks), (num_samples,), generator=generator).numpy()]
 
 
-def score_oracle(oracle: Oracle, masks: np.ndarray, num_samples: int, seed: int) -> dict[str, Any]:
+def score_oracle(
+    oracle: Oracle, masks: np.ndarray, num_samples: int, seed: int, independent: bool = False
+) -> dict[str, Any]:
     """What `slice_metrics` returns for an oracle and readers' masks (R, H, W).
 
     In the column `shape`, which leaves out empty masks, the oracle sees the other readers only. The majority of all
@@ -240,10 +493,10 @@ def score_oracle(oracle: Oracle, masks: np.ndarray, num_samples: int, seed: int)
 
     def score(readers: np.ndarray) -> dict[str, Any]:
         samples = oracle.sample(readers, num_samples, torch.Generator().manual_seed(seed))
-        return slice_metrics(samples, samples.astype(float), readers)
+        return slice_metrics(samples, samples.astype(float), readers, independent=independent)
 
     scores = score(masks)
     if scores["shape"] is not None:
-        rates = {name: scores["shape"][name] for name in ("empty_rate_samples", "empty_rate_readers")}
+        rates = {name: scores["shape"][name] for name in OF_ALL_MASKS}
         scores["shape"] = score(masks[masks.any(axis=(-2, -1))])["shape"] | rates
     return scores

@@ -436,15 +436,34 @@ class LatentNetwork(nn.Module):
 # ----------------------------------------------------------------------------------------------------------- noise
 
 
+def check_generators(generators: Sequence[torch.Generator], count: int) -> None:
+    """Check that there is one generator per image.
+
+    Raises:
+        ValueError: another number.
+    """
+    if len(generators) != count:
+        raise ValueError(f"{len(generators)} generators are for as many images, but there are {count}.")
+
+
 def to_device(noise: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     """Move noise to a device without blocking on CUDA; a copy to another device could still be in progress."""
     return noise.to(device, non_blocking=torch.device(device).type == "cuda")
 
 
 def normal_noise(
-    shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device | str
+    shape: tuple[int, ...],
+    generator: torch.Generator | Sequence[torch.Generator] | None,
+    device: torch.device | str,
 ) -> torch.Tensor:
-    """Standard normal noise of the generator, by default the CPU's: one seed gives the same noise on any device."""
+    """Standard normal noise of the generator, by default the CPU's: one seed gives the same noise on any device.
+
+    Raises:
+        ValueError: a number of generators other than the number of images.
+    """
+    if isinstance(generator, Sequence):
+        check_generators(generator, shape[0])
+        return torch.cat([normal_noise((1, *shape[1:]), item, device) for item in generator])
     source = "cpu" if generator is None else generator.device
     return to_device(torch.empty(shape, device=source).normal_(generator=generator), device)
 
@@ -464,8 +483,7 @@ def spread_noise(
         ValueError: a number of generators other than the number of images.
     """
     if isinstance(generator, Sequence):
-        if len(generator) != shape[0]:
-            raise ValueError(f"{len(generator)} generators are for as many images, but there are {shape[0]}.")
+        check_generators(generator, shape[0])
         return torch.cat([spread_noise((1, *shape[1:]), item, device) for item in generator])
     source = "cpu" if generator is None else generator.device
     # On the CPU from here on: float32 cannot resolve levels close to 1, and Apple's GPU has no float64
@@ -635,8 +653,8 @@ class ProbabilisticSamModel(SamModel):
             latents: `(B, P, S, L)`, decoded instead of samples; not with `labels`.
             generator: source of the noise; the same seed gives the same samples on any device. By default it is the
                 CPU's generator, or in evaluation mode with `labels` a new one with a fixed seed, so that a repeated
-                evaluation gives the same numbers. With one generator per image (not with `labels`) the samples of an
-                image do not depend on the other images.
+                evaluation gives the same numbers. With one generator per image the noise of an image does not depend
+                on the other images.
             reader_mask: `(B, P, R)` bool, which readers are present; all by default. Means are over the readers who
                 are present; the labels of an absent reader are ignored. Only with `labels`.
             annotated: `(B, P, R)` bool, which masks had pixels before they were resized; by default those with pixels
@@ -660,8 +678,6 @@ class ProbabilisticSamModel(SamModel):
             raise ValueError("reader_mask and annotated describe labels, but there are none.")
         if labels is not None and latents is not None:
             raise ValueError("Only one of labels and latents can be provided.")
-        if labels is not None and isinstance(generator, Sequence):
-            raise ValueError("With labels one generator serves all images.")
 
         if pixel_values is not None:
             image_embeddings = self.encode(pixel_values)
@@ -685,7 +701,6 @@ class ProbabilisticSamModel(SamModel):
         if labels is not None:
             if generator is None and not self.training:
                 generator = torch.Generator().manual_seed(EVALUATION_SEED)
-            assert not isinstance(generator, Sequence)
             size = 4 * self.config.prompt_encoder_config.image_embedding_size
             readers = Readers.read(labels, reader_mask, annotated, lead, size)
             posterior = self.posterior(features, coarse_maps, readers.targets.flatten(0, 1).to(features.dtype))
@@ -715,7 +730,7 @@ class ProbabilisticSamModel(SamModel):
         prior_mean: torch.Tensor,
         prior_log_std: torch.Tensor,
         readers: Readers,
-        generator: torch.Generator | None,
+        generator: torch.Generator | Sequence[torch.Generator] | None,
     ) -> dict[str, torch.Tensor]:
         """Loss of all readers with one decoder call: negative evidence lower bound and energy distance.
 

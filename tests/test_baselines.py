@@ -98,6 +98,20 @@ def test_samples_follow_from_the_seed(model):
     assert not torch.allclose(masks[:, :, 0], masks[:, :, 1])
 
 
+def test_images_with_a_generator_each_have_the_samples_that_they_have_alone(model):
+    inputs = {"pixel_values": images(), "input_boxes": BOXES}
+    for num_samples in (1, 5):  # neither divides the passes of a call
+        generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+        together = model.sample(**inputs, num_samples=num_samples, generator=generators).pred_masks
+        for index, seed in enumerate((5, 6)):
+            one = {name: value[index : index + 1] for name, value in inputs.items()}
+            generator = torch.Generator().manual_seed(seed)
+            alone = model.sample(**one, num_samples=num_samples, generator=generator).pred_masks
+            assert torch.allclose(together[index : index + 1], alone, atol=1e-4)
+    with pytest.raises(ValueError, match="1 generators are for as many images, but there are 2"):
+        model.sample(**inputs, generator=generators[:1])
+
+
 def test_samples_follow_image_and_prompt(model):
     masks = sampled_masks(model)
     other_image = sampled_masks(model, pixel_values=images().flip(0))

@@ -39,7 +39,7 @@ def run(script, *arguments):
 
 cache = ("--cache_dir", folder / "cache")
 run("train", "--config", folder / "config.yaml", "--output_dir", folder / "run", *cache)
-run("finish_run", "--run", folder / "run", "--output", folder / "finished", *cache)
+run("finish_run", "--run", folder / "run", "--output", folder / "finished")
 run("evaluate", "--model", folder / "finished", "--num_samples", "2", "--output", folder / "validation.json")
 (folder / "results").mkdir()
 os.rename(folder / "validation.json", folder / "results" / "validation.json")

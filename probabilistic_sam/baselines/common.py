@@ -3,7 +3,7 @@
 Shapes as in the model: B images, P prompts per image, S samples, R readers, h = w = image_size / 4.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Self
 
 import torch
@@ -16,7 +16,9 @@ from ..loss_probabilistic_sam import dice_loss, summed_bce
 from ..modeling_probabilistic_sam import (
     PROMPT_CHANNELS,
     ProbabilisticSamModel,
+    ProbabilisticSamOutput,
     Readers,
+    check_generators,
     pack_pixels,
     pixels_and_contrast,
     prompt_maps,
@@ -82,6 +84,28 @@ def check_dropout(dropout: float, sampling_dropout: float) -> None:
     for name, share in {"dropout": dropout, "sampling_dropout": sampling_dropout}.items():
         if not 0 <= share < 1:
             raise ValueError(f"{name} must be at least 0 and less than 1, got {share}")
+
+
+class DropoutSampling:
+    """Mixin of models with dropout in sampling: with one generator per image, `sample` has a call per image.
+
+    The passes of an image would otherwise share calls, and so random numbers, with those of other images.
+    """
+
+    @torch.no_grad()
+    def sample(self, pixel_values=None, input_boxes=None, num_samples=16, generator=None, **inputs):
+        """As in `ProbabilisticSamModel`."""
+        sample = super().sample  # type: ignore[misc]
+        if not isinstance(generator, Sequence) or self.config.sampling_dropout == 0:  # type: ignore[attr-defined]
+            return sample(pixel_values, input_boxes, num_samples, generator, **inputs)
+        inputs |= {"pixel_values": pixel_values, "input_boxes": input_boxes}
+        tensors = {name: inputs.pop(name) for name in list(inputs) if isinstance(inputs[name], torch.Tensor)}
+        check_generators(generator, len(next(iter(tensors.values()))))
+        outputs = [
+            sample(**inputs, **{k: v[i : i + 1] for k, v in tensors.items()}, num_samples=num_samples, generator=one)
+            for i, one in enumerate(generator)
+        ]
+        return ProbabilisticSamOutput({name: torch.cat([item[name] for item in outputs]) for name in outputs[0]})
 
 
 class SamVariant(ProbabilisticSamModel):

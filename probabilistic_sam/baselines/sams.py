@@ -14,7 +14,15 @@ from ..modeling_probabilistic_sam import (
     check_other_arguments,
     spread_noise,
 )
-from .common import SamVariant, check_dropout, drop_channels, known_readers, reconstruction_loss, to_embeddings
+from .common import (
+    DropoutSampling,
+    SamVariant,
+    check_dropout,
+    drop_channels,
+    known_readers,
+    reconstruction_loss,
+    to_embeddings,
+)
 
 RELATIVE_JITTER = 0.1  # of the side of a box, as in the prompt union_box
 
@@ -62,7 +70,7 @@ class DeterministicSamConfig(LatentFreeSamConfig):
     jitter: float = 24.0
 
 
-class LatentFreeSamModel(SamVariant):
+class LatentFreeSamModel(DropoutSampling, SamVariant):  # type: ignore[misc]
     """Encoder, detail network and decoder of Probabilistic SAM without the latent space: one mask per pass.
 
     Before training its masks are those of SAM.

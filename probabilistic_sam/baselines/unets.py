@@ -20,6 +20,7 @@ from ..modeling_probabilistic_sam import (
 )
 from .common import (
     MAP_CHANNELS,
+    DropoutSampling,
     PixelConfig,
     PixelModel,
     check_dropout,
@@ -90,7 +91,7 @@ class DropoutUNetConfig(PixelConfig):
         super().__post_init__(**kwargs)
 
 
-class DropoutUNetModel(PixelModel):
+class DropoutUNetModel(DropoutSampling, PixelModel):  # type: ignore[misc]
     """A U-Net with dropout in sampling (Gal and Ghahramani 2016, arXiv 1506.02142)."""
 
     config: DropoutUNetConfig

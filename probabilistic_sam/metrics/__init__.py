@@ -7,11 +7,12 @@ patients, `collapse` the state of a latent space. `ged.py` and `hm_iou.py` are m
 
 from .bootstrap import breakdown, calibration_sums, paired_difference, patient_sums, summarize, summarize_seeds
 from .collapse import active_outline_units, slice_collapse, summarize_collapse
-from .per_slice import COLUMNS, METRICS, slice_metrics
+from .per_slice import COLUMNS, METRICS, OF_ALL_MASKS, slice_metrics
 
 __all__ = [
     "COLUMNS",
     "METRICS",
+    "OF_ALL_MASKS",
     "active_outline_units",
     "breakdown",
     "calibration_sums",

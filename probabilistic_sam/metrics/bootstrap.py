@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from . import functional
-from .per_slice import COLUMNS, METRICS, SLICE_METRICS
+from .per_slice import COLUMNS, METRICS, RATIO_METRICS, SLICE_METRICS
 
 # Of a group of slices: GED, its terms, and the shares of empty masks
 GROUP_METRICS = (*functional.GeneralizedEnergyDistance._fields, "empty_rate_samples", "empty_rate_readers")
@@ -34,6 +34,8 @@ def summarize(per_slice: Sequence[dict], patient_ids: Sequence[str], seed: int =
     Returns:
         For each name of `COLUMNS` `{"count": slices, "num_patients": patients, metric: {"mean": x, "ci95": [lo, hi]}}`
         with every name of `METRICS`. A number that is not defined (no slice, a correlation without variance) is None.
+        Those of `RATIO_METRICS` also have `count`: slices with a value of `ged_unbiased`, or masks that are
+        not empty; the mean over runs.
 
     Raises:
         ValueError: the two lists differ in length.
@@ -171,7 +173,8 @@ def _summarize_column(
     patients, patient_index = np.unique([patient_ids[index] for index in inside], return_inverse=True)
     result: dict[str, Any] = {"count": len(inside), "num_patients": len(patients)}
     if not inside:
-        return result | {metric: {"mean": None, "ci95": [None, None]} for metric in METRICS}
+        nothing: dict[str, Any] = {metric: {"mean": None, "ci95": [None, None]} for metric in METRICS}
+        return result | nothing | {metric: nothing[metric] | {"count": 0} for metric in RATIO_METRICS}
 
     resampled = np.random.default_rng(seed).integers(len(patients), size=(NUM_RESAMPLES, len(patients)))
     weights = np.stack([np.bincount(row, minlength=len(patients)) for row in resampled]).astype(float)
@@ -190,6 +193,9 @@ def _summarize_column(
         result[metric] = {"mean": _number(values.mean()), "ci95": [_number(end) for end in interval]}
         if len(runs) > 1:
             result[metric]["std"] = _number(values.std(ddof=1))
+    for metric in RATIO_METRICS:
+        count = np.mean([sum(run[index][column][metric][1] for index in inside) for run in runs])
+        result[metric]["count"] = _number(count)
     return result
 
 
@@ -199,9 +205,10 @@ def _number(value: float) -> float | None:
 
 
 # Every statistic is a function of sums over slices, so a resample is a row of weights times the sums of all patients.
-# The sums: 1 per slice, the slice metrics, two sets of calibration bins, and the moments of the two empty shares
+# The sums: 1 per slice, the slice metrics, numerators and denominators of the ratios, two sets of calibration bins,
+# and the moments of the two empty shares
 _BINS = 3 * functional.NUM_BINS
-_NUM_SUMS = 1 + len(SLICE_METRICS) + 2 * _BINS + 3
+_NUM_SUMS = 1 + len(SLICE_METRICS) + 2 * len(RATIO_METRICS) + 2 * _BINS + 3
 
 
 def _slice_sums(scores: dict[str, Any]) -> np.ndarray:
@@ -211,6 +218,7 @@ def _slice_sums(scores: dict[str, Any]) -> np.ndarray:
         [
             [1.0],
             [scores[metric] for metric in SLICE_METRICS],
+            *(scores[metric] for metric in RATIO_METRICS),
             scores["calibration"].ravel(),
             functional.bin_sums(np.array([samples]), np.array([readers])).ravel(),
             [samples * samples, samples * readers, readers * readers],
@@ -220,18 +228,24 @@ def _slice_sums(scores: dict[str, Any]) -> np.ndarray:
 
 def _statistics(sums: np.ndarray) -> dict[str, np.ndarray]:
     """All `METRICS` from sums (..., `_NUM_SUMS`), each of shape (...); nan where one is not defined."""
-    count, scalars, calibration, empties, moments = np.split(
-        sums, np.cumsum([1, len(SLICE_METRICS), _BINS, _BINS]), axis=-1
+    count, scalars, ratios, calibration, empties, moments = np.split(
+        sums, np.cumsum([1, len(SLICE_METRICS), 2 * len(RATIO_METRICS), _BINS, _BINS]), axis=-1
     )
     means = dict(zip(SLICE_METRICS, np.moveaxis(scalars / count, -1, 0), strict=True))
     x, y = means["empty_rate_samples"], means["empty_rate_readers"]
     xx, xy, yy = np.moveaxis(moments / count, -1, 0)
     variances = np.maximum(xx - x * x, 0) * np.maximum(yy - y * y, 0)
     by_bin = (*sums.shape[:-1], 3, functional.NUM_BINS)
-    return means | {
-        "ece": functional.calibration_error(calibration.reshape(by_bin)),
-        "empty_ece": functional.calibration_error(empties.reshape(by_bin)),
-        "empty_correlation": np.divide(
-            xy - x * y, np.sqrt(variances), out=np.full(x.shape, np.nan), where=variances > 1e-16
-        ),
-    }
+    numerators, denominators = np.moveaxis(ratios, -1, 0)[0::2], np.moveaxis(ratios, -1, 0)[1::2]
+    quotients = np.divide(numerators, denominators, out=np.full(numerators.shape, np.nan), where=denominators > 0)
+    return (
+        means
+        | dict(zip(RATIO_METRICS, quotients, strict=True))
+        | {
+            "ece": functional.calibration_error(calibration.reshape(by_bin)),
+            "empty_ece": functional.calibration_error(empties.reshape(by_bin)),
+            "empty_correlation": np.divide(
+                xy - x * y, np.sqrt(variances), out=np.full(x.shape, np.nan), where=variances > 1e-16
+            ),
+        }
+    )

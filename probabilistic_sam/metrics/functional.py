@@ -16,7 +16,7 @@ from math import lcm
 from typing import NamedTuple
 
 import numpy as np
-from scipy.ndimage import distance_transform_edt
+from scipy.ndimage import distance_transform_edt, label
 from scipy.optimize import linear_sum_assignment
 
 NUM_BINS = 10
@@ -150,6 +150,47 @@ def ged_from_iou(iou: np.ndarray, num_samples: int) -> GeneralizedEnergyDistance
     within_readers = float(distance[num_samples:, num_samples:].mean())
     return GeneralizedEnergyDistance(
         2 * cross - within_samples - within_readers, cross, within_samples, within_readers
+    )
+
+
+def ged_unbiased(samples: np.ndarray, readers: np.ndarray) -> float:
+    """Squared generalised energy distance from pairs of different masks only (Szekely and Rizzo 2013).
+
+        2 mean_{s, y} d(s, y) - mean_{s != s'} d(s, s') - mean_{y != y'} d(y, y'), with d = 1 - IoU
+
+    The means are U-statistics (doi 10.1016/j.jspi.2013.03.018). For independent samples the expectation does not
+    depend on N, unlike that of `ged`, and is 0 if samples and readers have one distribution; the value may be
+    negative. Samples that were spread evenly over a distribution are not independent and do not have this property.
+
+    Args:
+        samples: (N, H, W) bool, independent of each other.
+        readers: (M, H, W) bool.
+
+    Returns:
+        A number in [-2, 2]; nan with fewer than two samples or fewer than two readers.
+
+    Two samples A and B of IoU 1/3 and the readers A and A: 2 (0 + 2/3) / 2 - 2/3 - 0.
+
+    >>> a, b = np.array([[[True, True, False]]]), np.array([[[False, True, True]]])
+    >>> ged_unbiased(np.concatenate([a, b]), np.concatenate([a, a])).__round__(6)
+    0.0
+    >>> ged_unbiased(np.concatenate([a, a]), np.concatenate([b, b])).__round__(6)
+    1.333333
+    """
+    check_masks(samples=samples, readers=readers)
+    masks = np.concatenate([samples, readers])
+    return ged_unbiased_from_iou(iou_matrix(masks, masks), len(samples))
+
+
+def ged_unbiased_from_iou(iou: np.ndarray, num_samples: int) -> float:
+    """`ged_unbiased` from the IoU matrix (N + M, N + M) of the concatenated samples and readers."""
+    num_readers = len(iou) - num_samples
+    if min(num_samples, num_readers) < 2:
+        return float("nan")
+    _, cross, within_samples, within_readers = ged_from_iou(iou, num_samples)
+    # A mask has distance 0 to itself, so leaving these pairs out only changes the number of pairs
+    return float(
+        2 * cross - within_samples * num_samples / (num_samples - 1) - within_readers * num_readers / (num_readers - 1)
     )
 
 
@@ -353,6 +394,22 @@ def _standardized(values: np.ndarray) -> np.ndarray | None:
 def empty_rate(masks: np.ndarray) -> float:
     """Share of the masks (N, H, W) without any pixel."""
     return float(1 - nonempty(masks).mean())
+
+
+def count_pieces(masks: np.ndarray) -> np.ndarray:
+    """Number of connected components of each of the masks (N, H, W), with 8 neighbours: (N,) int; 0 if empty.
+
+    >>> count_pieces(np.array([[[True, False, True]], [[True, True, False]], [[False, False, False]]])).tolist()
+    [2, 1, 0]
+    """
+    check_masks(masks=masks)
+    rows, columns = bounding_box(union_mask(masks))
+    within_masks = np.zeros((3, 3, 3), dtype=int)
+    within_masks[1] = 1
+    labels, _ = label(masks[:, rows, columns], structure=within_masks)
+    # Components are numbered in the order of the masks
+    last = np.maximum.accumulate(labels.reshape(len(masks), -1).max(axis=1))
+    return np.diff(last, prepend=0)
 
 
 def pack_masks(masks: np.ndarray) -> list[bytes]:

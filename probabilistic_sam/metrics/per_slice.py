@@ -24,13 +24,21 @@ SLICE_METRICS = (
     "empty_rate_samples",
     "empty_rate_readers",
 )
+# Not defined for every slice: each is a pair of numbers, whose sums over slices are divided
+RATIO_METRICS = ("ged_unbiased", "stray_pieces", "stray_pieces_readers")
+# The same in every column: of all samples and all readers
+OF_ALL_MASKS = ("empty_rate_samples", "empty_rate_readers", "stray_pieces", "stray_pieces_readers")
 # Defined over many slices only
 POOLED_METRICS = ("ece", "empty_ece", "empty_correlation")
-METRICS = SLICE_METRICS + POOLED_METRICS
+METRICS = SLICE_METRICS + RATIO_METRICS + POOLED_METRICS
 
 
 def slice_metrics(
-    samples: np.ndarray, probabilities: np.ndarray, readers: np.ndarray, owners: np.ndarray | None = None
+    samples: np.ndarray,
+    probabilities: np.ndarray,
+    readers: np.ndarray,
+    owners: np.ndarray | None = None,
+    independent: bool = False,
 ) -> dict[str, dict[str, Any] | None]:
     """All metrics of one slice, in three columns.
 
@@ -40,8 +48,8 @@ def slice_metrics(
       all samples are empty, one empty mask of probability zero is scored: cross distance 1, sample diversity 0,
       HM-IoU 0, Dice 0.
 
-    The empty rates, `readers_annotated` and `reader_area` refer to all samples and all readers in every column; for
-    `shape` they say how much was left out.
+    The empty rates, stray pieces, `readers_annotated` and `reader_area` refer to all samples and all readers in every
+    column; for `shape` they say how much was left out.
 
     Args:
         samples: (N, H, W) bool.
@@ -50,11 +58,15 @@ def slice_metrics(
         owners: (N,) int, for samples prompted with a reader's own box: the index of that reader.
             `dice_max_per_reader`, `dice_mean` and `iou_mean` then compare each reader only with the samples of their
             own box; the other metrics score the union of all samples. `shape` leaves out the samples of empty readers.
+        independent: the samples are independent of each other and have one prompt, so `ged_unbiased` is defined.
 
     Returns:
         For each name of `COLUMNS` None if the slice is not in the column, else a dictionary with
 
         - a float for each name of `SLICE_METRICS`;
+        - a pair (numerator, denominator) for each name of `RATIO_METRICS`: `ged_unbiased` and 1, or (0, 0) where it is
+          not defined; of the samples (`stray_pieces`) and of the readers (`stray_pieces_readers`) the number of masks
+          with more than one piece, see `functional.count_pieces`, and of masks that are not empty;
         - `readers_annotated`, the number of annotated masks, and `reader_area`, their mean area in pixels;
         - `calibration`, the (3, bins) array of `functional.calibration_bins`.
 
@@ -77,8 +89,10 @@ def slice_metrics(
         "empty_rate_readers": float(1 - annotated.mean()),
         "readers_annotated": int(annotated.sum()),
         "reader_area": float(readers.sum() / annotated.sum()),
+        "stray_pieces": _stray_pieces(samples),
+        "stray_pieces_readers": _stray_pieces(readers),
     }
-    columns["all"] = _score(samples, probabilities, readers, owners, region) | whole
+    columns["all"] = _score(samples, probabilities, readers, owners, region, independent) | whole
     if len(readers) >= 4 and annotated.all():
         columns["four_readers"] = columns["all"]
     if annotated.sum() >= 2:
@@ -89,7 +103,8 @@ def slice_metrics(
             # Indices among the annotated masks only
             kept_owners = None if owners is None else (np.cumsum(annotated) - 1)[owners[kept]]
             columns["shape"] = (
-                _score(samples[kept], probabilities[kept], readers[annotated], kept_owners, region) | whole
+                _score(samples[kept], probabilities[kept], readers[annotated], kept_owners, region, independent)
+                | whole
             )
     return columns
 
@@ -100,25 +115,35 @@ def _score(
     readers: np.ndarray,
     owners: np.ndarray | None,
     region: np.ndarray,
+    independent: bool,
 ) -> dict[str, Any]:
     """The metrics of one column; no samples count as one empty sample."""
     if len(samples) == 0:
         samples, probabilities = np.zeros((1, *readers.shape[1:]), bool), np.zeros((1, *readers.shape[1:]), np.float32)
         owners = None
-    masks = np.concatenate([samples, readers])
-    iou = functional.iou_matrix(masks, masks)
-    distances = functional.ged_from_iou(iou, len(samples))
     probability = probabilities.mean(axis=0)
-    scores = distances._asdict() | {
-        "hm_iou": functional.hm_iou_from_iou(iou[: len(samples), len(samples) :]),
-        "dice_majority": functional.dice_majority(probability, readers),
-        "iou_majority": functional.iou_majority(probability, readers),
+    # One IoU matrix has every pair of samples, readers, mask of the mean probability, and majority
+    mean, majority = functional.mean_mask(probability), functional.majority_mask(readers)
+    masks = np.concatenate([samples, readers, mean[None], majority[None]])
+    iou = functional.iou_matrix(masks, masks)
+    pairs, iou_mean, iou_majority = iou[:-2, :-2], iou[-2, len(samples) : -2], float(iou[-2, -1])
+    cross = pairs[: len(samples), len(samples) :]
+    unbiased = functional.ged_unbiased_from_iou(pairs, len(samples)) if independent and owners is None else np.nan
+    scores = functional.ged_from_iou(pairs, len(samples))._asdict() | {
+        "ged_unbiased": (unbiased, 1) if np.isfinite(unbiased) else (0.0, 0),
+        "hm_iou": functional.hm_iou_from_iou(cross),
+        "dice_majority": _dice(iou_majority),
+        "iou_majority": iou_majority,
         "brier": functional.brier(probability, readers, region),
         "ncc": functional.ncc(probabilities, readers),
         "calibration": functional.calibration_bins(probability, readers, region),
     }
     if owners is None:
-        return scores | _reader_by_reader(samples, probability, readers)
+        return scores | {
+            "dice_max_per_reader": float(_dice(cross).max(axis=0).mean()),
+            "dice_mean": float(_dice(iou_mean).mean()),
+            "iou_mean": float(iou_mean.mean()),
+        }
     own = []
     for index, reader in enumerate(readers):
         mine = owners == index
@@ -131,6 +156,17 @@ def _score(
             )
         )
     return scores | {name: float(np.mean([scores[name] for scores in own])) for name in own[0]}
+
+
+def _dice(iou: Any) -> Any:
+    """Dice from IoU, numbers or arrays: see `functional.dice_matrix`."""
+    return 2 * iou / (1 + iou)
+
+
+def _stray_pieces(masks: np.ndarray) -> tuple[int, int]:
+    """How many masks have more than one piece, and how many are not empty."""
+    pieces = functional.count_pieces(masks)
+    return int((pieces > 1).sum()), int((pieces > 0).sum())
 
 
 def _reader_by_reader(samples: np.ndarray, probability: np.ndarray, readers: np.ndarray) -> dict[str, float]:

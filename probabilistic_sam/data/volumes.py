@@ -1,0 +1,117 @@
+"""Nodules as volumes: which rows of a dataset are the slices of one nodule, and what they have in common.
+
+A nodule is all slices with the same `patient_id`, `scan_id` and `nodule_id`, in order of `z_mm`. Masks are decoded
+only when they are asked for.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import numpy as np
+
+from ..errors import UserError
+from .format import decode_masks
+from .prompts import nodule_prompt
+
+_IDENTITY = ("patient_id", "scan_id", "nodule_id")
+_GEOMETRY = ("z_mm", "pixel_spacing_mm", "crop_row", "crop_col")
+
+
+@dataclass(frozen=True)
+class NoduleSlices:
+    """The slices of one nodule.
+
+    Attributes:
+        patient_id: of its rows.
+        scan_id: of its rows.
+        nodule_id: of its rows.
+        rows: positions of its slices in the dataset, in order of z.
+        slice_distance_mm: median distance between the positions of its slices; of a single slice, its thickness.
+        pixel_spacing_mm: side of a pixel.
+    """
+
+    patient_id: str
+    scan_id: int
+    nodule_id: int
+    rows: tuple[int, ...]
+    slice_distance_mm: float
+    pixel_spacing_mm: float
+
+    @property
+    def voxel_mm3(self) -> float:
+        """Volume of a voxel: the area of a pixel times the distance of the slices."""
+        return self.pixel_spacing_mm**2 * self.slice_distance_mm
+
+
+def group_nodules(dataset: datasets.Dataset) -> tuple[list[NoduleSlices], int]:
+    """Group the rows of a split into nodules.
+
+    Args:
+        dataset: as returned by `load_split`.
+
+    Returns:
+        The nodules in the order of patient, scan and nodule, and the number of those left out because position,
+        spacing or crop of a slice is unknown.
+
+    Raises:
+        UserError: slices of a nodule at one position, or with different spacing or crops.
+    """
+    groups: dict[tuple, list[tuple[int, dict[str, Any]]]] = defaultdict(list)
+    columns = dataset.select_columns([*_IDENTITY, *_GEOMETRY, "slice_thickness_mm"])
+    for position, row in enumerate(columns):
+        groups[tuple(row[name] for name in _IDENTITY)].append((position, row))
+    nodules, left_out = [], 0
+    for key, slices in sorted(groups.items(), key=lambda item: [-1 if part is None else part for part in item[0]]):
+        if any(row[name] is None for _, row in slices for name in (*_IDENTITY, *_GEOMETRY)):
+            left_out += 1
+            continue
+        where = f"{key[0]} scan {key[1]} nodule {key[2]}"
+        slices.sort(key=lambda item: item[1]["z_mm"])
+        for name in ("pixel_spacing_mm", "crop_row", "crop_col"):
+            found = sorted({row[name] for _, row in slices})
+            if len(found) > 1:
+                raise UserError(f"{where}: its slices have {name} {found[0]:g} and {found[1]:g}; accepted: one value")
+        distances = np.diff([row["z_mm"] for _, row in slices])
+        if not distances.all():
+            raise UserError(f"{where}: two slices at one position; accepted: one slice for each position")
+        distance = float(np.median(distances)) if len(distances) else slices[0][1]["slice_thickness_mm"]
+        if distance is None:
+            left_out += 1
+            continue
+        rows, first = tuple(position for position, _ in slices), slices[0][1]
+        identity = {name: first[name] for name in _IDENTITY}
+        spacing = first["pixel_spacing_mm"]
+        nodules.append(NoduleSlices(**identity, rows=rows, slice_distance_mm=distance, pixel_spacing_mm=spacing))
+    return nodules, left_out
+
+
+def nodule_masks(dataset: datasets.Dataset, nodule: NoduleSlices) -> np.ndarray:
+    """Masks of all readers on all slices of a nodule: (readers, slices, H, W) bool. A reader keeps their index.
+
+    Raises:
+        UserError: slices with different numbers of readers or sizes.
+    """
+    rows = dataset.select_columns(["masks", "patient_id"]).select(nodule.rows)
+    slices = [decode_masks(row) for row in rows]
+    shapes = sorted({masks.shape for masks in slices})
+    if len(shapes) > 1:
+        raise UserError(
+            f"{nodule.patient_id} scan {nodule.scan_id} nodule {nodule.nodule_id}: masks of shapes {shapes[0]} and "
+            f"{shapes[1]}; accepted: the same readers and size on all slices"
+        )
+    return np.stack(slices, axis=1)
+
+
+def nodule_union(dataset: datasets.Dataset, nodule: NoduleSlices) -> np.ndarray:
+    """Union of the masks of all readers on all slices of a nodule: (H, W) bool.
+
+    The `union_box` of this mask, turned and shifted as the view of a slice is, is a `nodule_box` for training.
+    """
+    return np.asarray(nodule_masks(dataset, nodule).any(axis=(0, 1)))
+
+
+def nodule_box(dataset: datasets.Dataset, nodule: NoduleSlices) -> dict[str, list[float] | int]:
+    """The prompt `nodule_box` (see `nodule_prompt`), the same on each slice of the nodule."""
+    return nodule_prompt(dataset[nodule.rows[0]], nodule_union(dataset, nodule))

@@ -75,8 +75,9 @@ class EndpointHandler:
             A list in the image-segmentation schema: `label`, `score` and `mask` (base64 of a grey 8-bit PNG with the
             size of the image), and the index of the prompt as `prompt`. For each prompt:
 
-            - "mean": mean probability, 255 = 1. The score is the share of non-empty samples. Also `areas`,
-              `area_quantiles`, `area_unit` and `empty_share` as in the pipeline.
+            - "mean": mean probability, 255 = 1. The score is the share of non-empty samples. Also `presence`,
+              `areas_given_presence`, `area_quantiles_given_presence`, `areas`, `area_quantiles`, `area_unit` and
+              `empty_share` as in the pipeline.
             - "uncertainty": entropy of the mean probability, 255 = 1 bit. No score.
             - "sample 0", "sample 1", ...: masks, 255 inside. Each has the score 1 / num_samples, because samples are
               equally likely. Also `area`.
@@ -200,6 +201,9 @@ def entries(prompt: int, result: dict[str, Any]) -> Iterator[dict[str, Any]]:
         "score": 1 - result["empty_share"],
         "mask": png(result["mean"]),
         "prompt": prompt,
+        "presence": result["presence"],
+        "areas_given_presence": result["areas_given_presence"].tolist(),
+        "area_quantiles_given_presence": result["area_quantiles_given_presence"],
         "areas": result["areas"].tolist(),
         "area_quantiles": result["area_quantiles"],
         "area_unit": result["area_unit"],

@@ -290,10 +290,11 @@ def write_result(
     write_masks(folder / "outlines", sampled.outlines)
     write_grey(folder / "mean.png", sampled.mean)
     write_grey(folder / "uncertainty.png", sampled.entropy)
+    given = ", samples given presence" if len(sampled.outlines) else ""
     figure = sample_figure(
         luminance(image), sampled.shown, sampled.mean, sampled.entropy, box=prompt.get("box"),
         point=prompt.get("points"), negative_points=prompt.get("negative_points"),
-        title=f"{Path(name).name}: {presence_words(sampled.presence)}",
+        title=f"{Path(name).name}: {presence_words(sampled.presence)}{given}",
         mask=_mask_inside(prompt["mask"]) if "mask" in prompt else None,
     )  # fmt: skip
     save_figure(figure, folder / "figure.png")

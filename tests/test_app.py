@@ -187,7 +187,7 @@ def test_examples_are_optional(monkeypatch, tmp_path):
     for number, (path, side, prompt) in enumerate(app.write_examples(tmp_path), start=1):
         assert Path(path).name == f"phantom-{number}.png" and 0.3 < side < 2
         canvas, shown_side, *_ = app.show(path, side, prompt)
-        assert canvas.props["value"] == prompt and shown_side == side
+        assert canvas.value == prompt and shown_side == side
         assert app.read_prompt(prompt, canvas.props["width"], canvas.props["height"]) == prompt
     assert number == 3
 

@@ -25,7 +25,7 @@ from transformers import pipeline
 
 MAX_PIXELS = 2**23  # per image; a CT slice has 512 x 512, a chest X-ray about 2500 x 3000
 MAX_MASKS = 1_000  # samples times prompts per request
-MAX_MASK_PIXELS = 2**27  # masks times pixels per request, one byte each
+MAX_MASK_PIXELS = 2**27  # masks times pixels per request, two bytes each (mask and outline)
 MAX_NUMBERS = 10_000  # in the boxes, points or labels of a request
 MAX_MESSAGE = 500  # characters of an error message
 MAX_QUOTED = 80  # characters of a request quoted in an error message
@@ -36,7 +36,7 @@ class EndpointHandler:
     """Answers requests one at a time, which bounds the memory in use.
 
     It runs the pipeline of task `probabilistic-mask-generation`; transformers' own `mask-generation` pipeline is not
-    supported. A request at the limits above takes about 1.3 GB in addition to the model.
+    supported. A request at the limits above takes about 1.4 GB in addition to the model.
 
     Args:
         path: folder of the repository, by default the folder of this file.

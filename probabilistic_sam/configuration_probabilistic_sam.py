@@ -84,7 +84,7 @@ class ProbabilisticSamConfig(SamConfig):
     # Outputs that `Trainer` does not pass to compute_metrics, so that it gets `pred_masks` only
     keys_to_ignore_at_inference = [
         "reconstruction_loss", "energy_distance", "kl_divergence", "reconstructed_masks", "iou_scores", "latents",
-        "prior_mean", "prior_log_std", "posterior_mean", "posterior_log_std",
+        "prior_mean", "prior_log_std", "posterior_mean", "posterior_log_std", "outline_masks", "presence",
     ]  # fmt: skip
 
     latent_dim: int = 9

@@ -31,17 +31,17 @@ from .baselines import BASELINES
 from .errors import UserError
 from .images import luminance
 from .plotting import sample_figure, save_figure
-from .processing_probabilistic_sam import QUANTILES, mask_inside
+from .processing_probabilistic_sam import MIN_PRESENCE, QUANTILES, mask_inside
 
 DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "model_cards" / "psam-lidc"
 MAX_SAMPLES = 1_000
 MAX_POINTS = 32  # per prompt, of each kind
-MAX_SAMPLED_PIXELS = 2**30  # samples times pixels; each takes one byte
+MAX_SAMPLED_PIXELS = 2**30  # samples times pixels; each takes two bytes, one for the mask and one for the outline
 HOW_TO_GET_WEIGHTS = (
     "give --model with a folder or a name on the Hub (owner/name), or clone the repository, whose "
     "model_cards/psam-lidc holds the weights"
 )
-RESULT_FILES = ("masks", "mean.png", "uncertainty.png", "figure.png", "result.json")
+RESULT_FILES = ("outlines", "masks", "mean.png", "uncertainty.png", "figure.png", "result.json")
 
 
 @dataclass
@@ -49,7 +49,9 @@ class SampledMasks:
     """Masks sampled for one prompt, at the size of the image, and how they were sampled.
 
     Args:
-        masks: (N, H, W) bool.
+        presence: expected share of readers who annotate.
+        outlines: (M, H, W) bool, the samples given presence. M is N; it is 0 if the presence is less than 1 %.
+        masks: (N, H, W) bool, the samples: sample i is outline i or empty.
         mean: (H, W) probability, averaged over the samples.
         entropy: (H, W) of that mean in bits.
         areas: (N,) in pixels.
@@ -59,6 +61,8 @@ class SampledMasks:
         threshold: probability above which a pixel belongs to a mask.
     """
 
+    presence: float
+    outlines: np.ndarray
     masks: np.ndarray
     mean: np.ndarray
     entropy: np.ndarray
@@ -67,6 +71,11 @@ class SampledMasks:
     prompt: dict[str, Any]
     seed: int
     threshold: float
+
+    @property
+    def shown(self) -> np.ndarray:
+        """What figures show: outlines, or the samples if the presence is too small for outlines."""
+        return self.outlines if len(self.outlines) else self.masks
 
 
 def find_model(name: str | None) -> str:
@@ -189,32 +198,35 @@ def sample_image(
     inputs = processor(images=image, **_processor_arguments(prompt), return_tensors="pt")
     windows, sizes = inputs.pop("windows"), inputs.pop("original_sizes")
     generator = torch.Generator().manual_seed(seed)
-    pred_masks = model.sample(**inputs.to(model.device), num_samples=num_samples, generator=generator).pred_masks
-    assert pred_masks is not None  # always set; the output's fields are optional for mypy
+    samples = model.sample(**inputs.to(model.device), num_samples=num_samples, generator=generator)
+    fields = ("pred_masks", "outline_masks", "presence")  # baselines have pred_masks only
+    given = {name: samples[name].cpu() for name in fields if name in samples}
     try:
-        (result,) = processor.post_process_samples(pred_masks.cpu(), windows, sizes, threshold=threshold)
+        (result,) = processor.post_process_samples(windows=windows, original_sizes=sizes, threshold=threshold, **given)
     except ValueError as error:
         raise UserError(str(error)) from error
     masks = result["masks"].numpy()
     return SampledMasks(
-        masks, result["mean"].numpy(), result["entropy"].numpy(), masks.sum(axis=(1, 2)), result["empty_share"],
-        prompt, seed, threshold,
+        result["presence"], result["outlines"].numpy(), masks, result["mean"].numpy(), result["entropy"].numpy(),
+        masks.sum(axis=(1, 2)), result["empty_share"], prompt, seed, threshold,
     )  # fmt: skip
 
 
-def area_summary(areas: np.ndarray, scale: float = 1.0) -> dict[str, Any]:
-    """Return mean, quantiles and all areas of the samples, times `scale` (mm^2 per pixel), for JSON."""
+def area_summary(areas: np.ndarray, scale: float = 1.0) -> dict[str, Any] | None:
+    """Return mean, quantiles and all areas, times `scale` (mm^2 per pixel), for JSON; None for no areas."""
+    if not len(areas):
+        return None
     values = np.asarray(areas) * scale
     quantiles = {str(level): round(float(np.quantile(values, level)), 4) for level in QUANTILES}
     return {"mean": round(float(values.mean()), 4), "quantiles": quantiles, "samples": values.round(4).tolist()}
 
 
-def write_samples(folder: Path, sampled: SampledMasks) -> None:
-    """Write each sample as a 1-bit PNG: `masks/sample-00.png`, ..."""
-    (folder / "masks").mkdir(parents=True)
-    digits = max(2, len(str(len(sampled.masks) - 1)))
-    for index, mask in enumerate(sampled.masks):
-        Image.fromarray(mask).save(folder / "masks" / f"sample-{index:0{digits}d}.png")
+def write_masks(folder: Path, masks: np.ndarray) -> None:
+    """Write masks (N, H, W) as 1-bit PNGs into a new folder: `sample-00.png`, ..."""
+    folder.mkdir(parents=True)
+    digits = max(2, len(str(len(masks) - 1)))
+    for index, mask in enumerate(masks):
+        Image.fromarray(mask).save(folder / f"sample-{index:0{digits}d}.png")
 
 
 def write_grey(path: Path, values: np.ndarray) -> None:
@@ -274,15 +286,19 @@ def write_result(
         The content of `result.json`.
     """
     prompt = sampled.prompt
-    write_samples(folder, sampled)
+    write_masks(folder / "masks", sampled.masks)
+    write_masks(folder / "outlines", sampled.outlines)
     write_grey(folder / "mean.png", sampled.mean)
     write_grey(folder / "uncertainty.png", sampled.entropy)
+    given = ", samples given presence" if len(sampled.outlines) else ""
     figure = sample_figure(
-        luminance(image), sampled.masks, sampled.mean, sampled.entropy, box=prompt.get("box"),
-        point=prompt.get("points"), negative_points=prompt.get("negative_points"), title=Path(name).name,
+        luminance(image), sampled.shown, sampled.mean, sampled.entropy, box=prompt.get("box"),
+        point=prompt.get("points"), negative_points=prompt.get("negative_points"),
+        title=f"{Path(name).name}: {presence_words(sampled.presence)}{given}",
         mask=_mask_inside(prompt["mask"]) if "mask" in prompt else None,
     )  # fmt: skip
     save_figure(figure, folder / "figure.png")
+    outlined = sampled.outlines.sum(axis=(1, 2))
     result = {
         "image": name,
         "image_size": {"width": image.shape[1], "height": image.shape[0]},
@@ -294,17 +310,21 @@ def write_result(
         "num_samples": len(sampled.masks),
         "seed": sampled.seed,
         "threshold": sampled.threshold,
+        "presence": sampled.presence,
+        "area_px_given_presence": area_summary(outlined),
         "empty_share": sampled.empty_share,
         "area_px": area_summary(sampled.areas),
     }
     if pixel_spacing is not None:
         result["pixel_spacing_mm"] = pixel_spacing
+        result["area_mm2_given_presence"] = area_summary(outlined, pixel_spacing**2)
         result["area_mm2"] = area_summary(sampled.areas, pixel_spacing**2)
     result["files"] = {
+        "outlines/sample-*.png": "one mask per sample given presence, 1 bit",
         "masks/sample-*.png": "one mask per sample, 1 bit",
         "mean.png": "mean probability, 16 bit, 65535 = 1",
         "uncertainty.png": "entropy of the mean probability, 16 bit, 65535 = 1 bit",
-        "figure.png": "prompt, samples, mean and uncertainty in one figure",
+        "figure.png": "prompt, samples given presence, mean and uncertainty in one figure",
     }
     result["versions"] = {
         "probabilistic_sam": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
@@ -313,19 +333,27 @@ def write_result(
     return result
 
 
-def area_quantiles(result: dict[str, Any]) -> tuple[str, dict[str, float]]:
-    """Unit ("mm2" if the pixel spacing is known, else "px") and quantiles by level of the areas in a result."""
-    unit = "mm2" if "area_mm2" in result else "px"
-    return unit, result[f"area_{unit}"]["quantiles"]
+def area_unit(result: dict[str, Any]) -> str:
+    """Unit of the areas of a result that are reported: "mm2" if the pixel spacing is known, otherwise "px"."""
+    return "mm2" if "area_mm2" in result else "px"
+
+
+def presence_words(presence: float) -> str:
+    """Presence in percent, such as "presence 56 %"."""
+    return "presence below 1 %" if presence < MIN_PRESENCE else f"presence {presence * 100:.0f} %"
 
 
 def result_words(result: dict[str, Any]) -> str:
-    """Summarise a result of `write_result` in one line: number of samples, median area and range, share of empty."""
-    unit, quantiles = area_quantiles(result)
-    return (
-        f"{result['num_samples']} samples, median area {quantiles['0.5']:.4g} {unit} (5 to 95 %: "
-        f"{quantiles['0.05']:.4g} to {quantiles['0.95']:.4g}), {result['empty_share']:.0%} empty"
-    )
+    """Summarise a result of `write_result` in one line: presence, area given presence, number of empty samples."""
+    unit, count = area_unit(result), result["num_samples"]
+    outlined = result[f"area_{unit}_given_presence"]
+    if outlined is None:
+        area = "too few readers would outline a lesion to say how large"
+    else:
+        low, median, high = (outlined["quantiles"][level] for level in ("0.05", "0.5", "0.95"))
+        area = f"area if outlined: median {median:.4g} {unit} (90 % interval {low:.4g} to {high:.4g})"
+    empty = round(result["empty_share"] * count)
+    return f"{presence_words(result['presence'])}; {area}; {empty} of {count} samples empty"
 
 
 def quiet_transformers() -> None:

@@ -85,6 +85,12 @@ class ProbabilisticSamOutput(ModelOutput):
         posterior_mean, posterior_log_std (`torch.Tensor` of shape `(B, P, R, L)`): given one reader's mask as well.
             Equal to the prior in coordinate 0, whose exact posterior is not Gaussian (see `latent_kl`), and in all
             coordinates for a reader without an outline: absent, empty, or with pixels that vanished in resizing.
+        outline_masks (`torch.Tensor` of shape `(B, P, S, h, w)`): logits of the same samples given presence: what a
+            reader who annotates would outline. Given the prior, outline and presence are independent, so these are
+            samples of the distribution given z_0 > 0. `pred_masks` equals them where z_0 > 0 and is empty elsewhere.
+            None whenever `pred_masks` is, and for models without presence.
+        presence (`torch.Tensor` of shape `(B, P)`): P(annotated) = Phi(prior mean of z_0), the expected share of
+            readers who annotate. Exists with `outline_masks`.
     """
 
     loss: torch.Tensor | None = None
@@ -99,6 +105,8 @@ class ProbabilisticSamOutput(ModelOutput):
     prior_log_std: torch.Tensor | None = None
     posterior_mean: torch.Tensor | None = None
     posterior_log_std: torch.Tensor | None = None
+    outline_masks: torch.Tensor | None = None
+    presence: torch.Tensor | None = None
 
 
 # --------------------------------------------------------------------------------------------- pixels and prompt maps
@@ -492,6 +500,30 @@ def spread_noise(
     return to_device(torch.special.ndtri(level).float(), device)
 
 
+def noise_given_presence(noise: torch.Tensor, presence_means: torch.Tensor) -> torch.Tensor:
+    """Noise of samples that annotate at least one of the windows that share it.
+
+    A sample annotates window k if presence_means[k] + noise_0 > 0, and at least one window if noise_0 > -m, where m is
+    the largest mean. So P(annotated anywhere) = Phi(m), and given that, noise_0 is normal, truncated to
+    noise_0 > -m. Levels are mapped from [0, 1] to [Phi(-m), 1] and stay evenly spread. The other coordinates are
+    independent of noise_0 and do not change.
+
+    Args:
+        noise: (..., S, L) of `spread_noise`, the same for all windows.
+        presence_means: (K,), prior means of z_0 of the K windows.
+
+    Returns:
+        (..., S, L). Samples can still be empty in windows with a mean below m.
+    """
+    largest = presence_means.detach().max().cpu()
+    # Upper tails, P(Z > z) = Phi(-z), in float64: levels close to 1 would lose their digits
+    tail = torch.special.ndtr(-noise[..., 0].cpu().double()) * torch.special.ndtr(largest.double())
+    presence = -torch.special.ndtri(tail.clamp(min=torch.finfo(torch.float64).tiny)).to(noise.dtype)
+    above = torch.nextafter(-largest.to(noise.dtype), torch.tensor(torch.inf, dtype=noise.dtype))
+    presence = torch.maximum(presence, above)  # rounding must not make the sum with the mean zero
+    return torch.cat([to_device(presence, noise.device)[..., None], noise[..., 1:]], dim=-1)
+
+
 # ----------------------------------------------------------------------------------------------------------- model
 
 
@@ -502,6 +534,26 @@ class ProbabilisticSamModel(SamModel):
 
     The prompt encoder, its positional matrix and the unused heads of the mask decoder are frozen in every new or
     loaded model, because distributed training needs a gradient for every trainable weight.
+
+    **Presence and extent are two answers.** `presence` of the output is the share of readers who would annotate,
+    `outline_masks` are what those would outline, and `pred_masks` combine both: masks of readers, some of them empty.
+
+    **Several slices of one lesion.** To make sample number s the same reader on all slices, share the noise: give
+    `sample` one generator per slice, all with the same seed (for several lesions, one seed per lesion).
+
+    ```python
+    generators = [torch.Generator().manual_seed(0) for _ in slices]
+    samples = model.sample(pixel_values, input_boxes, num_samples=16, generator=generators)  # one image per slice
+    ```
+
+    The latents are prior mean + prior standard deviation * noise. Mean and standard deviation describe the slice: how
+    large the lesion is there, how often it is annotated, how much readers disagree. The noise describes the reader
+    relative to the others: generous or tight, likely to annotate or not. A generous reader is generous on every
+    slice, so the noise is what slices have in common. Copying the latents instead would impose the size of one slice
+    on all others. With independent noise on each slice, generous and tight masks alternate and cancel in the volume,
+    so that sampled volumes vary too little. With shared noise a sample is empty on a slice if its presence noise is at
+    most minus the slice's presence mean; the lesion's presence is therefore Phi(largest presence mean), and
+    `noise_given_presence` conditions the noise on it.
     """
 
     accepts_loss_kwargs = False  # `Trainer` would otherwise pass arguments of a loss to **kwargs
@@ -579,8 +631,8 @@ class ProbabilisticSamModel(SamModel):
 
         Returns:
             (B, P); features (N, W, g, g) and prompt maps (N, 4, g, g) for the latent networks; and the `embeddings`
-            of `decode`: image with details (N, C, g, g), sparse (N, T, C) or None, dense (N, C, g, g), details at the
-            two finer resolutions.
+            of `decode_outlines`: image with details (N, C, g, g), sparse (N, T, C) or None, dense (N, C, g, g),
+            details at the two finer resolutions.
         """
         sparse, dense = self.prompt_encoder(
             input_points=input_points, input_labels=input_labels, input_boxes=input_boxes, input_masks=input_masks
@@ -598,8 +650,11 @@ class ProbabilisticSamModel(SamModel):
         sparse = None if sparse is None else sparse.flatten(0, 1)
         return (batch, count), features, coarse_maps, (image, sparse, dense, (middle, fine))
 
-    def decode(self, embeddings: tuple[Any, ...], latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """One decoder call for all latents (B, P, S, L): logits (B, P, S, h, w) and IoU scores (B, P, S)."""
+    def decode_outlines(self, embeddings: tuple[Any, ...], latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """One decoder call for all latents (B, P, S, L): logits (B, P, S, h, w) and IoU scores (B, P, S).
+
+        No mask is empty for lack of presence: z_0 has no effect.
+        """
         image_embeddings, sparse_embeddings, dense_embeddings, (middle_details, fine_details) = embeddings
         lead = latents.shape[:3]
         latent_embeddings = self.latent_proj(latents[..., 1:].to(dense_embeddings.dtype))
@@ -615,9 +670,7 @@ class ProbabilisticSamModel(SamModel):
             middle_details=middle_details,
             fine_details=fine_details,
         )
-        masks = masks.unflatten(0, lead[:2]).float()
-        present = latents[..., 0, None, None] > 0
-        return torch.where(present, masks, EMPTY_LOGIT), iou_scores.unflatten(0, lead[:2])
+        return masks.unflatten(0, lead[:2]).float(), iou_scores.unflatten(0, lead[:2])
 
     @can_return_tuple
     def forward(
@@ -714,12 +767,14 @@ class ProbabilisticSamModel(SamModel):
                 expected = (*lead, "S", self.config.latent_dim)
                 raise ValueError(f"latents must have the shape {expected}, got {tuple(latents.shape)}.")
             if torch.compiler.is_exporting():  # without a loop, so that the graph fits any number of samples
-                masks, iou_scores = self.decode(embeddings, latents)
+                outlines, iou_scores = self.decode_outlines(embeddings, latents)
             else:
                 parts = latents.split(max(1, MAX_DECODED // math.prod(lead)), dim=2)
-                chunks = [self.decode(embeddings, part) for part in parts]
-                masks, iou_scores = (torch.cat(chunk, dim=2) for chunk in zip(*chunks, strict=True))
-            values |= {"pred_masks": masks, "iou_scores": iou_scores, "latents": latents}
+                chunks = [self.decode_outlines(embeddings, part) for part in parts]
+                outlines, iou_scores = (torch.cat(chunk, dim=2) for chunk in zip(*chunks, strict=True))
+            masks = torch.where(latents[..., 0, None, None] > 0, outlines, EMPTY_LOGIT)
+            values |= {"pred_masks": masks, "iou_scores": iou_scores, "latents": latents, "outline_masks": outlines}
+            values["presence"] = torch.special.ndtr(prior_mean[..., 0])
         return ProbabilisticSamOutput(**values)
 
     def train_on_readers(
@@ -740,7 +795,7 @@ class ProbabilisticSamModel(SamModel):
         unless the reader is absent.
 
         Args:
-            embeddings: as in `decode`.
+            embeddings: as in `decode_outlines`.
             mean: (B, P, R, L), of the posterior network.
             log_std: (B, P, R, L), of the posterior network.
             prior_mean: (B, P, L).
@@ -767,8 +822,7 @@ class ProbabilisticSamModel(SamModel):
         slot_log_std = torch.cat([log_std, prior_log_std[:, :, None].expand(-1, -1, extra, -1)], dim=2)
         noise = normal_noise(tuple(slot_mean.shape), generator, self.device)
         latents = slot_mean + torch.exp(slot_log_std) * noise
-        always = torch.ones_like(latents[..., :1])  # decode all masks: presence has its own, exact likelihood
-        masks, _ = self.decode(embeddings, torch.cat([always, latents[..., 1:]], dim=-1))
+        masks, _ = self.decode_outlines(embeddings, latents)  # given presence, which has its own, exact likelihood
         logits, probabilities = masks[:, :, :count], masks.sigmoid()
 
         bce, dice = summed_bce(logits, targets), dice_loss(probabilities[:, :, :count], targets)

@@ -17,6 +17,7 @@ from .processing_image_files import open_image, shorten
 from .processing_probabilistic_sam import ProbabilisticSamProcessor
 
 OF_AN_IMAGE = ("boxes", "points", "labels", "pixel_spacing_mm")  # may be given per image
+SAMPLED = ("pred_masks", "outline_masks", "presence")  # of the model's output; some models have pred_masks only
 OF_A_CALL = ("num_samples", "seed", "threshold", "batch_size", "num_workers")
 # Keys of a dictionary that are refused instead of ignored, because they must be misspelled prompts
 MISTAKEN = re.compile(r"(input_)?(bbox|box|point|prompt)(es|s)?|input_(label|mask)s?", re.IGNORECASE)
@@ -86,11 +87,15 @@ class ProbabilisticMaskGenerationPipeline(Pipeline):
             **unknown: refused.
 
         Returns:
-            For one image a list with one dictionary per prompt: `masks (N, H, W)` boolean, `mean (H, W)` probability
-            averaged over the samples, `uncertainty (H, W)` the entropy of `mean` in bits, `areas (N,)`,
-            `area_quantiles` by level, `area_unit` ("px" or "mm2"), `empty_share` of the samples; arrays are NumPy
-            arrays. For a list or tuple a list of such lists; for a dataset, a column or a generator an iterator over
-            them, which holds one batch in memory at a time.
+            For one image a list with one dictionary per prompt. Of readers who annotate: their share `presence`, N
+            masks `outlines (N, H, W)` boolean, `areas_given_presence (N,)`, `area_quantiles_given_presence` by level
+            (None, without outlines, if the presence is less than 1 %). Of all readers: `masks (N, H, W)` boolean,
+            `mean (H, W)` probability averaged over the samples, `uncertainty (H, W)` the entropy of `mean` in bits,
+            `areas (N,)`, `area_quantiles` by level, `empty_share` of the samples. `area_unit` is "px" or "mm2"; arrays
+            are NumPy arrays.
+
+            For a list or tuple a list of such lists; for a dataset, a column or a generator an iterator over them,
+            which holds one batch in memory at a time.
 
         Raises:
             ValueError: not an image, no prompt, a prompt outside its image, a number out of range, or a key of a
@@ -145,7 +150,7 @@ class ProbabilisticMaskGenerationPipeline(Pipeline):
         return {"features": dict(features), "pixel_spacing_mm": given.get("pixel_spacing_mm")}
 
     def _forward(self, images: list[dict], batch_size: int, num_samples: int = 16, seed: int = 0) -> list[dict]:
-        """Add `pred_masks` to the outputs of `preprocess` for several images."""
+        """Add `pred_masks`, `outline_masks` and `presence` to the outputs of `preprocess` for several images."""
         windows = []  # features of one window, generator of its image
         for image in images:
             generator, features = torch.Generator().manual_seed(seed), image["features"]
@@ -153,29 +158,30 @@ class ProbabilisticMaskGenerationPipeline(Pipeline):
                 windows.append(({name: value[index : index + 1] for name, value in features.items()}, generator))
 
         # Batches have windows of equal shapes, since padding to a common number of points would change the samples
-        masks = []
+        samples: list[dict[str, torch.Tensor]] = []  # of one window each
         for _, group in itertools.groupby(windows, key=lambda window: {n: v.shape for n, v in window[0].items()}):
             members = list(group)
             for start in range(0, len(members), batch_size):
                 parts, generators = zip(*members[start : start + batch_size], strict=True)
                 inputs = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
                 inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
-                pred_masks = self.model.sample(**inputs, num_samples=num_samples, generator=generators).pred_masks
-                assert pred_masks is not None  # always there; the output's fields are optional for mypy
-                masks += pred_masks.split(1)
-        sampled = iter(masks)
+                output = self.model.sample(**inputs, num_samples=num_samples, generator=generators)
+                fields = {name: output[name].split(1) for name in SAMPLED if name in output}
+                samples += [dict(zip(fields, parts, strict=True)) for parts in zip(*fields.values(), strict=True)]
+        sampled = iter(samples)
         for image in images:
-            image["pred_masks"] = torch.cat(list(itertools.islice(sampled, len(image["features"]["windows"]))))
+            of_image = list(itertools.islice(sampled, len(image["features"]["windows"])))
+            image |= {name: torch.cat([window[name] for window in of_image]) for name in of_image[0]}
         return images
 
     def postprocess(self, outputs: dict[str, Any], threshold: float = 0.5) -> list[dict[str, Any]]:
         """One dictionary per prompt of one image, see `__call__`."""
         results = self.processor.post_process_samples(
-            outputs["pred_masks"],
-            outputs["features"]["windows"],
-            outputs["features"]["original_sizes"],
+            windows=outputs["features"]["windows"],
+            original_sizes=outputs["features"]["original_sizes"],
             pixel_spacing_mm=outputs["pixel_spacing_mm"],
             threshold=threshold,
+            **{name: outputs[name] for name in SAMPLED if name in outputs},
         )
         for result in results:
             result["uncertainty"] = result.pop("entropy")

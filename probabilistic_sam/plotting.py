@@ -167,7 +167,7 @@ def sample_figure(
         for sample in samples:
             _plot_outline(axes, sample, SAMPLE_COLOR, 1.0, alpha=max(0.2, min(1.0, 6 / len(samples))))
         empty = int((~samples.any((1, 2))).sum())
-        _caption(axes, f"{len(samples)} samples, {empty} empty")
+        _caption(axes, f"{len(samples)} samples" + (f", {empty} empty" if empty else ""))
 
     left += panel + 0.25
     axes = _add_axes(figure, left, top, panel, "mean probability")
@@ -245,27 +245,25 @@ def contour_figure(image: np.ndarray, mask: np.ndarray, zoom: tuple[int, int, in
 
 
 def area_figure(areas: np.ndarray, unit: str) -> Figure:
-    """Histogram of the areas of the samples, with a separate bar for empty samples left of 0.
+    """Histogram of the areas of samples given presence.
 
     Args:
-        areas: (N,) in `unit`.
+        areas: (M,) in `unit`; none if the presence is too small for outlines.
         unit: unit of area for the axis label.
     """
     figure = Figure(figsize=(9.9, 2.6), dpi=DPI, facecolor="white", layout="constrained")
     axes = figure.subplots()
-    plotted = areas[areas > 0]
-    end = 1.05 * plotted.max() if len(plotted) else 1.0
-    empty = len(areas) - len(plotted)
-    if len(plotted):
-        axes.hist(plotted, bins=list(np.linspace(0, end, 31)), color=SAMPLE_COLOR, label=f"not empty: {len(plotted)}")
-    label = f"empty: {empty} of {len(areas)} ({empty / len(areas):.0%})"
-    median = float(np.median(areas))
-    axes.axvline(median, color="0.2", linewidth=1, linestyle="--", label=f"median of all samples: {median:.4g} {unit}")
-    axes.bar(-end / 30, empty, end / 30, color="0.55", label=label)
-    axes.set(title="sample areas", xlabel=f"area ({unit})", ylabel="samples", xlim=(-end / 15, end))
+    end = max(1.05 * areas.max(initial=0), 1.0)
+    axes.hist(areas, bins=list(np.linspace(0, end, 31)), color=SAMPLE_COLOR)
+    if len(areas):
+        median = float(np.median(areas))
+        axes.axvline(median, color="0.2", linewidth=1, linestyle="--", label=f"median: {median:.4g} {unit}")
+        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1), fontsize=9)
+    else:
+        _note(axes, "too few readers would outline a lesion")
+    axes.set(title="area if outlined", xlabel=f"area ({unit})", ylabel="samples", xlim=(0, end))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1), fontsize=9)
     return figure
 
 

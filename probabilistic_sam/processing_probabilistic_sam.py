@@ -28,6 +28,7 @@ PROMPT_SHARE = 0.75  # largest extent of a prompt relative to the side of its wi
 OUTSIDE_LOGIT = -30.0  # of pixels outside the window
 PADDING_LABEL = -10  # of padding points, as in SAM
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+MIN_PRESENCE = 0.01  # below it, readers who annotate are too rare for the model to have learnt their outlines
 CHUNK_PIXELS = 2**26  # samples x pixels that are held in floating point at a time
 
 # Nesting of prompts and readers' masks, and the number of axes of the innermost arrays
@@ -332,8 +333,13 @@ class ProbabilisticSamProcessor(ProcessorMixin):
         original_sizes: torch.Tensor,
         pixel_spacing_mm: float | Sequence[float] | None = None,
         threshold: float = 0.5,
+        outline_masks: torch.Tensor | None = None,
+        presence: torch.Tensor | None = None,
     ) -> list[dict]:
         """Masks and summaries at the size of the image: one dictionary per prompt, W * P in order of the windows.
+
+        Presence and extent are two answers: which share of readers would annotate, and how large their masks are. A
+        summary of all samples, of which some are empty, mixes them.
 
         Args:
             pred_masks: logits (W, P, N, h, w).
@@ -341,11 +347,20 @@ class ProbabilisticSamProcessor(ProcessorMixin):
             original_sizes: (W, 2), as returned by the processor.
             pixel_spacing_mm: side of a pixel, one number or one per prompt; areas are then in mm^2.
             threshold: probability above which a pixel belongs to a mask.
+            outline_masks: logits (W, P, N, h, w) of the model's output. Without them the outlines are the samples that
+                are not empty.
+            presence: (W, P) of the model's output. Without it the presence is the share of samples that are not empty.
 
         Returns:
-            `masks` (N, H, W) boolean, `mean` (H, W) probability averaged over the samples, `entropy` (H, W) of `mean`
-            in bits, `areas` (N,), `area_quantiles` by level, `area_unit` ("px" or "mm2"), `empty_share` of the
-            samples.
+            Of readers who annotate: their share `presence`; M masks `outlines` (M, H, W) boolean,
+            `areas_given_presence` (M,), `area_quantiles_given_presence` by level. M is N with `outline_masks`. If the
+            presence is less than 1 %, the model cannot have learnt what so few readers would outline: M is 0 and the
+            quantiles are None.
+
+            Of all readers: `masks` (N, H, W) boolean, `mean` (H, W) probability averaged over the samples, `entropy`
+            (H, W) of `mean` in bits, `areas` (N,), `area_quantiles` by level, `empty_share` of the samples.
+
+            `area_unit` is "px" or "mm2".
 
         Raises:
             ValueError: a spacing that is not positive, or not one per prompt; a threshold outside 0..1; logits that
@@ -354,7 +369,12 @@ class ProbabilisticSamProcessor(ProcessorMixin):
         places = check_places(pred_masks, windows, original_sizes)
         if not 0 < threshold < 1:
             raise ValueError(f"threshold must lie between 0 and 1, got {threshold}")
-        if not torch.isfinite(pred_masks).all():
+        for name, given, shape in (
+            ("outline_masks", outline_masks, pred_masks.shape), ("presence", presence, pred_masks.shape[:2])
+        ):  # fmt: skip
+            if given is not None and given.shape != shape:
+                raise ValueError(f"{name} must have the shape {tuple(shape)}, got {tuple(given.shape)}")
+        if not all(torch.isfinite(item).all() for item in (pred_masks, outline_masks, presence) if item is not None):
             raise ValueError("the model's logits are not finite: its training diverged or its weights are damaged")
         limit = math.log(threshold / (1 - threshold))
         count = pred_masks.shape[0] * pred_masks.shape[1]
@@ -368,31 +388,41 @@ class ProbabilisticSamProcessor(ProcessorMixin):
         results = []
         for index, spacing in enumerate(np.broadcast_to(spacings, count).tolist()):
             window, prompt = divmod(index, pred_masks.shape[1])
-            samples = pred_masks[window, prompt]  # (N, h, w)
-            (_, _, side), (height, width) = places[window]
-            masks = torch.empty((len(samples), height, width), dtype=torch.bool, device=samples.device)
-            mean = torch.zeros((height, width), device=samples.device)
-            # In chunks, because floating-point logits of all samples at the size of the image may not fit in memory
-            chunk = max(1, CHUNK_PIXELS // max(height * width, side**2))
-            for part, part_masks in zip(samples.split(chunk), masks.split(chunk), strict=True):
-                (logits,) = paste(part[None], *places[window])
-                part_masks.copy_(logits > limit)
-                mean += logits.sigmoid().sum(dim=0)
-            mean = (mean / len(masks)).clamp(max=1)
+            masks, mean = paste_masks(pred_masks[window, prompt], *places[window], limit)
             areas = masks.sum(dim=(-2, -1)).float() * spacing**2
-            quantiles = torch.quantile(areas, torch.tensor(QUANTILES, device=areas.device)).tolist()
+            share = (areas > 0).float().mean().item() if presence is None else presence[window, prompt].item()
+            if share < MIN_PRESENCE:
+                outlines = masks[:0]
+            elif outline_masks is None:
+                outlines = masks[areas > 0]
+            else:
+                outlines, hidden = masks.clone(), areas == 0  # the other samples are outlines already
+                if hidden.any():
+                    hidden_logits = outline_masks[window, prompt, hidden]
+                    outlines[hidden] = paste_masks(hidden_logits, *places[window], limit)[0]
+            areas_given_presence = outlines.sum(dim=(-2, -1)).float() * spacing**2
             results.append(
                 {
+                    "presence": share,
+                    "outlines": outlines,
+                    "areas_given_presence": areas_given_presence,
+                    "area_quantiles_given_presence": quantiles(areas_given_presence) if len(outlines) else None,
                     "masks": masks,
                     "mean": mean,
                     "entropy": binary_entropy(mean),
                     "areas": areas,
-                    "area_quantiles": {str(level): value for level, value in zip(QUANTILES, quantiles, strict=True)},
+                    "area_quantiles": quantiles(areas),
                     "area_unit": unit,
                     "empty_share": (areas == 0).float().mean().item(),
                 }
             )
         return results
+
+
+def quantiles(areas: torch.Tensor) -> dict[str, float]:
+    """Quantiles of areas (N,) by level."""
+    values = torch.quantile(areas, torch.tensor(QUANTILES, device=areas.device)).tolist()
+    return {str(level): value for level, value in zip(QUANTILES, values, strict=True)}
 
 
 def binary_entropy(probability: torch.Tensor) -> torch.Tensor:
@@ -410,6 +440,26 @@ def paste(masks: torch.Tensor, window: tuple[int, int, int], size: tuple[int, in
     top, left, bottom, right = max(y, 0), max(x, 0), min(y + side, height), min(x + side, width)
     canvas[..., top:bottom, left:right] = resized[..., top - y : bottom - y, left - x : right - x]
     return canvas
+
+
+def paste_masks(
+    samples: torch.Tensor, window: tuple[int, int, int], size: tuple[int, int], limit: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (N, h, w) of a window at the size (H, W) of the image: which exceed `limit`, and mean probability.
+
+    Returns:
+        (N, H, W) boolean and (H, W).
+    """
+    height, width = size
+    masks = torch.empty((len(samples), height, width), dtype=torch.bool, device=samples.device)
+    mean = torch.zeros((height, width), device=samples.device)
+    # In chunks, because floating-point logits of all samples at the size of the image may not fit in memory
+    chunk = max(1, CHUNK_PIXELS // max(height * width, window[2] ** 2))
+    for part, part_masks in zip(samples.split(chunk), masks.split(chunk), strict=True):
+        (logits,) = paste(part[None], window, size)
+        part_masks.copy_(logits > limit)
+        mean += logits.sigmoid().sum(dim=0)
+    return masks, (mean / len(masks)).clamp(max=1)
 
 
 def check_places(pred_masks: torch.Tensor, windows: Any, original_sizes: Any) -> list[tuple[Any, Any]]:

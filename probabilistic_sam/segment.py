@@ -20,7 +20,7 @@ from .files import replaced_directory
 from .images import load_slice, luminance
 from .inference import (
     RESULT_FILES,
-    area_quantiles,
+    area_unit,
     check_num_samples,
     check_prompt,
     load_model,
@@ -30,7 +30,11 @@ from .inference import (
 )
 
 COLUMNS = ("image", "x1", "y1", "x2", "y2")
-SUMMARY_COLUMNS = ("row", *COLUMNS, "area_median", "area_q05", "area_q95", "area_unit", "empty_share")
+LEVELS = {"median": "0.5", "q05": "0.05", "q95": "0.95"}  # in summary.csv and in result.json
+SUMMARY_COLUMNS = (
+    "row", *COLUMNS, "presence", *(f"area_given_presence_{level}" for level in LEVELS),
+    *(f"area_{level}" for level in LEVELS), "area_unit", "empty_share",
+)  # fmt: skip
 ACCEPTED_TABLE = f"accepted: a CSV file in UTF-8 with the columns {','.join(COLUMNS)}"
 MAX_BOXES = 100
 MAX_ROWS = 10_000
@@ -247,6 +251,8 @@ def _write_summary(path: Path, requests: Sequence[Request], results: Sequence[di
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(SUMMARY_COLUMNS)
         for index, (request, result) in enumerate(zip(requests, results, strict=True)):
-            unit, quantiles = area_quantiles(result)
-            areas = (quantiles[level] for level in ("0.5", "0.05", "0.95"))
-            writer.writerow([index, *request.cells, *areas, unit, result["empty_share"]])
+            unit = area_unit(result)
+            summaries = (result[f"area_{unit}_given_presence"], result[f"area_{unit}"])
+            # Cells stay empty where there are no outlines
+            areas = [item["quantiles"][level] if item else "" for item in summaries for level in LEVELS.values()]
+            writer.writerow([index, *request.cells, result["presence"], *areas, unit, result["empty_share"]])

@@ -126,14 +126,17 @@ def test_the_zip_holds_the_files_of_segment_and_the_page_shows_the_same(sample, 
     with zipfile.ZipFile(archive) as file:
         names = file.namelist()
         result = json.loads(file.read("result.json"))
-        masks = np.stack([np.asarray(Image.open(file.open(name))) for name in sorted(names) if "masks/sample" in name])
+        masks, outlines = (
+            np.stack([np.asarray(Image.open(file.open(name))) for name in sorted(names) if name.startswith(folder)])
+            for folder in ("masks/sample", "outlines/sample")
+        )
     assert {name.split("/")[0] for name in names} == set(inference.RESULT_FILES)
     assert (masks.shape, masks.dtype) == ((5, 128, 128), bool)
     assert result["area_px"]["samples"] == masks.sum((1, 2)).tolist()
     assert result["image"] == "slice.png" and str(Path(image_path).parent) not in json.dumps(result)
-    assert "mm²" in line and line.startswith("### 5 samples")
+    assert "mm²" in line and line.startswith("### presence ") and line.endswith(" of 5 samples empty")
     assert maps.ndim == areas.ndim == 3 and len(gallery) == 5
-    for (_, caption), mask in zip(gallery, masks, strict=True):
+    for (_, caption), mask in zip(gallery, outlines, strict=True):  # not the empty samples
         area = mask.sum() * 0.25
         assert caption.split(": ")[1].split()[0] == (f"{area:.{0 if area >= 100 else 1}f}" if area else "empty")
     assert os.listdir(Path(archive).parent) == [Path(archive).name]
@@ -181,9 +184,12 @@ def test_refused_dicom_is_one_line_with_file_and_tag(tmp_path):
 def test_examples_are_optional(monkeypatch, tmp_path):
     from probabilistic_sam.data.lidc import phantom
 
-    assert [(Path(path).name, 0.3 < side < 2) for path, side in app.write_examples(tmp_path)] == [
-        (f"phantom-{number}.png", True) for number in (1, 2, 3)
-    ]
+    for number, (path, side, prompt) in enumerate(app.write_examples(tmp_path), start=1):
+        assert Path(path).name == f"phantom-{number}.png" and 0.3 < side < 2
+        canvas, shown_side, *_ = app.show(path, side, prompt)
+        assert canvas.value == prompt and shown_side == side
+        assert app.read_prompt(prompt, canvas.props["width"], canvas.props["height"]) == prompt
+    assert number == 3
 
     def absent(count):
         raise UserError("pylidc is not installed")
@@ -376,7 +382,8 @@ def test_a_user_drags_a_box_and_downloads_the_masks(page, server, image_path):
     assert result["area_mm2"]["mean"] == pytest.approx(masks.sum((1, 2)).mean() / 4, abs=1e-3)
     y, x = np.nonzero(masks.any(0))
     assert masks.any() and abs(x.mean() - 60) < 12 and abs(y.mean() - 56) < 12  # at the disc
-    assert page.find("#line").text.startswith("6 samples, median area ") and "mm²" in page.find("#line").text
+    line = page.find("#line").text
+    assert line.startswith("presence ") and "mm²" in line and line.endswith(" of 6 samples empty")
     for name in ("maps", "areas"):  # a rendered image, not a broken one
         until(lambda name=name: page.find(f"#{name} img").get_property("naturalWidth") > 500)
 
@@ -402,7 +409,9 @@ def test_a_user_makes_mistakes_and_then_clicks_points(page, server, image_path, 
     until(lambda: "no prompt yet; drag a box" in messages())
 
     until(lambda: page.driver.find_element("xpath", "//button[contains(., 'phantom 2')]")).click()
-    until(lambda: float(page.find("#spacing input").get_property("value") or 0) > 0.3)  # from the example
+    until(lambda: page.words().startswith("Box ") and len(page.gallery()) == 16)  # with its box and a result
+    assert float(page.find("#spacing input").get_property("value")) > 0.3
+    assert "presence " in page.find("#line").text
     page.find("#slice button[aria-label=Clear]").click()
     until(lambda: page.words().startswith("No slice yet"))
     page.upload(image_path)

@@ -27,6 +27,7 @@ from probabilistic_sam.baselines import (
 )
 from probabilistic_sam.baselines.common import drop_channels, reconstruction_loss
 from probabilistic_sam.errors import UserError
+from probabilistic_sam.inference import sample_image
 
 ROOT = Path(__file__).resolve().parent.parent
 LOW = SIZE // 4  # side of a mask
@@ -130,10 +131,14 @@ def test_image_embeddings_replace_the_image(model):
 def test_all_outputs_of_the_processor_are_accepted(model):
     processor = ProbabilisticSamProcessor(SIZE, 24)
     inputs = processor(np.arange(40 * 40).reshape(40, 40), input_boxes=[[[4, 4, 12, 12]]])
-    masks = model.sample(**inputs, num_samples=3).pred_masks
-    assert processor.post_process_samples(masks, inputs["windows"], inputs["original_sizes"])[0]["masks"].shape == (
-        3, 40, 40,
-    )  # fmt: skip
+    output = model.sample(**inputs, num_samples=3)
+    (result,) = processor.post_process_samples(output.pred_masks, inputs["windows"], inputs["original_sizes"])
+    assert result["masks"].shape == (3, 40, 40)
+    assert (output.outline_masks is None) == (output.presence is None)
+    sampled = sample_image(model, processor, np.arange(40 * 40).reshape(40, 40), {"box": [4, 4, 12, 12]}, 3)
+    if output.presence is None:  # no presence in the model: counted
+        assert sampled.presence == pytest.approx(1 - sampled.empty_share)
+        assert np.array_equal(sampled.outlines, sampled.masks[sampled.areas > 0])
 
 
 def test_model_comes_back_from_its_folder(model, tmp_path):

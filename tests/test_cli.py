@@ -87,8 +87,8 @@ def contents(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def sampled_masks(folder):
-    return np.stack([np.asarray(Image.open(path)) for path in sorted((folder / "masks").iterdir())])
+def sampled_masks(folder, name="masks"):
+    return np.stack([np.asarray(Image.open(path)) for path in sorted((folder / name).iterdir())])
 
 
 def result_of(folder):
@@ -125,7 +125,50 @@ def test_masks_maps_and_areas_are_consistent(run_segment, capsys):
     expected = -(probability * np.log2(probability + 1e-12) + (1 - probability) * np.log2(1 - probability + 1e-12))
     assert np.abs(entropy / 65535 - expected).max() < 2e-3
     assert Image.open(out / "figure.png").width == 1600
-    assert capsys.readouterr().out.startswith(f"wrote {out}: 12 samples, median area ")
+
+    outlines = sampled_masks(out, "outlines")
+    assert outlines.shape == masks.shape and np.array_equal(outlines[areas > 0], masks[areas > 0])
+    outlined, empty = result["area_mm2_given_presence"], round(12 * result["empty_share"])
+    assert outlined["samples"] == (outlines.sum((1, 2)) / 4).tolist()
+    assert abs(1 - result["presence"] - result["empty_share"]) <= 1 / 12 + 1e-6
+    median, low, high = (f"{np.quantile(outlined['samples'], level):.4g}" for level in (0.5, 0.05, 0.95))
+    assert capsys.readouterr().out == (
+        f"wrote {out}: presence {result['presence'] * 100:.0f} %; area if outlined: median {median} mm2 (90 % "
+        f"interval {low} to {high}); {empty} of 12 samples empty; see figure.png, result.json\n"
+    )
+
+
+def test_areas_given_presence_are_left_out_where_hardly_anyone_would_annotate(tmp_path):
+    nothing = np.zeros((3, 8, 8), dtype=bool)
+    sampled = inference.SampledMasks(
+        0.004,
+        nothing[:0],
+        nothing,
+        np.zeros((8, 8)),
+        np.zeros((8, 8)),
+        np.zeros(3),
+        1.0,
+        {"box": [1, 1, 5, 5]},
+        0,
+        0.5,
+    )
+    result = inference.write_result(tmp_path, np.arange(64.0).reshape(8, 8), sampled, "slice.png", "model", 0.5)
+    assert result["area_px_given_presence"] is result["area_mm2_given_presence"] is None
+    assert result["presence"] == 0.004 and result["area_px"]["quantiles"]["0.95"] == 0
+    assert inference.result_words(result) == (
+        "presence below 1 %; too few readers would outline a lesion to say how large; 3 of 3 samples empty"
+    )
+    assert sampled.shown is nothing and not list((tmp_path / "outlines").iterdir())
+
+
+def test_samples_of_the_shipped_weights_given_presence_are_never_empty():
+    model, processor = inference.load_model(inference.DEFAULT_MODEL)
+    folder = Path(inference.__file__).parent / "hub" / "examples"
+    for example in json.loads((folder / "examples.json").read_text())["images"]:
+        image = np.asarray(Image.open(folder / example["image"]))
+        sampled = inference.sample_image(model, processor, image, {"box": example["box"]}, 16)
+        assert sampled.outlines.any((1, 2)).all() and len(sampled.outlines) == 16
+        assert abs(1 - sampled.presence - sampled.empty_share) <= 1 / 16 + 1e-6
 
 
 def test_the_same_seed_gives_the_same_files_and_another_seed_others(run_segment, tmp_path):
@@ -383,21 +426,27 @@ def test_a_table_equals_single_calls(run_segment, table, tmp_path, capsys, monke
     ]
     with (out / "summary.csv").open() as file:
         header, *lines = csv.reader(file)
-    assert header == ["row", "image", "x1", "y1", "x2", "y2", "area_median", "area_q05", "area_q95", "area_unit",
-                      "empty_share"]  # fmt: skip
+    assert header == [
+        "row", "image", "x1", "y1", "x2", "y2", "presence", "area_given_presence_median", "area_given_presence_q05",
+        "area_given_presence_q95", "area_median", "area_q05", "area_q95", "area_unit", "empty_share",
+    ]  # fmt: skip
     for index, (image, *box) in enumerate(cells):
         options = {"image": table.parent / image, "prompt": ("--box", *box), "output": tmp_path / "one"}
         single = run_segment("--num-samples", 3, "--seed", 2, **options)
         assert contents(out / f"row-{index}") == contents(single)
         result = result_of(single)
         unit = "mm2" if image == "images/IM1" else "px"
-        areas = np.array(result["area_px"]["samples"]) * (0.25 if unit == "mm2" else 1)
-        assert lines[index][:6] == [str(index), image, *box]
-        assert [float(value) for value in lines[index][6:9]] == pytest.approx(
-            np.quantile(areas, [0.5, 0.05, 0.95]).tolist(), abs=1e-3
+        outlined, areas = (
+            np.array(result[name]["samples"]) * (0.25 if unit == "mm2" else 1)
+            for name in ("area_px_given_presence", "area_px")
         )
-        assert lines[index][9] == unit
-        assert float(lines[index][10]) == pytest.approx((areas == 0).mean())
+        assert lines[index][:6] == [str(index), image, *box]
+        assert float(lines[index][6]) == result["presence"]
+        assert [float(value) for value in lines[index][7:13]] == pytest.approx(
+            [np.quantile(item, level) for item in (outlined, areas) for level in (0.5, 0.05, 0.95)], abs=1e-3
+        )
+        assert lines[index][13] == unit
+        assert float(lines[index][14]) == pytest.approx((areas == 0).mean())
 
 
 def test_a_table_replaces_an_earlier_table_result_only(run_segment, table):

@@ -108,7 +108,9 @@ def test_answer_equals_the_output_of_the_pipeline(url, pipe):
         assert np.abs(decoded(uncertainty["mask"]) / 255 - expected["uncertainty"]).max() <= 0.5 / 255 + 1e-6
         assert mean["areas"] == expected["areas"].tolist() and mean["area_unit"] == "mm2"
         assert mean["area_quantiles"] == expected["area_quantiles"]
-        assert mean["score"] == 1 - expected["empty_share"]
+        assert mean["score"] == 1 - expected["empty_share"] and mean["presence"] == expected["presence"]
+        assert mean["areas_given_presence"] == expected["areas_given_presence"].tolist()
+        assert mean["area_quantiles_given_presence"] == expected["area_quantiles_given_presence"]
         for index, (sample, mask) in enumerate(zip(samples, expected["masks"], strict=True)):
             assert (sample["label"], sample["score"]) == (f"sample {index}", 1 / 6)
             assert np.array_equal(decoded(sample["mask"]), np.where(mask, 255, 0))

@@ -194,11 +194,12 @@ def test_every_output_of_an_image_is_the_same_alone_and_in_a_batch(model, inputs
 def test_tuple_and_dictionary_hold_the_same(model, inputs, latents):
     given = {**inputs, "latents": latents}
     expected = model(**given)
-    assert list(expected) == ["pred_masks", "iou_scores", "latents", "prior_mean", "prior_log_std"]
+    names = ["pred_masks", "iou_scores", "latents", "prior_mean", "prior_log_std", "outline_masks", "presence"]
+    assert list(expected) == names
     plain = model(**given, return_dict=False)
     model.config.return_dict = False
     for output in (plain, model(**given)):
-        assert type(output) is tuple and len(output) == 5
+        assert type(output) is tuple and len(output) == 7
         assert all(torch.equal(*pair) for pair in zip(output, expected.to_tuple(), strict=True))
     assert model.sample(**inputs, num_samples=3).pred_masks.shape == (2, 3, 3, 8, 8)
 

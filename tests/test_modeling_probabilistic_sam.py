@@ -23,6 +23,7 @@ from probabilistic_sam.loss_probabilistic_sam import (
 from probabilistic_sam.modeling_probabilistic_sam import (
     EMPTY_LOGIT,
     box_map,
+    noise_given_presence,
     pack_pixels,
     point_maps,
     prompt_maps,
@@ -135,6 +136,73 @@ def test_share_of_empty_samples_is_the_probability_to_the_nearest_sample(model, 
     empty = (output.pred_masks == EMPTY_LOGIT).flatten(3).all(dim=-1).float().mean(dim=2)
     expected = torch.special.ndtr(-output.prior_mean[..., 0])
     assert ((empty - expected).abs() <= 1 / 16 + 1e-6).all()
+
+
+def test_outlines_are_the_same_samples_given_presence(model, inputs):
+    output = model.sample(**inputs, num_samples=8, generator=torch.Generator().manual_seed(0))
+    annotated = output.latents[..., 0] > 0
+    assert 0 < annotated.float().mean() < 1
+    assert torch.equal(output.pred_masks[annotated], output.outline_masks[annotated])
+    assert (output.pred_masks[~annotated] == EMPTY_LOGIT).all()
+    given_presence = torch.cat([output.latents[..., :1].abs(), output.latents[..., 1:]], dim=-1)
+    with torch.no_grad():
+        assert torch.equal(output.outline_masks, model(**inputs, latents=given_presence).pred_masks)
+    assert torch.equal(output.presence, torch.special.ndtr(output.prior_mean[..., 0]))
+
+
+def test_noise_given_presence_by_hand():
+    noise = torch.special.ndtri(torch.tensor([[0.25, 0.1], [0.5, 0.2], [0.75, 0.3]]))
+    for mean, levels in {
+        0.0: [0.625, 0.75, 0.875],  # of the levels .5 to 1: one quarter, one half, three quarters
+        float(torch.special.ndtri(torch.tensor(0.2))): [0.85, 0.9, 0.95],  # of the levels .8 to 1
+    }.items():
+        given = noise_given_presence(noise, torch.tensor([mean]))
+        assert torch.special.ndtr(given[:, 0]).tolist() == pytest.approx(levels, abs=1e-6)
+        assert torch.equal(given[:, 1:], noise[:, 1:])
+
+
+def test_noise_given_presence_is_the_noise_of_the_samples_that_annotate():
+    noise = spread_noise((1, 1, 20_000, 2), torch.Generator().manual_seed(0), "cpu")
+    mean = 0.4
+    given = noise_given_presence(noise, torch.tensor([mean]))[..., 0].flatten()
+    kept = noise[..., 0][noise[..., 0] > -mean]
+    levels = torch.linspace(0.01, 0.99, 25)
+    assert torch.allclose(given.quantile(levels), kept.quantile(levels), atol=0.01)
+    density, share = math.exp(-(mean**2) / 2) / math.sqrt(2 * math.pi), 0.5 * math.erfc(-mean / math.sqrt(2))
+    assert given.mean().item() == pytest.approx(density / share, abs=1e-3)  # of a truncated normal
+
+
+@pytest.mark.parametrize("mean", [-100.0, -8.0, -3.0, 0.0, 9.0])
+def test_noise_given_presence_is_always_present_and_evenly_spread(mean):
+    noise = spread_noise((1, 1, 64, 2), torch.Generator().manual_seed(0), "cpu")
+    given = noise_given_presence(noise, torch.tensor([mean - 1, mean]))[0, 0, :, 0]
+    assert torch.isfinite(given).all() and (given + mean > 0).all()
+    assert (given.argsort() == noise[0, 0, :, 0].argsort()).all() or mean == -100
+    if mean == 9:  # always present: nothing to condition on
+        assert torch.allclose(given, noise[0, 0, :, 0], atol=1e-5)
+    if mean in (-3, 0):
+        tail = torch.special.ndtr(-given.double()) / torch.special.ndtr(torch.tensor(mean).double())
+        assert torch.equal((tail * 64).floor().sort().values, torch.arange(64.0))
+
+
+def test_a_lesion_that_is_present_can_be_empty_on_some_of_its_slices():
+    means = torch.tensor([-0.5, 0.3, -2.0])
+    noise = spread_noise((1, 1, 1000, 2), torch.Generator().manual_seed(0), "cpu")
+    annotated = means[:, None] + noise_given_presence(noise, means)[0, 0, :, 0] > 0  # (3, 1000)
+    assert annotated[1].all()
+    expected = torch.special.ndtr(means) / torch.special.ndtr(means.max())
+    assert torch.allclose(annotated.float().mean(dim=1), expected, atol=1e-3)
+
+
+def test_equally_seeded_generators_make_one_sample_one_reader_on_all_slices(model, inputs):
+    generators = [torch.Generator().manual_seed(7) for _ in range(2)]
+    output = model.sample(**inputs, num_samples=16, generator=generators)
+    noise = (output.latents - output.prior_mean[:, :, None]) / output.prior_log_std.exp()[:, :, None]
+    assert torch.allclose(noise[0], noise[1], atol=1e-4)
+    assert not torch.allclose(output.latents[0], output.latents[1], atol=1e-2)
+    # Who annotates where fewer do also annotates where more do
+    fewer, more = (output.latents[index, 0, :, 0] > 0 for index in output.prior_mean[:, 0, 0].argsort())
+    assert (fewer <= more).all()
 
 
 def test_an_untrained_detail_network_adds_nothing_and_a_trained_one_sees_single_pixels():

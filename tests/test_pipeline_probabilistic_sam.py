@@ -72,6 +72,13 @@ def test_results_of_a_prompt_are_consistent(pipe):
         inside = (mean > 1e-6) & (mean < 1 - 1e-6)
         p = mean[inside]
         assert np.allclose(result["uncertainty"][inside], -p * np.log2(p) - (1 - p) * np.log2(1 - p), atol=1e-4)
+        annotated = result["areas"] > 0
+        assert abs(result["presence"] - annotated.mean()) <= 1 / 12 + 1e-6
+        assert np.array_equal(result["areas_given_presence"], result["outlines"].sum((1, 2)) / 4)
+        assert np.array_equal(result["outlines"][annotated], masks[annotated]) and len(result["outlines"]) == 12
+        assert result["area_quantiles_given_presence"]["0.95"] == pytest.approx(
+            np.quantile(result["areas_given_presence"], 0.95)
+        )
     assert 0 < results[0]["empty_share"] < 1  # with this seed some samples are empty
     assert not np.array_equal(
         results[0]["masks"].any((1, 2)), results[1]["masks"].any((1, 2))
@@ -141,6 +148,9 @@ def test_an_image_gives_the_same_masks_through_every_interface(shipped, tmp_path
         assert np.array_equal(image, array)
     sampled = inference.sample_image(pipe.model, pipe.processor, image, {"box": box}, 2, 4)
     assert np.array_equal(sampled.masks, expected)
+    assert sampled.presence == given["presence"] == answer[0]["presence"] == pytest.approx(samples.presence.item())
+    assert sampled.outlines.sum((1, 2)).tolist() == answer[0]["areas_given_presence"]
+    assert answer[0]["area_quantiles_given_presence"] == given["area_quantiles_given_presence"]
 
 
 def test_inputs_of_every_kind_give_the_same(pipe, tmp_path):

@@ -187,22 +187,18 @@ def test_traversal_has_one_panel_per_coordinate_and_value(tmp_path):
     assert (tmp_path / "a.png").stat().st_size > 1000
 
 
-def test_each_area_is_counted_once_and_empty_samples_separately():
-    axes = area_figure(np.array([0, 10.0, 10.0, 20.0]), "mm²").axes[0]
-    low, counted = [], []
-    for bar in axes.patches:
-        low.append(bar.get_x())
-        counted.append(bar.get_height())
-    assert sum(counted) == 4
-    assert sum(height for x, height in zip(low, counted, strict=True) if x < 0) == 1
-    labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert sorted(labels) == ["empty: 1 of 4 (25%)", "median of all samples: 10 mm²", "not empty: 3"]
-    assert axes.get_xlabel() == "area (mm²)"
+def test_each_area_is_counted_once():
+    axes = area_figure(np.array([10.0, 10.0, 20.0]), "mm²").axes[0]
+    assert sum(bar.get_height() for bar in axes.patches) == 3
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["median: 10 mm²"]
+    assert (axes.get_xlabel(), axes.get_title()) == ("area (mm²)", "area if outlined")
 
 
-@pytest.mark.parametrize("areas", [np.zeros(3), np.full(2, 7.0)])
-def test_areas_are_plotted_when_all_samples_are_empty_or_equal(areas):
-    assert figure_pixels(area_figure(areas, "px")).std() > 0
+@pytest.mark.parametrize("areas", [np.zeros(0), np.zeros(3), np.full(2, 7.0)])
+def test_areas_are_plotted_when_there_are_none_or_all_are_equal(areas):
+    figure = area_figure(areas, "px")
+    assert figure_pixels(figure).std() > 0
+    assert texts(figure) == ([] if len(areas) else ["too few readers would outline a lesion"])
 
 
 def test_maps_are_transparent_where_they_are_zero():

@@ -568,6 +568,46 @@ def test_areas_and_their_quantiles_by_hand(processor):
     assert result["areas"].tolist() == [0, 4, 4, 16] and result["area_unit"] == "px"
 
 
+def test_areas_given_presence_by_hand(processor):
+    samples, outlines = square_logits(0, 2, 2, 4), square_logits(3, 2, 2, 4)
+    presence = torch.tensor([[0.7]])
+    (result,) = processor.post_process_samples(
+        samples, **PLACE, pixel_spacing_mm=0.5, outline_masks=outlines, presence=presence
+    )
+    assert result["presence"] == pytest.approx(0.7) and result["empty_share"] == 0.25
+    assert result["areas"].tolist() == [0, 1, 1, 4]
+    assert result["areas_given_presence"].tolist() == [2.25, 1, 1, 4]
+    assert result["outlines"].sum(dim=(1, 2)).tolist() == [9, 4, 4, 16]
+    # Between 1, 1, 2.25, 4 at 0, 1/3, 2/3, 1
+    expected = {"0.05": 1.0, "0.25": 1.0, "0.5": 1.625, "0.75": 2.6875, "0.95": 3.7375}
+    assert result["area_quantiles_given_presence"] == pytest.approx(expected, abs=1e-5)
+    # A model without presence: its samples that are not empty
+    (result,) = processor.post_process_samples(samples, **PLACE)
+    assert result["presence"] == 0.75 and result["areas_given_presence"].tolist() == [4, 4, 16]
+    assert result["area_quantiles_given_presence"]["0.5"] == 4
+
+
+@pytest.mark.parametrize("given", [{}, {"presence": torch.tensor([[0.009]]), "outline_masks": square_logits(3, 3)}])
+def test_nothing_is_invented_where_hardly_anyone_would_annotate(processor, given):
+    (result,) = processor.post_process_samples(square_logits(0, 0), **PLACE, **given)
+    assert result["presence"] < 0.01 and result["outlines"].shape == (0, 8, 8)
+    assert result["areas_given_presence"].tolist() == [] and result["area_quantiles_given_presence"] is None
+    assert result["areas"].tolist() == [0, 0] and result["area_quantiles"]["0.5"] == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"presence": torch.tensor([0.5])}, r"presence must have the shape \(1, 1\), got \(1,\)"),
+        ({"outline_masks": square_logits(2)}, r"outline_masks must have the shape \(1, 1, 2, 8, 8\)"),
+        ({"presence": torch.tensor([[math.nan]])}, "not finite"),
+    ],
+)
+def test_presence_and_outlines_that_do_not_fit_are_refused(processor, given, message):
+    with pytest.raises(ValueError, match=message):
+        processor.post_process_samples(square_logits(0, 2), **PLACE, **given)
+
+
 def test_mean_and_entropy_by_hand(processor):
     (result,) = processor.post_process_samples(square_logits(0, 2, 2, 4), **PLACE)
     assert result["masks"].dtype == torch.bool and result["masks"].sum(dim=(1, 2)).tolist() == [0, 4, 4, 16]

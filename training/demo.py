@@ -25,9 +25,10 @@ from probabilistic_sam.inference import (
     choose_device,
     find_model,
     load_model,
+    presence_words,
     quiet_transformers,
     sample_image,
-    write_samples,
+    write_masks,
 )
 from probabilistic_sam.metrics.functional import ged
 from probabilistic_sam.plotting import sample_figure, save_figure
@@ -65,11 +66,11 @@ def write_nodule(
     box = row_prompt(row, readers, PROMPT)["input_boxes"]
     sampled = sample_image(model, processor, image, {"box": box}, num_samples, seed)
     distance = ged(sampled.masks, readers)
-    write_samples(folder / name, sampled)
+    write_masks(folder / name / "masks", sampled.masks)
     place = f"{row['patient_id']}, nodule {row['nodule_id']}, slice {row['slice_index']}"
     figure = sample_figure(
-        image, sampled.masks, sampled.mean, sampled.entropy, readers, box,
-        title=f"{place} (phantom): GED {distance.ged:.3f}, {sampled.empty_share:.0%} of {num_samples} samples empty",
+        image, sampled.shown, sampled.mean, sampled.entropy, readers, box,
+        title=f"{place} (phantom): GED {distance.ged:.3f}, {presence_words(sampled.presence)}",
     )  # fmt: skip
     save_figure(figure, folder / f"{name}.png")
     return {
@@ -78,6 +79,8 @@ def write_nodule(
         "box": box,
         "readers_area_px": readers.sum(axis=(1, 2)).tolist(),
         **distance._asdict(),
+        "presence": sampled.presence,
+        "area_px_given_presence": area_summary(sampled.outlines.sum(axis=(1, 2))),
         "empty_share": sampled.empty_share,
         "area_px": area_summary(sampled.areas),
         "area_mm2": area_summary(sampled.areas, row["pixel_spacing_mm"] ** 2),

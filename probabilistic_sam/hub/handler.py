@@ -25,7 +25,7 @@ from transformers import pipeline
 
 MAX_PIXELS = 2**23  # per image; a CT slice has 512 x 512, a chest X-ray about 2500 x 3000
 MAX_MASKS = 1_000  # samples times prompts per request
-MAX_MASK_PIXELS = 2**27  # masks times pixels per request, one byte each
+MAX_MASK_PIXELS = 2**27  # masks times pixels per request, two bytes each (mask and outline)
 MAX_NUMBERS = 10_000  # in the boxes, points or labels of a request
 MAX_MESSAGE = 500  # characters of an error message
 MAX_QUOTED = 80  # characters of a request quoted in an error message
@@ -36,7 +36,7 @@ class EndpointHandler:
     """Answers requests one at a time, which bounds the memory in use.
 
     It runs the pipeline of task `probabilistic-mask-generation`; transformers' own `mask-generation` pipeline is not
-    supported. A request at the limits above takes about 1.3 GB in addition to the model.
+    supported. A request at the limits above takes about 1.4 GB in addition to the model.
 
     Args:
         path: folder of the repository, by default the folder of this file.
@@ -75,8 +75,9 @@ class EndpointHandler:
             A list in the image-segmentation schema: `label`, `score` and `mask` (base64 of a grey 8-bit PNG with the
             size of the image), and the index of the prompt as `prompt`. For each prompt:
 
-            - "mean": mean probability, 255 = 1. The score is the share of non-empty samples. Also `areas`,
-              `area_quantiles`, `area_unit` and `empty_share` as in the pipeline.
+            - "mean": mean probability, 255 = 1. The score is the share of non-empty samples. Also `presence`,
+              `areas_given_presence`, `area_quantiles_given_presence`, `areas`, `area_quantiles`, `area_unit` and
+              `empty_share` as in the pipeline.
             - "uncertainty": entropy of the mean probability, 255 = 1 bit. No score.
             - "sample 0", "sample 1", ...: masks, 255 inside. Each has the score 1 / num_samples, because samples are
               equally likely. Also `area`.
@@ -200,6 +201,9 @@ def entries(prompt: int, result: dict[str, Any]) -> Iterator[dict[str, Any]]:
         "score": 1 - result["empty_share"],
         "mask": png(result["mean"]),
         "prompt": prompt,
+        "presence": result["presence"],
+        "areas_given_presence": result["areas_given_presence"].tolist(),
+        "area_quantiles_given_presence": result["area_quantiles_given_presence"],
         "areas": result["areas"].tolist(),
         "area_quantiles": result["area_quantiles"],
         "area_unit": result["area_unit"],

@@ -29,7 +29,6 @@ from safetensors import SafetensorError
 from . import ProbabilisticSamModel, ProbabilisticSamProcessor, __version__
 from .baselines import BASELINES
 from .errors import UserError
-from .images import luminance
 from .plotting import sample_figure, save_figure
 from .processing_probabilistic_sam import QUANTILES, mask_inside
 
@@ -263,7 +262,7 @@ def write_result(
 
     Args:
         folder: new or empty.
-        image: (H, W) or (H, W, 3).
+        image: (H, W), or (H, W, 3) uint8.
         sampled: from `sample_image` with this image.
         name: file of the image.
         model: folder or owner/name.
@@ -278,7 +277,7 @@ def write_result(
     write_grey(folder / "mean.png", sampled.mean)
     write_grey(folder / "uncertainty.png", sampled.entropy)
     figure = sample_figure(
-        luminance(image), sampled.masks, sampled.mean, sampled.entropy, box=prompt.get("box"),
+        image, sampled.masks, sampled.mean, sampled.entropy, box=prompt.get("box"),
         point=prompt.get("points"), negative_points=prompt.get("negative_points"), title=Path(name).name,
         mask=_mask_inside(prompt["mask"]) if "mask" in prompt else None,
     )  # fmt: skip

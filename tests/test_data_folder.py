@@ -2,15 +2,14 @@
 
 import io
 import json
-import struct
 import sys
 import tarfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
+from deep_colour import rgb16_png, rgb16_tiff
 from tiny import load_script
 
 from probabilistic_sam.data import split_of
@@ -231,25 +230,6 @@ def test_folder_that_nobody_annotated_is_refused(build, tmp_path):
     assert code == 2 and "nothing to write, the source has no image that a reader annotated" in err
 
 
-def rgb16_png() -> bytes:
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-    header = struct.pack(">IIBBBBB", 8, 6, 16, 2, 0, 0, 0)
-    pixels = zlib.compress((b"\0" + bytes(6 * 8)) * 6)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
-
-
-def rgb16_tiff() -> bytes:
-    """A TIFF of 8 x 6 pixels with three samples of 16 bits: header, pixels, BitsPerSample, directory."""
-    pixels = bytes(8 * 6 * 6)
-    bits_at = 8 + len(pixels)
-    tags = [(256, 3, 1, 8), (257, 3, 1, 6), (258, 3, 3, bits_at), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 8)]
-    tags += [(277, 3, 1, 3), (278, 3, 1, 6), (279, 4, 1, len(pixels))]
-    directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(4)
-    return b"II*\0" + struct.pack("<I", bits_at + 6) + pixels + struct.pack("<HHH", 16, 16, 16) + directory
-
-
 def tiff(pixels) -> bytes:
     buffer = io.BytesIO()
     PIL.Image.fromarray(pixels).save(buffer, format="TIFF")
@@ -278,8 +258,16 @@ FIRST = TRAIN[0]
         ("images/unannotated.png", GREY, "unannotated.png: no reader has a mask of it; accepted: at least one mask"),
         ("images/notes.txt", b"x", "notes.txt: unexpected; accepted: files of the kinds .png"),
         (f"images/{FIRST}.png", b"x", f"{FIRST}.png: the image is not an image; accepted: PNG"),
-        (f"images/{FIRST}.png", rgb16_png(), "16-bit RGB, or 16 bits with transparency; accepted: 8 or 16 bit grey"),
-        (f"images/{FIRST}.png", rgb16_tiff(), "16-bit RGB, or 16 bits with transparency; accepted: 8 or 16 bit grey"),
+        (
+            f"images/{FIRST}.png",
+            rgb16_png(),
+            "more than 8 bits per channel in colour or with transparency; accepted: grey of 8 or",
+        ),
+        (
+            f"images/{FIRST}.png",
+            rgb16_tiff(),
+            "more than 8 bits per channel in colour or with transparency; accepted: grey of 8 or",
+        ),
         (f"images/{FIRST}.png", tiff(np.full((6, 8), np.nan, dtype=np.float32)), "NaN or infinite grey values"),
         (f"images/{FIRST}.png", tiff(np.full((6, 8), 0.5, dtype=np.float32)), "grey values with fractions; accepted"),
         (f"images/{FIRST}.png", tiff(np.full((6, 8), -3, dtype=np.int32)), "grey values from -3 to -3; accepted"),

@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import PIL.Image
 import scipy.ndimage
 
 from ..dicom_slice import read_dicom
 from ..errors import UserError
 from ..processing_image_files import open_image
 from .card import Origin
-from .format import ACCEPTED_IMAGE, MAX_PIXELS, encode_png, image_row
+from .format import MAX_PIXELS, encode_png, image_row
 from .splits import SPLITS
 
 LAYOUT = "accepted: images/ID.EXT, masks/READER/ID.png (or .tif) and optionally table.csv"
@@ -274,7 +273,6 @@ def _read_image(path: Path) -> tuple[np.ndarray, float | None]:
             if values.min() < 0:
                 values = np.maximum(values + DICOM_OFFSET, 0)
         else:
-            _check_depth(path)
             values = np.asarray(open_image(path, "the image", MAX_PIXELS))
         if min(values.shape[:2]) < 2:
             raise ValueError(f"image of {values.shape[1]}x{values.shape[0]} pixels; accepted: at least 2x2")
@@ -296,24 +294,6 @@ def _sixteen_bits(values: np.ndarray) -> np.ndarray:
     if low < 0 or high > np.iinfo(np.uint16).max:
         raise ValueError(f"grey values from {low:g} to {high:g}; {accepted}")
     return values.astype(np.uint16)
-
-
-def _check_depth(path: Path) -> None:
-    """Refuse 16-bit colour, of which Pillow silently reads 8 bits."""
-    with path.open("rb") as file:
-        head = file.read(26)
-    deep = False
-    if head.startswith(b"\x89PNG") and len(head) == 26:
-        deep = head[24] == 16 and head[25] != 0  # bit depth and colour type of the header; type 0 is grey
-    elif head[:2] in (b"II", b"MM"):
-        try:
-            with PIL.Image.open(path, formats=["TIFF"]) as image:
-                bits = image.tag_v2.get(258, (1,))  # type: ignore[attr-defined] # BitsPerSample
-            deep = len(bits) > 1 and max(bits) > 8
-        except Exception:  # Pillow raises almost anything; `open_image` then says what is wrong
-            return
-    if deep:
-        raise ValueError(f"16-bit RGB, or 16 bits with transparency; {ACCEPTED_IMAGE}")
 
 
 def _read_mask(path: Path, shape: tuple[int, ...]) -> np.ndarray:

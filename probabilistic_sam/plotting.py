@@ -318,6 +318,54 @@ def grid_figure(
     return figure
 
 
+def comparison_figure(
+    images: Sequence[np.ndarray],
+    readers: Sequence[np.ndarray],
+    samples: Sequence[np.ndarray],
+    boxes: Sequence[Sequence[float]],
+    titles: Sequence[str],
+) -> Figure:
+    """Samples beside readers: a line of panels per image, with prompt, readers, samples and mean of the samples.
+
+    Args:
+        images: (H, W) grey values of any scale or (H, W, 3) uint8, at least one.
+        readers: (M, H, W) bool for each image, including empty masks.
+        samples: (N, H, W) bool for each image.
+        boxes: x1, y1, x2, y2 of the prompt for each image.
+        titles: of each image.
+
+    Raises:
+        UserError: shapes that do not fit together.
+    """
+    gap, line, columns = 0.1, 0.3, 4
+    panel = (WIDTH_INCHES - 2 * MARGIN - (columns - 1) * gap) / columns
+    figure = Figure(figsize=(WIDTH_INCHES, len(images) * (line + panel) + MARGIN), dpi=DPI, facecolor="white")
+    for row, (image, masks, sampled, box, title) in enumerate(
+        zip(images, readers, samples, boxes, titles, strict=True)
+    ):
+        mean = sampled.mean(axis=0)
+        _check_shapes(image, sampled, mean, mean, masks)
+        shape = image.shape[0], image.shape[1]
+        zoom = zoom_window(shape, box, masks=np.concatenate([masks, sampled]))
+        counts = [
+            f"{len(m)} {name}, {int((~m.any(axis=(1, 2))).sum())} empty"
+            for name, m in (("readers", masks), ("samples", sampled))
+        ]
+        panels = []
+        for column, name in enumerate([title, *counts, "mean of the samples"]):
+            left, top = MARGIN + column * (panel + gap), line + row * (line + panel)
+            panels.append(_add_axes(figure, left, top, panel, name, size=9))
+        for axes, window in zip(panels[:3], (zoom_window(shape), zoom, zoom), strict=True):
+            _show(axes, image, window, cmap="gray")
+        _plot_prompt(panels[0], box, None)
+        for reader, mask in enumerate(masks):
+            _plot_outline(panels[1], mask, READER_COLORS[reader % len(READER_COLORS)], 1.0, alpha=0.8)
+        for mask in sampled:
+            _plot_outline(panels[2], mask, SAMPLE_COLOR, 1.0, alpha=max(0.3, min(1.0, 6 / len(sampled))))
+        _show(panels[3], mean, zoom, cmap="viridis", vmin=0, vmax=1)
+    return figure
+
+
 def calibration_figure(pixels: np.ndarray, emptiness: np.ndarray, title: str) -> Figure:
     """Reliability diagrams of pixels and of empty masks: predicted probability against share of readers.
 

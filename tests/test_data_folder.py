@@ -12,8 +12,9 @@ import pytest
 from deep_colour import rgb16_png, rgb16_tiff
 from tiny import load_script
 
+from probabilistic_sam import processing_probabilistic_sam
 from probabilistic_sam.data import split_of
-from probabilistic_sam.data.folder import FolderSource
+from probabilistic_sam.data.folder import PROMPT_SHARE, FolderSource, suggested_crop_size
 from probabilistic_sam.data.format import decode_image, decode_masks, encode_png, image_row, load_split
 from probabilistic_sam.errors import UserError, run
 
@@ -58,8 +59,8 @@ def test_rgb_rows_are_evaluated_like_grey_ones():
     from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamProcessor
     from probabilistic_sam.evaluation import evaluate_rows
 
-    folder = Path(__file__).resolve().parent.parent / "model_cards" / "psam-lidc"
-    model, processor = (kind.from_pretrained(folder) for kind in (ProbabilisticSamModel, ProbabilisticSamProcessor))
+    weights = Path(__file__).resolve().parent.parent / "model_cards" / "psam-lidc"
+    model, processor = (kind.from_pretrained(weights) for kind in (ProbabilisticSamModel, ProbabilisticSamProcessor))
     grey = np.random.default_rng(0).integers(0, 255, size=(70, 90), dtype=np.uint8)
     masks = [encode_png(square(20, 30, side, grey.shape) > 0) for side in (12, 20)]
     rows = [
@@ -164,13 +165,32 @@ def test_components_are_rows_of_their_own(tmp_path):
     assert len(rows_of(tmp_path)) == 2
 
 
-def test_crop_size_leaves_most_objects_half_of_the_window(tmp_path):
+@pytest.mark.parametrize(
+    ("sizes", "shorter", "expected"),
+    [
+        # 90th percentile: rank .9 * 10 = 9, so 27; 27 / .75 = 36 is more than 2 * 11, and 64 the next multiple of 32
+        ([4, 6, 7, 9, 11, 11, 15, 18, 22, 27, 90], [512], 64),
+        # 2 * 100 = 200 is more than 120 / .75 = 160; the next multiple of 32 is 224
+        ([100] * 9 + [120] * 2, [512], 224),
+        # 300 / .75 = 400, but half of the images have at most 350 rows
+        ([300] * 5, [350, 350, 512], 350),
+        ([2, 2], [6], 6),
+    ],
+)
+def test_crop_size_suits_most_objects(sizes, shorter, expected):
+    assert suggested_crop_size(sizes, shorter) == expected
+
+
+def test_suggested_crop_size_is_explained(tmp_path):
     source = FolderSource(make_folder(tmp_path))
-    source.sizes, source.largest_side = [10] * 18 + [20, 40], 512
-    # 95th percentile: rank 0.95 * 19 = 18.05, 20 + 0.05 * 20 = 21; twice that is 42, the next multiple of 32 is 64
-    assert source.size_line().endswith("median 10, 95th percentile 21 pixels; suggested crop_size: 64")
-    source.largest_side = 8  # a larger window than the image shows nothing more
-    assert source.size_line().endswith("suggested crop_size: 32")
+    source.sizes, source.shorter_sides = [100] * 9 + [160, 200], [512]
+    # 90th percentile 160 (rank 9 of 0 to 10), 160 / .75 = 213 < 224; 100 / 224 = 45 %; 168 = .75 * 224: 10 of 11 fit
+    assert source.size_line() == (
+        "larger side of the objects: median 100, 90th percentile 160 pixels; suggested crop_size: 224 (the median "
+        "object takes 45% of a window's side; 91% of the windows have this side, those of larger objects grow with "
+        "them)"
+    )
+    assert PROMPT_SHARE == processing_probabilistic_sam.PROMPT_SHARE
 
 
 def test_command_writes_a_build_with_what_the_user_states(build, tmp_path):
@@ -182,7 +202,7 @@ def test_command_writes_a_build_with_what_the_user_states(build, tmp_path):
     code, out, err = build(*arguments, "--license", "cc-by-4.0", "--source-name", "My cells")
     assert code == 0, err
     assert "1 images without any mask dropped" in out
-    assert "median 4, 95th percentile 4 pixels; suggested crop_size: 32" in out
+    assert "median 4, 90th percentile 4 pixels; suggested crop_size: 6 (the median object takes 67% of" in out
     assert "train 2 groups, 2 images; validation 1 groups, 1 images" in out
     train = load_split(output, "train")
     assert train["image_id"] == sorted(TRAIN[:2]) and train["reader_ids"][0] == ["ann", "bob"]

@@ -11,7 +11,7 @@ mask without pixels is that of a reader who looked and annotated nothing. Hidden
 import csv
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +36,8 @@ NEEDED_SPLITS = ("train", "validation")
 MAX_COMPONENTS = 1000  # per image; more are specks rather than objects
 MAX_SPACING_MM = 1000.0
 DICOM_OFFSET = 1024  # added to grey values of DICOM files with negative ones, as the source `dicom` does
-CROP_STEP = 32  # px; suggested crop sizes are multiples of it
+CROP_STEP = 32  # px; suggested crop sizes are multiples of it where the images are large enough
+PROMPT_SHARE = 0.75  # of a window's side; the processor enlarges the window of a prompt that takes more
 
 
 class TableLine(NamedTuple):
@@ -80,7 +81,7 @@ class FolderSource:
         self.masks = _list_masks(self.root / "masks", self.images)
         self.table = _read_table(self.root / "table.csv", self.images)
         self.sizes: list[int] = []  # larger side of the box around the union of the masks, for each row
-        self.largest_side = 0  # of all images
+        self.shorter_sides: list[int] = []  # of the images
         splits = self._splits_of_table(complete=split_by == "table")
         kind = "image" if objects == "image" else "connected component of the union of the masks"
         self.origin = Origin(
@@ -108,12 +109,14 @@ class FolderSource:
                 )
 
     def size_line(self) -> str:
-        """Sizes of the objects, and the crop size they suggest: 95 % of the objects fill at most half a window."""
-        median, high = np.percentile(self.sizes, [50, 95])
-        crop_size = CROP_STEP * math.ceil(min(2 * high, self.largest_side) / CROP_STEP)
+        """Sizes of the objects, and the crop size that they suggest, with what it means for their windows."""
+        median, high = np.percentile(self.sizes, [50, 90])
+        crop_size = suggested_crop_size(self.sizes, self.shorter_sides)
+        share = np.mean(np.array(self.sizes) <= PROMPT_SHARE * crop_size)
         return (
-            f"larger side of the objects: median {median:.0f}, 95th percentile {high:.0f} pixels; suggested "
-            f"crop_size: {crop_size}"
+            f"larger side of the objects: median {median:.0f}, 90th percentile {high:.0f} pixels; suggested "
+            f"crop_size: {crop_size} (the median object takes {median / crop_size:.0%} of a window's side; "
+            f"{share:.0%} of the windows have this side, those of larger objects grow with them)"
         )
 
     def _group(self, image_id: str) -> str:
@@ -138,7 +141,7 @@ class FolderSource:
 
     def _rows(self, image_id: str, path: Path) -> Iterator[dict]:
         pixels, spacing_mm = _read_image(path)
-        self.largest_side = max(self.largest_side, *pixels.shape[:2])
+        self.shorter_sides.append(min(pixels.shape[:2]))
         line = self.table.get(image_id)
         if line is not None and line.spacing_mm is not None:
             spacing_mm = line.spacing_mm
@@ -176,6 +179,23 @@ class FolderSource:
             raise UserError(f"{path}: its masks have {count:,} components; accepted: at most {MAX_COMPONENTS:,}")
         for number in range(1, count + 1):
             yield f":{number}", masks & (labels == number)
+
+
+def suggested_crop_size(object_sides: Sequence[int], shorter_sides: Sequence[int]) -> int:
+    """Side of the windows in pixels that suits most objects.
+
+    It is the smallest multiple of `CROP_STEP` in which the median object takes at most half of the side, and in which
+    90 % of the objects fit without a larger window, so that most windows have one scale. For the nodules of LIDC-IDRI
+    (median 11, 90th percentile 27 pixels) it gives 64. It is never larger than the shorter side of the median image,
+    because the rest of a window would be padding.
+
+    Args:
+        object_sides: larger side of the box around each object.
+        shorter_sides: of the images.
+    """
+    median, high = np.percentile(object_sides, [50, 90])
+    needed = max(2 * median, high / PROMPT_SHARE)
+    return min(CROP_STEP * math.ceil(needed / CROP_STEP), int(np.median(shorter_sides)))
 
 
 def _list_files(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:

@@ -296,6 +296,7 @@ FIRST = TRAIN[0]
         ("table.csv", b"id,group\nzz,a\n", "line 2: no image has the id 'zz'; accepted: ids of files in images/"),
         ("table.csv", f"id\n{FIRST}\n{FIRST}\n".encode(), "line 3: id .* is repeated; accepted: one line per image"),
         ("table.csv", b"name\n", "columns name; accepted: id, and any of group, spacing_mm, split"),
+        ("table.csv", b"", "columns .none.; accepted: id, and any of group"),
         ("table.csv", b"id,spacing\n", "columns id, spacing; accepted: id, and any of group"),
         ("table.csv", f"id,spacing_mm\n{FIRST},-1\n".encode(), "line 2: spacing_mm is '-1'; accepted: a number of mm"),
         ("table.csv", f"id,spacing_mm\n{FIRST},nan\n".encode(), "line 2: spacing_mm is 'nan'; accepted: a number"),

@@ -253,7 +253,7 @@ def _read_table(path: Path, images: dict[str, Path]) -> dict[str, TableLine]:
             names = list(lines.fieldnames or [])
             if "id" not in names or len(set(names)) < len(names) or not set(names) <= set(TABLE_COLUMNS):
                 raise UserError(
-                    f"{path}: columns {', '.join(names)}; accepted: id, and any of {', '.join(TABLE_COLUMNS[1:])}"
+                    f"{path}: columns {', '.join(names) or '(none)'}; accepted: id, and any of {', '.join(TABLE_COLUMNS[1:])}"
                 )
             for line in lines:
                 place, image_id = f"{path}: line {lines.line_num}", line["id"]

@@ -252,9 +252,8 @@ def _read_table(path: Path, images: dict[str, Path]) -> dict[str, TableLine]:
             lines = csv.DictReader(file, restval="", strict=True)
             names = list(lines.fieldnames or [])
             if "id" not in names or len(set(names)) < len(names) or not set(names) <= set(TABLE_COLUMNS):
-                raise UserError(
-                    f"{path}: columns {', '.join(names) or '(none)'}; accepted: id, and any of {', '.join(TABLE_COLUMNS[1:])}"
-                )
+                found = ", ".join(names) or "(none)"
+                raise UserError(f"{path}: columns {found}; accepted: id, and any of {', '.join(TABLE_COLUMNS[1:])}")
             for line in lines:
                 place, image_id = f"{path}: line {lines.line_num}", line["id"]
                 if None in line:

@@ -529,7 +529,7 @@ def _plot_map(
 
 def _in_colour(axes: Axes) -> bool:
     """Whether a panel shows a colour image, on which lines get a dark edge: it may have the colour of any line."""
-    return any(shown.get_array().ndim == 3 for shown in axes.images)
+    return any(np.ndim(shown.get_array()) == 3 for shown in axes.images)
 
 
 def _edge(axes: Axes, width: float) -> list[Stroke]:

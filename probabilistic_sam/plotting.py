@@ -529,7 +529,8 @@ def _plot_map(
 
 def _in_colour(axes: Axes) -> bool:
     """Whether a panel shows a colour image, on which lines get a dark edge: it may have the colour of any line."""
-    return any(np.ndim(shown.get_array()) == 3 for shown in axes.images)
+    arrays = (shown.get_array() for shown in axes.images)
+    return any(array is not None and array.ndim == 3 for array in arrays)
 
 
 def _edge(axes: Axes, width: float) -> list[Stroke]:

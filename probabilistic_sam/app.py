@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from .errors import UserError
-from .images import load_slice, luminance
+from .images import load_slice
 from .inference import MAX_POINTS, check_num_samples, check_prompt, result_words, sample_image, write_result
 from .modeling_probabilistic_sam import ProbabilisticSamModel
 from .plotting import area_figure, contour_figure, figure_pixels, map_figure, zoom_window
@@ -109,10 +109,11 @@ footer { display: none !important; }
 
 
 def picture(image: np.ndarray) -> str:
-    """Return a data URL of an image (H, W) or (H, W, 3): grey values stretched, at most 1024 pixels per side."""
-    low, high = np.percentile(image, SHOWN_PERCENTILES)
-    grey = np.clip((image - low) / max(high - low, 1e-6) * 255, 0, 255).astype(np.uint8)
-    shown = Image.fromarray(grey)
+    """Return a data URL of an image, at most 1024 pixels per side: grey (H, W) is stretched, RGB (H, W, 3) is not."""
+    if image.ndim == 2:
+        low, high = np.percentile(image, SHOWN_PERCENTILES)
+        image = np.clip((image - low) / max(high - low, 1e-6) * 255, 0, 255).astype(np.uint8)
+    shown = Image.fromarray(image)
     shown.thumbnail((MAX_SHOWN_SIDE, MAX_SHOWN_SIDE))
     file = io.BytesIO()
     shown.save(file, "PNG")
@@ -207,19 +208,18 @@ def sample(
     archive = shutil.make_archive(str(folder / f"{Path(str(path)).stem}-masks"), "zip", folder / "masks")
     shutil.rmtree(folder / "masks")
 
-    grey = luminance(image)
     unit, scale = ("mm²", side**2) if side else ("px", 1.0)
     box, points = read.get("box"), np.array(read["points"]) if "points" in read else None
-    zoom = zoom_window((grey.shape[0], grey.shape[1]), box, points, sampled.shown)
+    zoom = zoom_window((image.shape[0], image.shape[1]), box, points, sampled.shown)
     gallery = []
     for index, mask in enumerate(sampled.shown, start=1):
         area = mask.sum() * scale
         words = f"{area:.{0 if area >= 100 else 1}f} {unit}" if area else "empty"
-        gallery.append((figure_pixels(contour_figure(grey, mask, zoom)), f"{index}: {words}"))
+        gallery.append((figure_pixels(contour_figure(image, mask, zoom)), f"{index}: {words}"))
     return [
         f"### {result_words(result).replace('mm2', 'mm²')}",
         gr.Column(visible=True),
-        figure_pixels(map_figure(grey, sampled.mean, sampled.entropy, zoom, box, points)),
+        figure_pixels(map_figure(image, sampled.mean, sampled.entropy, zoom, box, points)),
         figure_pixels(area_figure(sampled.outlines.sum(axis=(1, 2)) * scale, unit)),
         gallery,
         archive,

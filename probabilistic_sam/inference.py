@@ -29,7 +29,6 @@ from safetensors import SafetensorError
 from . import ProbabilisticSamModel, ProbabilisticSamProcessor, __version__
 from .baselines import BASELINES
 from .errors import UserError
-from .images import luminance
 from .plotting import sample_figure, save_figure
 from .processing_probabilistic_sam import MIN_PRESENCE, QUANTILES, mask_inside
 
@@ -275,7 +274,7 @@ def write_result(
 
     Args:
         folder: new or empty.
-        image: (H, W) or (H, W, 3).
+        image: (H, W), or (H, W, 3) uint8.
         sampled: from `sample_image` with this image.
         name: file of the image.
         model: folder or owner/name.
@@ -292,7 +291,7 @@ def write_result(
     write_grey(folder / "uncertainty.png", sampled.entropy)
     given = ", samples given presence" if len(sampled.outlines) else ""
     figure = sample_figure(
-        luminance(image), sampled.shown, sampled.mean, sampled.entropy, box=prompt.get("box"),
+        image, sampled.shown, sampled.mean, sampled.entropy, box=prompt.get("box"),
         point=prompt.get("points"), negative_points=prompt.get("negative_points"),
         title=f"{Path(name).name}: {presence_words(sampled.presence)}{given}",
         mask=_mask_inside(prompt["mask"]) if "mask" in prompt else None,

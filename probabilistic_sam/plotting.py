@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import Stroke, withStroke
 from matplotlib.ticker import MaxNLocator
 
 from .errors import UserError
@@ -30,6 +31,7 @@ PROMPT_COLOR = "#FFD400"
 WIDTH_INCHES, DPI = 12.8, 125  # 1600 px
 MARGIN = 0.15
 LEGEND_COLUMNS = 4
+EDGE_COLOR, EDGE_WIDTH = "black", 0.7  # of lines on colour images, in points on each side
 SAMPLES_SHOWN = 8
 PLOTTED_PIXELS = 1000  # per side of a panel, which is some 330 pixels wide
 
@@ -107,7 +109,8 @@ def sample_figure(
     Without readers, the second panel shows the outlines of all samples.
 
     Args:
-        image: (H, W) grey values of any scale; each panel is scaled from its darkest to its brightest pixel.
+        image: (H, W) grey values of any scale; each panel is scaled from its darkest to its brightest pixel. Or
+            (H, W, 3) uint8, plotted in its colours.
         samples: (N, H, W) bool, N >= 1.
         mean: (H, W) mean probability, 0 to 1.
         entropy: (H, W) in bits, 0 to 1.
@@ -150,10 +153,9 @@ def sample_figure(
     axes = _add_axes(figure, left, top, panel, "slice")
     _show(axes, image, zoom_window((image.shape[0], image.shape[1])), cmap="gray")
     _plot_prompt(axes, box, points, negative, mask)
-    zoomed = zoom[2] < max(image.shape)
+    zoomed = zoom[2] < max(image.shape[:2])
     if zoomed:
-        x0, y0, side = zoom
-        axes.add_patch(Rectangle((x0, y0), side, side, fill=False, edgecolor="white", linewidth=0.9))
+        _plot_box(axes, (zoom[0], zoom[1], zoom[0] + zoom[2], zoom[1] + zoom[2]), "white", 0.9)
     _caption(axes, "; ".join(_prompt_words(box, points, negative, mask) + ["white: zoomed area"] * zoomed))
 
     left += panel + 0.2
@@ -203,7 +205,7 @@ def map_figure(
     """Mean probability and entropy as overlays on the slice, side by side.
 
     Args:
-        image: (H, W) grey values of any scale.
+        image: (H, W) grey values of any scale, or (H, W, 3) uint8.
         mean: (H, W) mean probability, 0 to 1; transparent below 0.01.
         entropy: (H, W) in bits, 0 to 1; transparent below 0.01.
         zoom: x0, y0 and side of the square to show.
@@ -230,7 +232,7 @@ def contour_figure(image: np.ndarray, mask: np.ndarray, zoom: tuple[int, int, in
     """Outline of one sample on the slice, without a frame, for a gallery.
 
     Args:
-        image: (H, W) grey values of any scale.
+        image: (H, W) grey values of any scale, or (H, W, 3) uint8.
         mask: (H, W) bool; an empty mask is labelled "empty".
         zoom: x0, y0 and side of the square to show.
     """
@@ -281,10 +283,10 @@ def grid_figure(
     columns: int = 4,
     window: tuple[float, float] = (0, 255),
 ) -> Figure:
-    """Grid of slices with the readers' outlines, all with the same grey scale.
+    """Grid of slices with the readers' outlines; grey ones have the same grey scale.
 
     Args:
-        images: (H, W) grey values each.
+        images: (H, W) grey values or (H, W, 3) uint8 each.
         readers: (M, H, W) bool for each image, including empty masks.
         titles: line above each slice.
         columns: slices per line.
@@ -311,6 +313,54 @@ def grid_figure(
         _show(axes, image, whole, cmap="gray", vmin=window[0], vmax=window[1])
         for reader, mask in enumerate(masks):
             _plot_outline(axes, mask, READER_COLORS[reader % len(READER_COLORS)], 0.8, alpha=0.7)
+    return figure
+
+
+def comparison_figure(
+    images: Sequence[np.ndarray],
+    readers: Sequence[np.ndarray],
+    samples: Sequence[np.ndarray],
+    boxes: Sequence[Sequence[float]],
+    titles: Sequence[str],
+) -> Figure:
+    """Samples beside readers: a line of panels per image, with prompt, readers, samples and mean of the samples.
+
+    Args:
+        images: (H, W) grey values of any scale or (H, W, 3) uint8, at least one.
+        readers: (M, H, W) bool for each image, including empty masks.
+        samples: (N, H, W) bool for each image.
+        boxes: x1, y1, x2, y2 of the prompt for each image.
+        titles: of each image.
+
+    Raises:
+        UserError: shapes that do not fit together.
+    """
+    gap, line, columns = 0.1, 0.3, 4
+    panel = (WIDTH_INCHES - 2 * MARGIN - (columns - 1) * gap) / columns
+    figure = Figure(figsize=(WIDTH_INCHES, len(images) * (line + panel) + MARGIN), dpi=DPI, facecolor="white")
+    for row, (image, masks, sampled, box, title) in enumerate(
+        zip(images, readers, samples, boxes, titles, strict=True)
+    ):
+        mean = sampled.mean(axis=0)
+        _check_shapes(image, sampled, mean, mean, masks)
+        shape = image.shape[0], image.shape[1]
+        zoom = zoom_window(shape, box, masks=np.concatenate([masks, sampled]))
+        counts = [
+            f"{len(m)} {name}, {int((~m.any(axis=(1, 2))).sum())} empty"
+            for name, m in (("readers", masks), ("samples", sampled))
+        ]
+        panels = []
+        for column, name in enumerate([title, *counts, "mean of the samples"]):
+            left, top = MARGIN + column * (panel + gap), line + row * (line + panel)
+            panels.append(_add_axes(figure, left, top, panel, name, size=9))
+        for axes, window in zip(panels[:3], (zoom_window(shape), zoom, zoom), strict=True):
+            _show(axes, image, window, cmap="gray")
+        _plot_prompt(panels[0], box, None)
+        for reader, mask in enumerate(masks):
+            _plot_outline(panels[1], mask, READER_COLORS[reader % len(READER_COLORS)], 1.0, alpha=0.8)
+        for mask in sampled:
+            _plot_outline(panels[2], mask, SAMPLE_COLOR, 1.0, alpha=max(0.3, min(1.0, 6 / len(sampled))))
+        _show(panels[3], mean, zoom, cmap="viridis", vmin=0, vmax=1)
     return figure
 
 
@@ -367,14 +417,14 @@ def traversal_figure(image: np.ndarray, masks: np.ndarray, titles: Sequence[str]
     """Effect of single latent coordinates: one line of panels per coordinate, one column per value.
 
     Args:
-        image: (H, W) grey values.
+        image: (H, W) grey values, or (H, W, 3) uint8.
         masks: (K, T, H, W) bool, for T values of K coordinates.
         titles: names of the coordinates.
         columns: names of the values.
     """
     image, masks = np.asarray(image), np.asarray(masks, dtype=bool)
     _check_image(image)
-    zoom = zoom_window((image.shape[0], image.shape[1]), masks=masks.reshape(-1, *image.shape))
+    zoom = zoom_window((image.shape[0], image.shape[1]), masks=masks.reshape(-1, *image.shape[:2]))
     gap, line = 0.1, 0.3
     panel = (WIDTH_INCHES - 2 * MARGIN - (len(columns) - 1) * gap) / len(columns)
     figure = Figure(figsize=(WIDTH_INCHES, len(titles) * (line + panel) + MARGIN), dpi=DPI, facecolor="white")
@@ -398,23 +448,28 @@ def _check_shapes(
     image: np.ndarray, samples: np.ndarray, mean: np.ndarray, entropy: np.ndarray, readers: np.ndarray | None
 ) -> None:
     _check_image(image)
-    if samples.ndim != 3 or samples.shape[1:] != image.shape or not len(samples):
-        raise UserError(f"samples have shape {samples.shape}; accepted: (N,) + {image.shape} with N >= 1")
+    shape = image.shape[:2]
+    if samples.ndim != 3 or samples.shape[1:] != shape or not len(samples):
+        raise UserError(f"samples have shape {samples.shape}; accepted: (N,) + {shape} with N >= 1")
     for name, array in (("mean", mean), ("entropy", entropy)):
-        if array.shape != image.shape:
-            raise UserError(f"{name} has shape {array.shape}; accepted: the image's shape {image.shape}")
+        if array.shape != shape:
+            raise UserError(f"{name} has shape {array.shape}; accepted: the image's shape {shape}")
     if readers is not None:
         _check_readers(readers, image)
 
 
 def _check_image(image: np.ndarray) -> None:
-    if image.ndim != 2:
-        raise UserError(f"the image has shape {image.shape}; accepted: (height, width)")
+    in_colour = image.ndim == 3 and image.shape[2] == 3 and image.dtype == np.uint8
+    if image.ndim != 2 and not in_colour:
+        raise UserError(
+            f"the image has shape {image.shape} and type {image.dtype}; accepted: (height, width), or "
+            "(height, width, 3) of type uint8"
+        )
 
 
 def _check_readers(readers: np.ndarray, image: np.ndarray) -> None:
-    if readers.ndim != 3 or readers.shape[1:] != image.shape:
-        raise UserError(f"readers have shape {readers.shape}; accepted: (M,) + {image.shape}")
+    if readers.ndim != 3 or readers.shape[1:] != image.shape[:2]:
+        raise UserError(f"readers have shape {readers.shape}; accepted: (M,) + {image.shape[:2]}")
 
 
 def _prompt_words(
@@ -449,7 +504,7 @@ def _caption(axes: Axes, text: str) -> None:
 
 
 def _show(axes: Axes, values: np.ndarray, zoom: tuple[int, int, int], **kwargs: Any) -> AxesImage:
-    """Plot the part of (H, W) values in the window, subsampled if it has many more pixels than the panel."""
+    """Plot the part of an image in the window, subsampled if it has many more pixels than the panel."""
     x0, y0, side = zoom
     left, top, step = max(x0, 0), max(y0, 0), max(1, side // PLOTTED_PIXELS)
     view = values[top : y0 + side : step, left : x0 + side : step]
@@ -470,13 +525,39 @@ def _plot_map(
     bar.outline.set_visible(False)
 
 
+def _in_colour(axes: Axes) -> bool:
+    """Whether a panel shows a colour image, on which lines get a dark edge: it may have the colour of any line."""
+    arrays = (shown.get_array() for shown in axes.images)
+    return any(array is not None and array.ndim == 3 for array in arrays)
+
+
+def _edge(axes: Axes, width: float) -> list[Stroke]:
+    """The path effects of a marker or box of this line width."""
+    return [withStroke(linewidth=width + 2 * EDGE_WIDTH, foreground=EDGE_COLOR)] if _in_colour(axes) else []
+
+
 def _plot_outline(axes: Axes, mask: np.ndarray, color: str, width: float, alpha: float = 1.0) -> None:
     # Only the part in the panel, with a margin of one pixel so that the edges of the crop are not visible
     (x0, x1), (y1, y0) = axes.get_xlim(), axes.get_ylim()
     left, top = max(int(x0) - 1, 0), max(int(y0) - 1, 0)
     segments = mask_outline(mask[top : int(y1) + 1, left : int(x1) + 1]) + (left, top)
-    axes.add_collection(
-        LineCollection(list(segments), colors=color, linewidths=width, alpha=alpha, capstyle="round"), autolim=False
+    lines = [(color, width, 2.0)]
+    if _in_colour(axes):  # below the lines of all masks, so that no edge covers another mask's line
+        lines.append((EDGE_COLOR, width + 2 * EDGE_WIDTH, 1.9))
+    for line_color, line_width, zorder in lines:
+        collection = LineCollection(
+            list(segments), colors=line_color, linewidths=line_width, alpha=alpha, capstyle="round", zorder=zorder
+        )
+        axes.add_collection(collection, autolim=False)
+
+
+def _plot_box(axes: Axes, box: Sequence[float], color: str, width: float, **kwargs: Any) -> None:
+    x1, y1, x2, y2 = box
+    effects = _edge(axes, width)
+    axes.add_patch(
+        Rectangle(
+            (x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=width, path_effects=effects, **kwargs
+        )
     )
 
 
@@ -506,19 +587,14 @@ def _plot_prompt(
 ) -> None:
     width, alpha = (0.9, 0.7) if faint else (1.6, 1.0)
     if box is not None:
-        x1, y1, x2, y2 = box
-        style = "--" if faint else "-"
-        axes.add_patch(
-            Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=PROMPT_COLOR, linewidth=width,
-                      linestyle=style, alpha=alpha)
-        )  # fmt: skip
+        _plot_box(axes, box, PROMPT_COLOR, width, linestyle="--" if faint else "-", alpha=alpha)
     if mask is not None:
         _plot_outline(axes, mask, PROMPT_COLOR, width, alpha)
     for positions, marker in ((points, "+"), (negative, "x")):
         if positions is not None:
             axes.scatter(
                 positions[:, 0], positions[:, 1], s=30 if faint else 70, marker=marker, color=PROMPT_COLOR,
-                linewidths=width, alpha=alpha, zorder=3,
+                linewidths=width, alpha=alpha, zorder=3, path_effects=_edge(axes, width),
             )  # fmt: skip
 
 

@@ -28,7 +28,8 @@ def open_image(image: Any, name: str | None = None, max_pixels: int = MAX_PIXELS
         colour spaces become RGB, transparency is dropped.
 
     Raises:
-        ValueError: not an image, truncated, several frames, more than `max_pixels`, or a URL.
+        ValueError: not an image, truncated, several frames, more than `max_pixels`, 16 bits in colour or with
+            transparency, or a URL.
     """
     is_pil = hasattr(image, "getbands")
     if not is_pil and not isinstance(image, (str, os.PathLike, bytes, bytearray, memoryview)):
@@ -45,7 +46,7 @@ def open_image(image: Any, name: str | None = None, max_pixels: int = MAX_PIXELS
         image = decode_base64(image, name, paths)
     if isinstance(image, (str, os.PathLike)):
         name = name or f"image {shorten(str(image))}"
-    name = name or "the image"
+    name, accepted = name or "the image", accepted_images(max_pixels)
     if isinstance(image, (bytes, bytearray, memoryview)):
         if len(image) > MAX_FILE_BYTES:
             raise ValueError(f"{name} has more than {MAX_FILE_BYTES >> 20} MiB")
@@ -60,6 +61,9 @@ def open_image(image: Any, name: str | None = None, max_pixels: int = MAX_PIXELS
                 problem = f"has {opened.width} x {opened.height} pixels"
             elif frames > 1:
                 problem = f"holds {frames} frames"
+            elif loses_bits(opened):
+                problem = "has more than 8 bits per channel in colour or with transparency"
+                accepted = "accepted: grey of 8 or 16 bits, colour of 8 bits per channel"
             else:
                 return plain_mode(ImageOps.exif_transpose(opened))
     except Image.DecompressionBombError as error:
@@ -68,7 +72,18 @@ def open_image(image: Any, name: str | None = None, max_pixels: int = MAX_PIXELS
         problem = "is not an image"
     except Exception as error:  # a damaged file makes Pillow raise almost anything
         problem = f"cannot be read ({getattr(error, 'strerror', None) or str(error)[:MAX_QUOTED]})"
-    raise ValueError(f"{name} {problem}; {accepted_images(max_pixels)}")
+    raise ValueError(f"{name} {problem}; {accepted}")
+
+
+def loses_bits(image: Any) -> bool:
+    """Whether Pillow reads only 8 bits of each channel of an open file (not of a loaded PNG or PPM)."""
+    if image.mode not in ("RGB", "RGBA", "RGBX", "LA", "CMYK"):
+        return False
+    bits = getattr(image, "tag_v2", {}).get(258) or (8,)  # BitsPerSample of a TIFF file
+    arguments = [tile[3] for tile in getattr(image, "tile", ())]
+    raw_modes = [item if isinstance(item, str) else item[0] for item in arguments if item]
+    largest = [item[1] for item in arguments if image.format == "PPM" and isinstance(item, tuple)]
+    return max(bits) > 8 or any(";16" in str(mode) for mode in raw_modes) or max(largest, default=255) > 255
 
 
 def accepted_images(max_pixels: int = MAX_PIXELS) -> str:

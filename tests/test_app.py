@@ -73,8 +73,10 @@ def test_colour_is_shown_and_sampled_as_colour(sample, tmp_path):
     canvas, *_ = app.show(path)
     assert (canvas.props["width"], canvas.props["height"]) == (128, 128)
     shown = Image.open(io.BytesIO(base64.b64decode(canvas.props["src"].partition(",")[2])))
-    assert shown.mode == "RGB" and shown.getpixel((60, 56))[0] > 200 and shown.getpixel((60, 56))[2] == 0
-    archive = sample(path, {"box": [45, 40, 75, 70]}, num_samples=2)[-1]
+    assert np.array_equal(np.asarray(shown), colour)
+    *_, gallery, archive = sample(path, {"box": [45, 40, 75, 70]}, num_samples=2)
+    zoomed = {tuple(pixel) for picture, _ in gallery for pixel in picture.reshape(-1, 3).tolist()}
+    assert len(zoomed & {*map(tuple, colour.reshape(-1, 3).tolist())}) > 50  # as they are in the slice
     model, processor = tiny_model(), ProbabilisticSamProcessor(image_size=SIZE, crop_size=32)
     expected = inference.sample_image(model, processor, colour, {"box": [45, 40, 75, 70]}, 2, 0)
     with zipfile.ZipFile(archive) as file:

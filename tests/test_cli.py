@@ -14,6 +14,7 @@ import numpy as np
 import pydicom
 import pytest
 import torch
+from deep_colour import rgb16_png, rgb16_ppm, rgb16_tiff
 from dicom_files import write_slice
 from PIL import Image
 from pydicom.uid import DeflatedExplicitVRLittleEndian
@@ -31,6 +32,7 @@ from probabilistic_sam import (
 )
 from probabilistic_sam.errors import UserError
 from probabilistic_sam.hub.staging import EXAMPLES
+from probabilistic_sam.processing_image_files import open_image
 
 IMAGE_SIZE = 64
 
@@ -195,6 +197,24 @@ def test_colour_images_are_sampled_in_colour(run_segment, model_dir, tmp_path):
     assert json.loads((out / "result.json").read_text())["image_size"] == {"width": 60, "height": 48}
     grey = inference.sample_image(model, processor, images.luminance(colour), {"box": [10, 12, 30, 28]}, 3, 0)
     assert not np.array_equal(grey.mean, sampled.mean)
+    panel = np.asarray(Image.open(out / "figure.png").convert("RGB"))[150:400, 50:300].reshape(-1, 3)  # in the slice
+    assert len({*map(tuple, panel)} & {*map(tuple, colour.reshape(-1, 3))}) > 0.3 * colour.size / 3
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.png", rgb16_png()), ("a.tif", rgb16_tiff()), ("a.ppm", rgb16_ppm())]
+)
+def test_colour_of_more_than_8_bits_is_refused(run_segment, tmp_path, name, content):
+    """Pillow would silently read 8 of the 16 bits; all entrances read files with `open_image`."""
+    (tmp_path / name).write_bytes(content)
+    message = (
+        "more than 8 bits per channel in colour or with transparency; accepted: grey of 8 or 16 bits, colour of 8"
+    )
+    with pytest.raises(UserError, match=message):
+        run_segment(image=tmp_path / name)
+    for given in (content, Image.open(tmp_path / name)):
+        with pytest.raises(ValueError, match=message):
+            open_image(given)
 
 
 def test_points_are_repeatable(run_segment):

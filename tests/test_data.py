@@ -7,9 +7,11 @@ import json
 import struct
 import zlib
 
+import datasets
 import numpy as np
 import PIL.Image
 import pytest
+from deep_colour import rgb16_png, rgb16_tiff
 
 from probabilistic_sam.data import PROMPTS, make_prompt, patient_bucket, row_seed, split_of
 from probabilistic_sam.data.build import write_dataset
@@ -37,6 +39,7 @@ def block(top: int, left: int, bottom: int, right: int, size: int = 64) -> np.nd
 
 
 # Two readers whose union covers rows 20-31 and columns 30-49, and one whose mask is empty
+UNDECODED = FEATURES.copy() | {"image": datasets.Image(decode=False)}  # of an opened split
 MASKS = np.stack([block(20, 30, 32, 44), block(22, 36, 30, 50), np.zeros((64, 64), dtype=bool)])
 
 
@@ -232,7 +235,7 @@ def test_build_opens_with_datasets_and_with_load_split(tmp_path):
     assert train["slice_index"] == [0, 1]
     np.testing.assert_array_equal(decode_masks(train[0]), MASKS)
     np.testing.assert_array_equal(decode_image(train[0]), decode_image(rows[1]))
-    assert train.features == FEATURES
+    assert train.features == UNDECODED
 
 
 def test_build_does_not_depend_on_the_order_of_rows(tmp_path):
@@ -484,8 +487,6 @@ def test_columns_of_another_type_are_refused(tmp_path):
 
 @pytest.mark.parametrize("saved", [False, True])
 def test_builds_of_other_software_need_three_columns(tmp_path, saved):
-    import datasets
-
     first = make_row(grey=3)
     columns = {"image": [first["image"]] * 2, "masks": [first["masks"], first["masks"][:1]], "patient_id": ["a", "b"]}
     features = datasets.Features({name: FEATURES[name] for name in columns} | {"mine": datasets.Value("string")})
@@ -496,7 +497,7 @@ def test_builds_of_other_software_need_three_columns(tmp_path, saved):
         (tmp_path / "data").mkdir()
         rows.to_parquet(tmp_path / "data" / "train-00000-of-00001.parquet")
     train = load_split(tmp_path, "train")
-    assert train.features == FEATURES and train["patient_id"] == ["a", "b"]
+    assert train.features == UNDECODED and train["patient_id"] == ["a", "b"]
     assert {name for name, value in train[0].items() if value is not None} == set(columns)
     np.testing.assert_array_equal(decode_image(train[1]), decode_image(first))
     assert [len(decode_masks(row)) for row in train] == [3, 1]
@@ -511,6 +512,9 @@ def test_rows_of_other_software_that_do_not_decode_are_named():
     for mode, value in (("RGBA", (0, 0, 0, 0)), ("I", 70_000), ("F", 0.5)):
         with pytest.raises(UserError, match=f"0001, image_id x: image of mode {mode}; accepted: 8 or 16 bit grey"):
             decode_image(row | {"image": PIL.Image.new(mode, (2, 2), value)})
+    for kind, deep in (("png", rgb16_png()), ("tiff", rgb16_tiff())):
+        with pytest.raises(UserError, match="image_id x: image with more than 8 bits per channel in colour"):
+            decode_image(row | {"image": {"bytes": deep, "path": f"a.{kind}"}})
     with pytest.raises(UserError, match="image_id x: no image"):
         decode_image(row | {"image": None})
     for masks in (None, [], [PIL.Image.new("1", (2, 2)), PIL.Image.new("1", (2, 3))]):

@@ -2,19 +2,19 @@
 
 import io
 import json
-import struct
 import sys
 import tarfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
+from deep_colour import rgb16_png, rgb16_tiff
 from tiny import load_script
 
+from probabilistic_sam import processing_probabilistic_sam
 from probabilistic_sam.data import split_of
-from probabilistic_sam.data.folder import FolderSource
+from probabilistic_sam.data.folder import PROMPT_SHARE, FolderSource, suggested_crop_size
 from probabilistic_sam.data.format import decode_image, decode_masks, encode_png, image_row, load_split
 from probabilistic_sam.errors import UserError, run
 
@@ -59,8 +59,8 @@ def test_rgb_rows_are_evaluated_like_grey_ones():
     from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamProcessor
     from probabilistic_sam.evaluation import evaluate_rows
 
-    folder = Path(__file__).resolve().parent.parent / "model_cards" / "psam-lidc"
-    model, processor = (kind.from_pretrained(folder) for kind in (ProbabilisticSamModel, ProbabilisticSamProcessor))
+    weights = Path(__file__).resolve().parent.parent / "model_cards" / "psam-lidc"
+    model, processor = (kind.from_pretrained(weights) for kind in (ProbabilisticSamModel, ProbabilisticSamProcessor))
     grey = np.random.default_rng(0).integers(0, 255, size=(70, 90), dtype=np.uint8)
     masks = [encode_png(square(20, 30, side, grey.shape) > 0) for side in (12, 20)]
     rows = [
@@ -165,13 +165,32 @@ def test_components_are_rows_of_their_own(tmp_path):
     assert len(rows_of(tmp_path)) == 2
 
 
-def test_crop_size_leaves_most_objects_half_of_the_window(tmp_path):
+@pytest.mark.parametrize(
+    ("sizes", "shorter", "expected"),
+    [
+        # 90th percentile: rank .9 * 10 = 9, so 27; 27 / .75 = 36 is more than 2 * 11, and 64 the next multiple of 32
+        ([4, 6, 7, 9, 11, 11, 15, 18, 22, 27, 90], [512], 64),
+        # 2 * 100 = 200 is more than 120 / .75 = 160; the next multiple of 32 is 224
+        ([100] * 9 + [120] * 2, [512], 224),
+        # 300 / .75 = 400, but half of the images have at most 350 rows
+        ([300] * 5, [350, 350, 512], 350),
+        ([2, 2], [6], 6),
+    ],
+)
+def test_crop_size_suits_most_objects(sizes, shorter, expected):
+    assert suggested_crop_size(sizes, shorter) == expected
+
+
+def test_suggested_crop_size_is_explained(tmp_path):
     source = FolderSource(make_folder(tmp_path))
-    source.sizes, source.largest_side = [10] * 18 + [20, 40], 512
-    # 95th percentile: rank 0.95 * 19 = 18.05, 20 + 0.05 * 20 = 21; twice that is 42, the next multiple of 32 is 64
-    assert source.size_line().endswith("median 10, 95th percentile 21 pixels; suggested crop_size: 64")
-    source.largest_side = 8  # a larger window than the image shows nothing more
-    assert source.size_line().endswith("suggested crop_size: 32")
+    source.sizes, source.shorter_sides = [100] * 9 + [160, 200], [512]
+    # 90th percentile 160 (rank 9 of 0 to 10), 160 / .75 = 213 < 224; 100 / 224 = 45 %; 168 = .75 * 224: 10 of 11 fit
+    assert source.size_line() == (
+        "larger side of the objects: median 100, 90th percentile 160 pixels; suggested crop_size: 224 (the median "
+        "object takes 45% of a window's side; 91% of the windows have this side, those of larger objects grow with "
+        "them)"
+    )
+    assert PROMPT_SHARE == processing_probabilistic_sam.PROMPT_SHARE
 
 
 def test_command_writes_a_build_with_what_the_user_states(build, tmp_path):
@@ -183,7 +202,7 @@ def test_command_writes_a_build_with_what_the_user_states(build, tmp_path):
     code, out, err = build(*arguments, "--license", "cc-by-4.0", "--source-name", "My cells")
     assert code == 0, err
     assert "1 images without any mask dropped" in out
-    assert "median 4, 95th percentile 4 pixels; suggested crop_size: 32" in out
+    assert "median 4, 90th percentile 4 pixels; suggested crop_size: 6 (the median object takes 67% of" in out
     assert "train 2 groups, 2 images; validation 1 groups, 1 images" in out
     train = load_split(output, "train")
     assert train["image_id"] == sorted(TRAIN[:2]) and train["reader_ids"][0] == ["ann", "bob"]
@@ -232,25 +251,6 @@ def test_folder_that_nobody_annotated_is_refused(build, tmp_path):
     assert code == 2 and "nothing to write, the source has no image that a reader annotated" in err
 
 
-def rgb16_png() -> bytes:
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-    header = struct.pack(">IIBBBBB", 8, 6, 16, 2, 0, 0, 0)
-    pixels = zlib.compress((b"\0" + bytes(6 * 8)) * 6)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
-
-
-def rgb16_tiff() -> bytes:
-    """A TIFF of 8 x 6 pixels with three samples of 16 bits: header, pixels, BitsPerSample, directory."""
-    pixels = bytes(8 * 6 * 6)
-    bits_at = 8 + len(pixels)
-    tags = [(256, 3, 1, 8), (257, 3, 1, 6), (258, 3, 3, bits_at), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 8)]
-    tags += [(277, 3, 1, 3), (278, 3, 1, 6), (279, 4, 1, len(pixels))]
-    directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(4)
-    return b"II*\0" + struct.pack("<I", bits_at + 6) + pixels + struct.pack("<HHH", 16, 16, 16) + directory
-
-
 def tiff(pixels) -> bytes:
     buffer = io.BytesIO()
     PIL.Image.fromarray(pixels).save(buffer, format="TIFF")
@@ -279,8 +279,16 @@ FIRST = TRAIN[0]
         ("images/unannotated.png", GREY, "unannotated.png: no reader has a mask of it; accepted: at least one mask"),
         ("images/notes.txt", b"x", "notes.txt: unexpected; accepted: files of the kinds .png"),
         (f"images/{FIRST}.png", b"x", f"{FIRST}.png: the image is not an image; accepted: PNG"),
-        (f"images/{FIRST}.png", rgb16_png(), "16-bit RGB, or 16 bits with transparency; accepted: 8 or 16 bit grey"),
-        (f"images/{FIRST}.png", rgb16_tiff(), "16-bit RGB, or 16 bits with transparency; accepted: 8 or 16 bit grey"),
+        (
+            f"images/{FIRST}.png",
+            rgb16_png(),
+            "more than 8 bits per channel in colour or with transparency; accepted: grey of 8 or",
+        ),
+        (
+            f"images/{FIRST}.png",
+            rgb16_tiff(),
+            "more than 8 bits per channel in colour or with transparency; accepted: grey of 8 or",
+        ),
         (f"images/{FIRST}.png", tiff(np.full((6, 8), np.nan, dtype=np.float32)), "NaN or infinite grey values"),
         (f"images/{FIRST}.png", tiff(np.full((6, 8), 0.5, dtype=np.float32)), "grey values with fractions; accepted"),
         (f"images/{FIRST}.png", tiff(np.full((6, 8), -3, dtype=np.int32)), "grey values from -3 to -3; accepted"),
@@ -289,6 +297,7 @@ FIRST = TRAIN[0]
         ("table.csv", b"id,group\nzz,a\n", "line 2: no image has the id 'zz'; accepted: ids of files in images/"),
         ("table.csv", f"id\n{FIRST}\n{FIRST}\n".encode(), "line 3: id .* is repeated; accepted: one line per image"),
         ("table.csv", b"name\n", "columns name; accepted: id, and any of group, spacing_mm, split"),
+        ("table.csv", b"", "columns .none.; accepted: id, and any of group"),
         ("table.csv", b"id,spacing\n", "columns id, spacing; accepted: id, and any of group"),
         ("table.csv", f"id,spacing_mm\n{FIRST},-1\n".encode(), "line 2: spacing_mm is '-1'; accepted: a number of mm"),
         ("table.csv", f"id,spacing_mm\n{FIRST},nan\n".encode(), "line 2: spacing_mm is 'nan'; accepted: a number"),

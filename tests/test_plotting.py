@@ -11,6 +11,7 @@ from probabilistic_sam.plotting import (
     calibration_figure,
     contour_figure,
     figure_pixels,
+    grid_figure,
     map_figure,
     mask_outline,
     sample_figure,
@@ -116,7 +117,12 @@ def test_empty_masks_are_labelled(arrays):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("image", np.zeros((64, 64, 3)), "image"),
+        (
+            "image",
+            np.zeros((64, 64, 3)),
+            "image has shape .64, 64, 3. and type float64; accepted: .height, width., or",
+        ),
+        ("image", np.zeros((64, 64, 4), dtype=np.uint8), "image has shape .64, 64, 4. and type uint8"),
         ("samples", np.zeros((0, 64, 64), dtype=bool), "samples"),
         ("samples", np.zeros((2, 64, 63), dtype=bool), "samples"),
         ("mean", np.zeros((63, 64)), "mean"),
@@ -127,6 +133,45 @@ def test_empty_masks_are_labelled(arrays):
 def test_shapes_that_do_not_fit_are_named(arrays, name, value, message):
     with pytest.raises(UserError, match=message):
         sample_figure(**{**arrays, name: value})
+
+
+COLOUR = (200, 100, 40)
+
+
+def shown_pixels(figure, axes):
+    """Rendered pixels (H, W, 3) of a panel."""
+    pixels, box = figure_pixels(figure), axes.get_window_extent()
+    return pixels[len(pixels) - int(box.y1) + 1 : len(pixels) - int(box.y0) - 1, int(box.x0) + 1 : int(box.x1) - 1]
+
+
+def test_colour_images_keep_their_colours_and_lines_on_them_have_a_dark_edge(arrays):
+    image, zoom = np.full((64, 64, 3), COLOUR, dtype=np.uint8), (0, 0, 64)
+    mask, readers = square(44, 44, 58, 58), square(20, 20, 30, 30)[None]
+    prompts = {"box": (4, 30, 14, 40), "point": (30, 10), "negative_points": [(50, 10)], "mask": mask}
+    figure = sample_figure(**arrays | {"image": image, "readers": readers} | prompts, zoom=zoom)
+    outlined = {0: [(4, 30), (30, 10), (50, 10), (44, 44)], 1: [(20, 20)], -1: [(20, 20)]}  # x, y on a line
+    maps = map_figure(image, arrays["mean"], arrays["entropy"], zoom, box=prompts["box"])
+    shown = [
+        (figure, outlined),
+        (contour_figure(image, mask, zoom), {0: [(44, 44)]}),
+        (maps, {0: [(20, 20)], 1: [(4, 30)]}),
+        (grid_figure([image], [readers], ["a"]), {0: [(20, 20)]}),
+        (traversal_figure(image, np.stack([[mask] * 4]), ["z1"], ["0"] * 4), {0: [(44, 44)]}),
+    ]
+    for figure, panels in shown:
+        for panel, places in panels.items():
+            axes = [axes for axes in figure.axes if axes.images][panel]
+            pixels = shown_pixels(figure, axes)
+            (x0, x1), (y1, y0) = axes.get_xlim(), axes.get_ylim()
+            scale = np.array([pixels.shape[1] / (x1 - x0), pixels.shape[0] / (y1 - y0)])
+            background = pixels[-10:, :10] if panel != -1 else pixels[:10, :10]
+            assert (background == COLOUR).all(), (panel, background[0, 0])
+            for place in places:
+                column, row = np.round((np.array(place) - (x0, y0)) * scale).astype(int)
+                near = pixels[max(row - 6, 0) : row + 7, max(column - 6, 0) : column + 7]
+                assert near.sum(-1).min() < 0.4 * sum(COLOUR), (panel, place)
+    grey = contour_figure(image[..., 0], mask, zoom).axes[0]
+    assert len(grey.collections) == 1  # as before: one line per outline
 
 
 def test_saved_figure_is_1600_pixels_wide_and_reproducible(arrays, tmp_path):

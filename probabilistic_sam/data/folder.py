@@ -11,19 +11,18 @@ mask without pixels is that of a reader who looked and annotated nothing. Hidden
 import csv
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import PIL.Image
 import scipy.ndimage
 
 from ..dicom_slice import read_dicom
 from ..errors import UserError
 from ..processing_image_files import open_image
 from .card import Origin
-from .format import ACCEPTED_IMAGE, MAX_PIXELS, encode_png, image_row
+from .format import MAX_PIXELS, encode_png, image_row
 from .splits import SPLITS
 
 LAYOUT = "accepted: images/ID.EXT, masks/READER/ID.png (or .tif) and optionally table.csv"
@@ -37,7 +36,8 @@ NEEDED_SPLITS = ("train", "validation")
 MAX_COMPONENTS = 1000  # per image; more are specks rather than objects
 MAX_SPACING_MM = 1000.0
 DICOM_OFFSET = 1024  # added to grey values of DICOM files with negative ones, as the source `dicom` does
-CROP_STEP = 32  # px; suggested crop sizes are multiples of it
+CROP_STEP = 32  # px; suggested crop sizes are multiples of it where the images are large enough
+PROMPT_SHARE = 0.75  # of a window's side; the processor enlarges the window of a prompt that takes more
 
 
 class TableLine(NamedTuple):
@@ -81,7 +81,7 @@ class FolderSource:
         self.masks = _list_masks(self.root / "masks", self.images)
         self.table = _read_table(self.root / "table.csv", self.images)
         self.sizes: list[int] = []  # larger side of the box around the union of the masks, for each row
-        self.largest_side = 0  # of all images
+        self.shorter_sides: list[int] = []  # of the images
         splits = self._splits_of_table(complete=split_by == "table")
         kind = "image" if objects == "image" else "connected component of the union of the masks"
         self.origin = Origin(
@@ -109,12 +109,14 @@ class FolderSource:
                 )
 
     def size_line(self) -> str:
-        """Sizes of the objects, and the crop size they suggest: 95 % of the objects fill at most half a window."""
-        median, high = np.percentile(self.sizes, [50, 95])
-        crop_size = CROP_STEP * math.ceil(min(2 * high, self.largest_side) / CROP_STEP)
+        """Sizes of the objects, and the crop size that they suggest, with what it means for their windows."""
+        median, high = np.percentile(self.sizes, [50, 90])
+        crop_size = suggested_crop_size(self.sizes, self.shorter_sides)
+        share = np.mean(np.array(self.sizes) <= PROMPT_SHARE * crop_size)
         return (
-            f"larger side of the objects: median {median:.0f}, 95th percentile {high:.0f} pixels; suggested "
-            f"crop_size: {crop_size}"
+            f"larger side of the objects: median {median:.0f}, 90th percentile {high:.0f} pixels; suggested "
+            f"crop_size: {crop_size} (the median object takes {median / crop_size:.0%} of a window's side; "
+            f"{share:.0%} of the windows have this side, those of larger objects grow with them)"
         )
 
     def _group(self, image_id: str) -> str:
@@ -139,7 +141,7 @@ class FolderSource:
 
     def _rows(self, image_id: str, path: Path) -> Iterator[dict]:
         pixels, spacing_mm = _read_image(path)
-        self.largest_side = max(self.largest_side, *pixels.shape[:2])
+        self.shorter_sides.append(min(pixels.shape[:2]))
         line = self.table.get(image_id)
         if line is not None and line.spacing_mm is not None:
             spacing_mm = line.spacing_mm
@@ -177,6 +179,23 @@ class FolderSource:
             raise UserError(f"{path}: its masks have {count:,} components; accepted: at most {MAX_COMPONENTS:,}")
         for number in range(1, count + 1):
             yield f":{number}", masks & (labels == number)
+
+
+def suggested_crop_size(object_sides: Sequence[int], shorter_sides: Sequence[int]) -> int:
+    """Side of the windows in pixels that suits most objects.
+
+    It is the smallest multiple of `CROP_STEP` in which the median object takes at most half of the side, and in which
+    90 % of the objects fit without a larger window, so that most windows have one scale. For the nodules of LIDC-IDRI
+    (median 11, 90th percentile 27 pixels) it gives 64. It is never larger than the shorter side of the median image,
+    because the rest of a window would be padding.
+
+    Args:
+        object_sides: larger side of the box around each object.
+        shorter_sides: of the images.
+    """
+    median, high = np.percentile(object_sides, [50, 90])
+    needed = max(2 * median, high / PROMPT_SHARE)
+    return min(CROP_STEP * math.ceil(needed / CROP_STEP), int(np.median(shorter_sides)))
 
 
 def _list_files(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
@@ -233,9 +252,8 @@ def _read_table(path: Path, images: dict[str, Path]) -> dict[str, TableLine]:
             lines = csv.DictReader(file, restval="", strict=True)
             names = list(lines.fieldnames or [])
             if "id" not in names or len(set(names)) < len(names) or not set(names) <= set(TABLE_COLUMNS):
-                raise UserError(
-                    f"{path}: columns {', '.join(names)}; accepted: id, and any of {', '.join(TABLE_COLUMNS[1:])}"
-                )
+                found = ", ".join(names) or "(none)"
+                raise UserError(f"{path}: columns {found}; accepted: id, and any of {', '.join(TABLE_COLUMNS[1:])}")
             for line in lines:
                 place, image_id = f"{path}: line {lines.line_num}", line["id"]
                 if None in line:
@@ -274,7 +292,6 @@ def _read_image(path: Path) -> tuple[np.ndarray, float | None]:
             if values.min() < 0:
                 values = np.maximum(values + DICOM_OFFSET, 0)
         else:
-            _check_depth(path)
             values = np.asarray(open_image(path, "the image", MAX_PIXELS))
         if min(values.shape[:2]) < 2:
             raise ValueError(f"image of {values.shape[1]}x{values.shape[0]} pixels; accepted: at least 2x2")
@@ -296,24 +313,6 @@ def _sixteen_bits(values: np.ndarray) -> np.ndarray:
     if low < 0 or high > np.iinfo(np.uint16).max:
         raise ValueError(f"grey values from {low:g} to {high:g}; {accepted}")
     return values.astype(np.uint16)
-
-
-def _check_depth(path: Path) -> None:
-    """Refuse 16-bit colour, of which Pillow silently reads 8 bits."""
-    with path.open("rb") as file:
-        head = file.read(26)
-    deep = False
-    if head.startswith(b"\x89PNG") and len(head) == 26:
-        deep = head[24] == 16 and head[25] != 0  # bit depth and colour type of the header; type 0 is grey
-    elif head[:2] in (b"II", b"MM"):
-        try:
-            with PIL.Image.open(path, formats=["TIFF"]) as image:
-                bits = image.tag_v2.get(258, (1,))  # type: ignore[attr-defined] # BitsPerSample
-            deep = len(bits) > 1 and max(bits) > 8
-        except Exception:  # Pillow raises almost anything; `open_image` then says what is wrong
-            return
-    if deep:
-        raise ValueError(f"16-bit RGB, or 16 bits with transparency; {ACCEPTED_IMAGE}")
 
 
 def _read_mask(path: Path, shape: tuple[int, ...]) -> np.ndarray:

@@ -48,6 +48,7 @@ import pyarrow as pa
 
 from ..errors import UserError
 from ..hub.push import check_repo_name, reason
+from ..processing_image_files import loses_bits
 from .splits import SPLITS
 
 NUM_READERS = 4  # per slice of LIDC-IDRI
@@ -161,6 +162,8 @@ def decode_image(row: Mapping[str, Any]) -> np.ndarray:
     if row["image"] is None:
         raise UserError(f"{_row_name(row)}: no image; {ACCEPTED_IMAGE}")
     image = _open(row["image"])
+    if loses_bits(image):
+        raise UserError(f"{_row_name(row)}: image with more than 8 bits per channel in colour; {ACCEPTED_IMAGE}")
     pixels = np.asarray(image)
     if image.mode in ("L", "RGB"):
         return pixels
@@ -196,7 +199,8 @@ def load_split(dataset: str | os.PathLike[str], split: str) -> datasets.Dataset:
         split: one of `SPLITS`.
 
     Returns:
-        Rows with the columns of `FEATURES`; optional columns that the dataset lacks are null.
+        Rows with the columns of `FEATURES`; optional columns that the dataset lacks are null. Images are not decoded:
+        `decode_image` does it, and refuses what Pillow would silently decode with fewer bits.
 
     Raises:
         UserError: `dataset` is neither a folder nor a repository, is not a build, lacks files or columns, or does not
@@ -237,6 +241,8 @@ def _with_all_columns(rows: datasets.Dataset, dataset: str | os.PathLike[str]) -
     for name in REQUIRED:
         if name not in rows.features:
             raise UserError(f"{dataset}: has no column {name!r}; {ACCEPTED_BUILD}")
+    if isinstance(rows.features["image"], datasets.Image):
+        rows = rows.cast_column("image", FEATURES["image"])  # a split that was saved as we open it is not decoded
     for name, feature in FEATURES.items():
         if name in rows.features and rows.features[name] != feature:
             raise UserError(f"{dataset}: column {name!r} is {rows.features[name]}; accepted: {feature}")
@@ -246,7 +252,7 @@ def _with_all_columns(rows: datasets.Dataset, dataset: str | os.PathLike[str]) -
     if missing:
         nulls = datasets.Dataset.from_dict({name: [None] * len(rows) for name in missing}, features=missing)
         rows = datasets.concatenate_datasets([rows, nulls], axis=1)
-    return rows.select_columns(list(FEATURES))
+    return rows.select_columns(list(FEATURES)).cast_column("image", datasets.Image(decode=False))
 
 
 def split_content(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from probabilistic_sam import ProbabilisticSamProcessor
 from probabilistic_sam.data import row_prompt, row_seed
 from probabilistic_sam.data.format import decode_image, decode_masks, load_split
 from probabilistic_sam.errors import UserError, run
-from probabilistic_sam.images import luminance
 from probabilistic_sam.inference import load_model
 from probabilistic_sam.metrics.functional import ged
 from probabilistic_sam.plotting import (
@@ -58,10 +57,10 @@ def read_results(folder: Path) -> dict[str, dict]:
 
 
 def prepare(row: dict, processor: ProbabilisticSamProcessor) -> tuple[np.ndarray, np.ndarray, dict]:
-    """Grey image, masks of the readers and model inputs of a row, with the prompt of the evaluation."""
+    """Image, masks of the readers and model inputs of a row, with the prompt of the evaluation."""
     image, readers = decode_image(row), decode_masks(row)
     box = row_prompt(row, readers, PROMPT)["input_boxes"]
-    return luminance(image), readers, processor(image, input_boxes=[[box]])
+    return image, readers, processor(image, input_boxes=[[box]])
 
 
 def to_masks(processor: ProbabilisticSamProcessor, pred_masks: torch.Tensor, inputs: dict) -> np.ndarray:
@@ -91,7 +90,7 @@ def plot_gallery(model, processor, rows, path: Path) -> None:
         for index in indices:
             row, sampled = rows[index], samples[index]
             empty = int((~sampled.any(axis=(1, 2))).sum())
-            images += [luminance(decode_image(row))] * 2
+            images += [decode_image(row)] * 2
             outlines += [decode_masks(row), sampled]
             titles += [f"{name}: {row['patient_id']}, annotated by {row['num_nonempty']} of {len(row['masks'])}"]
             titles += [f"{NUM_SAMPLES} samples, {empty} empty, GED {distances[index]:.2f}"]
@@ -109,7 +108,7 @@ def plot_traversal(model, processor, row: dict, path: Path) -> None:
     for index, coordinate in enumerate(coordinates):
         latents[index, :, coordinate] += torch.tensor(STEPS) * std[coordinate]
     output = model(**inputs, latents=latents.flatten(0, 1)[None, None])
-    masks = to_masks(processor, output.pred_masks, inputs).reshape(len(coordinates), len(STEPS), *image.shape)
+    masks = to_masks(processor, output.pred_masks, inputs).reshape(len(coordinates), len(STEPS), *image.shape[:2])
     change = (masks[:, 0] ^ masks[:, -1]).sum(axis=(1, 2))
     most = np.argsort(-change, kind="stable")[:SHOWN]
     titles = [f"z{coordinates[index]}" for index in most]

@@ -1,0 +1,62 @@
+"""Plot samples of a model beside the readers, for some rows of a dataset.
+
+    python training/plot_samples.py --model run --dataset mine-build --output samples.png
+
+Each line of the figure shows an image with its prompt, the readers' outlines, the outlines of the samples, and the
+mean of the samples (0 blue, 1 yellow). Prompts are those of `training/evaluate.py`, the box around all readers'
+masks by default.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from probabilistic_sam.data import row_prompt
+from probabilistic_sam.data.format import decode_image, decode_masks, load_split
+from probabilistic_sam.errors import UserError, run
+from probabilistic_sam.evaluation import choose_rows
+from probabilistic_sam.inference import load_model, quiet_transformers, sample_image
+from probabilistic_sam.plotting import comparison_figure, save_figure
+
+MAX_ROWS = 20
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="directory or Hub name of a model or baseline")
+    parser.add_argument("--dataset", required=True, help="build of training/build_dataset.py: folder or Hub name")
+    parser.add_argument("--split", default="validation")
+    parser.add_argument("--rows", type=int, default=5, help=f"rows to plot, up to {MAX_ROWS}, chosen by their hash")
+    parser.add_argument("--num_samples", type=int, default=16, help="samples per row")
+    parser.add_argument("--seed", type=int, default=0, help="of the samples; default 0")
+    parser.add_argument("--output", type=Path, required=True, help="PNG file to write")
+    args = parser.parse_args(argv)
+    for name, most in (("rows", MAX_ROWS), ("num_samples", 100)):
+        if not 1 <= getattr(args, name) <= most:
+            raise UserError(f"--{name} is {getattr(args, name)}; accepted: 1 to {most}")
+    if not args.output.parent.is_dir():
+        raise UserError(f"--output {args.output}: no such folder; accepted: a PNG file in an existing folder")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Sample masks for the chosen rows and write the figure."""
+    args = parse_args(argv)
+    quiet_transformers()
+    dataset = load_split(args.dataset, args.split)
+    rows = [dataset[index] for index in choose_rows(dataset, args.rows, "plotted rows")]
+    model, processor = load_model(args.model, baselines=True)
+    images, readers = [decode_image(row) for row in rows], [decode_masks(row) for row in rows]
+    boxes = [row_prompt(row, masks, "union_box")["input_boxes"] for row, masks in zip(rows, readers, strict=True)]
+    samples = [
+        sample_image(model, processor, image, {"box": box}, args.num_samples, args.seed).masks
+        for image, box in zip(images, boxes, strict=True)
+    ]
+    titles = [row["image_id"] or f"{row['patient_id']}, slice {row['slice_index']}" for row in rows]
+    save_figure(comparison_figure(images, readers, samples, boxes, titles), args.output)
+    print(f"wrote {args.output}: {len(rows)} rows of {args.split}, {args.num_samples} samples each")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -83,11 +83,11 @@ def read_dicom(path: str | os.PathLike, max_pixels: int, invert: bool = True) ->
         raise _refusal(path, error) from error
 
 
-def read_header(path: str | os.PathLike, tags: list[str], max_bytes: int = MAX_FILE_BYTES) -> dict[str, Any]:
+def read_header(path: str | os.PathLike, tags: list[str], max_bytes: int | None = None) -> dict[str, Any]:
     """Read some tags of a file, without its pixels; the value is None if a tag is absent, empty or invalid.
 
     Raises:
-        ValueError: not DICOM, damaged, larger than `max_bytes`, or deflated.
+        ValueError: not DICOM, damaged, larger than `max_bytes` (default: `MAX_FILE_BYTES`), or deflated.
     """
     try:
         with _quiet():
@@ -97,7 +97,7 @@ def read_header(path: str | os.PathLike, tags: list[str], max_bytes: int = MAX_F
         raise _refusal(path, error) from error
 
 
-def read_full_header(path: str | os.PathLike, max_bytes: int = MAX_FILE_BYTES) -> pydicom.Dataset:
+def read_full_header(path: str | os.PathLike, max_bytes: int | None = None) -> pydicom.Dataset:
     """Read all tags of a file but its pixels; long values stay in the file until they are used.
 
     Raises:
@@ -127,8 +127,9 @@ def _refusal(path: str | os.PathLike, error: Exception) -> ValueError:
     return ValueError(text if isinstance(error, ValueError) else f"does not decode ({text}); accepted: complete DICOM")
 
 
-def _open(path: str | os.PathLike, max_bytes: int = MAX_FILE_BYTES, **options: Any) -> pydicom.Dataset:
+def _open(path: str | os.PathLike, max_bytes: int | None = None, **options: Any) -> pydicom.Dataset:
     """Open a DICOM file, with or without preamble and file meta information."""
+    max_bytes = MAX_FILE_BYTES if max_bytes is None else max_bytes
     if os.path.getsize(path) > max_bytes:
         raise ValueError(f"more than {max_bytes // 2**20} MB")
     with open(path, "rb") as file:

@@ -216,7 +216,7 @@ def write_nifti(
             if reverse:
                 block, start = block.transpose(2, 1, 0), start[::-1]
             for plane in range(shape[2]):
-                full = np.zeros(shape[:2], kind)
+                full: np.ndarray = np.zeros(shape[:2], kind)
                 if 0 <= plane - start[2] < block.shape[2]:
                     part = full[start[0] : start[0] + block.shape[0], start[1] : start[1] + block.shape[1]]
                     part[:] = block[:, :, plane - start[2]]
@@ -239,7 +239,7 @@ def write_segmentations(folder: Path, scan: Scan, sampled: SampledScan, with_sam
         names = [f"Nodule, sample {index + 1}" for index in range(len(sampled.masks))]
         parts.append((samples_file, "SAMPLES", sampled.masks, names))
     for number, (file, label, values, names) in enumerate(parts, start=1):
-        with one_line_errors("DICOM SEG"):
+        with one_line_errors("DICOM SEG", "written"):
             segmentation = segments(scan, sampled, values, names, tracking, label, series, number)
             segmentation.save_as(folder / file)
     return {
@@ -265,6 +265,43 @@ def segments(
     (top, left), (height, width) = sampled.corner, values.shape[2:]
     kind: type = np.float32 if fractional else np.uint8
     full: np.ndarray = np.zeros((last - first + 1, rows, columns, len(values)), kind)
+    full[:, top : top + height, left : left + width] = np.moveaxis(values, 0, -1)
+    volume = scan.geometry[first : last + 1].with_array(full, channels={"SegmentNumber": range(1, len(values) + 1)})
+    # The frames of the segmentation are those of the source
+    volume = volume.to_patient_orientation(scan.stored.get_closest_patient_orientation())
+    algorithm = highdicom.AlgorithmIdentificationSequence(
+        name="Probabilistic SAM", version=__version__, family=codes.DCM.ArtificialIntelligence
+    )
+    described = [
+        SegmentDescription(
+            segment_number=index,
+            segment_label=name,
+            segmented_property_category=codes.SCT.MorphologicallyAbnormalStructure,
+            segmented_property_type=codes.SCT.Nodule,
+            algorithm_type="SEMIAUTOMATIC",  # a person gives the box and the range of slices
+            algorithm_identification=algorithm,
+            tracking_id=tracking[0],
+            tracking_uid=tracking[1],
+        )
+        for index, name in enumerate(names, start=1)
+    ]
+    return Segmentation(
+        source_images=list(scan.headers),
+        pixel_array=volume,
+        segmentation_type="FRACTIONAL" if fractional else "BINARY",
+        segment_descriptions=described,
+        series_instance_uid=series,
+        series_number=SERIES_NUMBER,
+        sop_instance_uid=highdicom.UID(),
+        instance_number=number,
+        manufacturer="Probabilistic SAM",
+        manufacturer_model_name="probabilistic-sam segment",
+        software_versions=__version__,
+        device_serial_number="none",
+        content_label=label,
+        content_description="For research only, not for diagnosis",
+        series_description="Probabilistic SAM, research only",
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- figure
@@ -287,8 +324,8 @@ def result_line(result: dict[str, Any]) -> str:
     volume = result["volume_mm3"]["given_presence"]
     low, high = volume["interval_90"]
     return (
-        f"{result['presence']:.0%} of readers would outline it; volume if outlined: median {volume['median']:,.0f} mm3 "
-        f"(90 %: {low:,.0f} to {high:,.0f})"
+        f"{result['presence']:.0%} of readers would outline it; volume if outlined: median {volume['median']:,.0f} "
+        f"mm3 (90 %: {low:,.0f} to {high:,.0f})"
     )
 
 

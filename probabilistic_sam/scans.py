@@ -173,8 +173,8 @@ def open_scan(path: str | os.PathLike, series: str | None = None) -> Iterator[Sc
 
 
 @contextmanager
-def one_line_errors(name: object) -> Iterator[None]:
-    """Turn any error of the reading libraries into a `UserError`, and suppress their warnings."""
+def one_line_errors(name: object, what: str = "read") -> Iterator[None]:
+    """Turn any error of the libraries into a `UserError`, and suppress their warnings."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -184,7 +184,7 @@ def one_line_errors(name: object) -> Iterator[None]:
     except Exception as error:  # the libraries raise almost anything for a damaged file
         text = " ".join((str(error) or type(error).__name__).split())[:300]
         text = "".join(character if character.isprintable() else "?" for character in text)
-        raise UserError(f"{name} cannot be read ({text})") from error
+        raise UserError(f"{name} cannot be {what} ({text})") from error
 
 
 def unpack(path: Path, folder: Path) -> None:

@@ -635,7 +635,10 @@ class ProbabilisticSamModel(SamModel):
             generator: source of the noise; the same seed gives the same samples on any device. By default it is the
                 CPU's generator, or in evaluation mode with `labels` a new one with a fixed seed, so that a repeated
                 evaluation gives the same numbers. With one generator per image (not with `labels`) the samples of an
-                image do not depend on the other images.
+                image do not depend on the other images. With equally seeded generators for the slices of a scan, all
+                slices share the noise, so that a sample is one reader in three dimensions: mean and standard deviation
+                of the latent depend on the slice, the noise describes the reader. Independent noise would average the
+                differences between readers out of the volumes.
             reader_mask: `(B, P, R)` bool, which readers are present; all by default. Means are over the readers who
                 are present; the labels of an absent reader are ignored. Only with `labels`.
             annotated: `(B, P, R)` bool, which masks had pixels before they were resized; by default those with pixels

@@ -11,8 +11,9 @@ import pydicom
 import pytest
 import SimpleITK
 from small_scans import SHAPE, SPACING, STEP, hounsfield, samples_of, whole, write_nifti, write_series
+from tiny import SIZE, tiny_model
 
-from probabilistic_sam import cli
+from probabilistic_sam import ProbabilisticSamProcessor, cli
 from probabilistic_sam.errors import UserError
 from probabilistic_sam.files import TEMPORARY
 from probabilistic_sam.hub.staging import EXAMPLES
@@ -175,6 +176,7 @@ def test_an_enhanced_ct_comes_back_with_its_geometry(tmp_path):
         write_scan_result(tmp_path / "out", scan, sampled, ["dicom-seg", "nifti"], "model")
         check_nifti(tmp_path / "out", scan, sampled, scan.geometry.affine[:, [2, 1, 0, 3]], SHAPE[::-1])
         volume = highdicom.seg.segread(tmp_path / "out" / SEG_FILES[1]).get_volume(combine_segments=False)
+        volume = volume.to_patient_orientation(scan.geometry.get_closest_patient_orientation())
         levels = whole(scan, sampled, sampled.mean)[1:4] >= 0.5
         np.testing.assert_array_equal(volume.array[..., 1], levels)
         np.testing.assert_allclose(volume.affine, scan.geometry[1:4].affine, atol=1e-4)
@@ -195,7 +197,7 @@ def test_a_real_series_has_the_same_geometry_for_a_second_reader(shared_dir, tmp
         np.testing.assert_allclose(scan.geometry.affine[:, [2, 1, 0, 3]], itk_affine(second), atol=1e-4)
         np.testing.assert_array_equal(scan.read(12, 14), SimpleITK.GetArrayFromImage(second)[12:15])
         boxes = list(csv.DictReader((tmp_path / "lung-ct-series" / "boxes.csv").open()))
-        sampled = samples_of(scan, slices=(12, 14), corner=(253, 139), size=(60, 70))
+        sampled = samples_of(scan, slices=(12, 14), corner=(253, 139), size=(60, 70), count=2)
         result = write_scan_result(tmp_path / "out", scan, sampled, ["dicom-seg-samples", "nifti"], "model")
         by_uid = {row["sop_instance_uid"]: float(row["z_mm"]) for row in boxes}
         for item in result["slices"]:
@@ -234,9 +236,17 @@ def test_the_command_writes_a_nodule_of_the_shipped_model(series, tmp_path, caps
     assert all("Roe" not in path.read_bytes().decode("latin1") for path in out.iterdir() if path.suffix != ".dcm")
 
 
-def test_a_table_and_patient_coordinates(series, tmp_path):
+@pytest.fixture(scope="module")
+def tiny_dir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tiny")
+    tiny_model().save_pretrained(path)
+    ProbabilisticSamProcessor(SIZE, crop_size=24).save_pretrained(path)
+    return path
+
+
+def test_a_table_and_patient_coordinates(series, tiny_dir, tmp_path):
     (tmp_path / "nodules.csv").write_text("first,last,x1,y1,x2,y2\n0,1,52,50,78,80\n1,1,10,12,30,33.5\n")
-    common = ["--model", SHIPPED, "--num-samples", 2, "--format", "nifti"]
+    common = ["--model", tiny_dir, "--num-samples", 2, "--format", "nifti"]
     cli.main([str(word) for word in ["segment", series, "--prompts", tmp_path / "nodules.csv",
                                      "--output", tmp_path / "table", *common]])  # fmt: skip
     rows = list(csv.DictReader((tmp_path / "table" / "summary.csv").open()))

@@ -2,6 +2,7 @@
 
 probabilistic-sam segment slice.png --box 40 52 71 80 --num-samples 16 --output result
 probabilistic-sam segment --prompts boxes.csv --output results
+probabilistic-sam segment series --box 139 253 234 340 --slices 14 20 --output nodule
 probabilistic-sam demo
 probabilistic-sam info
 """
@@ -14,20 +15,59 @@ from typing import Any
 from . import __version__
 from .arguments import ArgumentParser, number, probability, spacing, whole_number
 from .errors import UserError, run
+from .images import is_scan
 from .inference import MAX_SAMPLES, choose_device, find_model, load_model, quiet_transformers
 from .info import information, information_text
 from .processing_image_files import IMAGE_FORMATS
 from .segment import COLUMNS, Options, segment_image, segment_table
 
+IMAGE_OPTIONS = ("point", "negative_point", "mask", "pixel_spacing")  # of `segment`, without effect on scans
+SCAN_OPTIONS = ("slices", "box_mm", "series", "format")
+SCAN_FORMATS = ("nifti", "dicom-seg", "dicom-seg-samples", "png")
 MODEL_HELP = "folder of a model, or its name on the Hub (owner/name); default: model_cards/psam-lidc of the checkout"
 
 
 def segment(arguments: argparse.Namespace) -> None:
-    """`probabilistic-sam segment`: sample masks and write them."""
+    """`probabilistic-sam segment`: sample masks in an image or a scan and write them."""
     options = Options(
         find_model(arguments.model), choose_device(arguments.device), arguments.num_samples, arguments.seed,
         arguments.threshold, arguments.pixel_spacing,
     )  # fmt: skip
+    if arguments.image is not None and is_scan(arguments.image):
+        segment_in_scan(arguments, options)
+    else:
+        check_options(arguments, SCAN_OPTIONS, f"{arguments.image or 'a table of images'} is not a scan")
+        segment_in_image(arguments, options)
+
+
+def check_options(arguments: argparse.Namespace, names: Sequence[str], reason: str) -> None:
+    """Raise `UserError` if an option was given that has no effect."""
+    given = [name for name in names if getattr(arguments, name) not in (None, [])]
+    if given:
+        raise UserError(f"{reason}; accepted: the command without --{given[0].replace('_', '-')}")
+
+
+def segment_in_scan(arguments: argparse.Namespace, options: Options) -> None:
+    """`probabilistic-sam segment SCAN`."""
+    try:
+        from .segment_scan import segment_scan
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"scans need {error.name}, which is not installed; accepted: pip install 'probabilistic-sam[scan]'"
+        ) from error
+    check_options(arguments, IMAGE_OPTIONS, f"{arguments.image} is a scan")
+    if len(arguments.box) > 1:
+        raise UserError(f"{len(arguments.box)} boxes in a scan; accepted: one, or a table with --prompts")
+    box = arguments.box[0] if arguments.box else None
+    lines = segment_scan(
+        arguments.image, box, arguments.slices, arguments.box_mm, arguments.prompts, arguments.series,
+        arguments.format, arguments.output, options,
+    )  # fmt: skip
+    print(*lines, sep="\n")
+
+
+def segment_in_image(arguments: argparse.Namespace, options: Options) -> None:
+    """`probabilistic-sam segment IMAGE`, or a table of images."""
     prompt = (arguments.box, arguments.point, arguments.negative_point, arguments.mask)
     if arguments.prompts is None:
         if arguments.image is None:
@@ -73,18 +113,25 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     command = commands.add_parser(
         "segment",
         allow_abbrev=False,
-        help="sample masks for prompts in one image, or for a table of images and boxes",
+        help="sample masks for prompts in one image, for a table of images and boxes, or for a nodule in a scan",
         usage="%(prog)s IMAGE (--box X1 Y1 X2 Y2 | --point X Y | --mask FILE) ... --output DIR [options]\n"
-        "       %(prog)s --prompts TABLE --output DIR [options]",
+        "       %(prog)s --prompts TABLE --output DIR [options]\n"
+        "       %(prog)s SCAN (--box X1 Y1 X2 Y2 --slices FIRST LAST | --box-mm X1 Y1 Z1 X2 Y2 Z2 | --prompts TABLE) "
+        "--output DIR [options]",
         description="Sample masks for a prompt and write masks, mean probability, uncertainty, areas and a figure. "
         "Report the presence (the share of readers who would annotate) and the area that these would outline. "
         "A prompt is a box, points, a rough mask, or several of them together. Coordinates are pixels of the image, "
-        "measured at the pixels' edges: x from 0 to the width, y from 0 to the height.",
+        "measured at the pixels' edges: x from 0 to the width, y from 0 to the height. In a scan, each sample is one "
+        "reader through all slices, and the results are volume and longest diameter with intervals. The model has "
+        "seen only slices that some reader annotated, so it cannot tell where a nodule ends: choose the range of "
+        "slices by eye. It was trained on CT with the pixel spacing and slice thickness of LIDC-IDRI. For research "
+        "only.",
     )
     command.set_defaults(run=segment)
     command.add_argument(
         "image", metavar="IMAGE", nargs="?",
-        help=f"{', '.join(IMAGE_FORMATS)} (grey or colour, 8 or 16 bit) or a DICOM slice",
+        help=f"{', '.join(IMAGE_FORMATS)} (grey or colour, 8 or 16 bit) or a DICOM slice; or a SCAN: folder or zip "
+        "with a DICOM series, multi-frame DICOM, .nii or .nii.gz",
     )  # fmt: skip
     prompt = command.add_argument_group("prompt")
     several: Any = {"action": "append", "default": []}
@@ -107,7 +154,23 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     prompt.add_argument(
         "--prompts", metavar="TABLE",
         help=f"instead of IMAGE and prompt: CSV file with the columns {','.join(COLUMNS)}, one box per row; image "
-        "paths are relative to the table's folder; writes DIR/row-0, DIR/row-1, ... and DIR/summary.csv",
+        "paths are relative to the table's folder; writes DIR/row-0, DIR/row-1, ... and DIR/summary.csv. With SCAN: "
+        "the columns x1,y1,x2,y2,first,last, one nodule per row; writes DIR/nodule-0, ... and DIR/summary.csv",
+    )  # fmt: skip
+    scan = command.add_argument_group("scan")
+    scan.add_argument(
+        "--slices", type=whole_number(0, 100_000), nargs=2, metavar=("FIRST", "LAST"),
+        help="range of slices that the nodule reaches, from 0 at the feet, both included",
+    )  # fmt: skip
+    scan.add_argument(
+        "--box-mm", type=number, nargs=6, metavar=("X1", "Y1", "Z1", "X2", "Y2", "Z2"),
+        help="instead of --box and --slices: patient coordinates in mm (LPS, as in DICOM)",
+    )  # fmt: skip
+    scan.add_argument("--series", metavar="UID", help="series instance UID, if the folder or zip holds several")
+    scan.add_argument(
+        "--format", nargs="+", choices=SCAN_FORMATS, metavar="F",
+        help=f"files to write beside result.json: {', '.join(SCAN_FORMATS)}; DICOM SEG of DICOM scans only; default: "
+        "all but dicom-seg-samples",
     )  # fmt: skip
     command.add_argument(
         "--output", required=True, metavar="DIR", help="folder for the result: new, empty, or with an earlier result"

@@ -45,6 +45,7 @@ from pydicom.uid import (
 from .errors import UserError
 
 MAX_FILE_BYTES = 64 * 2**20  # a CT slice has 0.5 MB
+LONG_VALUE = 2**16  # bytes; longer values of a header are not kept in memory
 MAX_MESSAGE = 500
 PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 BITS = {"PixelData": (1, 8, 16, 32), "FloatPixelData": (32,), "DoubleFloatPixelData": (64,)}
@@ -82,16 +83,29 @@ def read_dicom(path: str | os.PathLike, max_pixels: int, invert: bool = True) ->
         raise _refusal(path, error) from error
 
 
-def read_header(path: str | os.PathLike, tags: list[str]) -> dict[str, Any]:
+def read_header(path: str | os.PathLike, tags: list[str], max_bytes: int | None = None) -> dict[str, Any]:
     """Read some tags of a file, without its pixels; the value is None if a tag is absent, empty or invalid.
 
     Raises:
-        ValueError: not DICOM, damaged, too large, or deflated.
+        ValueError: not DICOM, damaged, larger than `max_bytes` (default: `MAX_FILE_BYTES`), or deflated.
     """
     try:
         with _quiet():
-            header = _open(path, stop_before_pixels=True, specific_tags=tags)
+            header = _open(path, max_bytes, stop_before_pixels=True, specific_tags=tags)
             return {name: _value_or_none(header, name) for name in tags}
+    except Exception as error:
+        raise _refusal(path, error) from error
+
+
+def read_full_header(path: str | os.PathLike, max_bytes: int | None = None) -> pydicom.Dataset:
+    """Read all tags of a file but its pixels; long values stay in the file until they are used.
+
+    Raises:
+        ValueError: as in `read_header`.
+    """
+    try:
+        with _quiet():
+            return _open(path, max_bytes, stop_before_pixels=True, defer_size=LONG_VALUE)
     except Exception as error:
         raise _refusal(path, error) from error
 
@@ -113,10 +127,11 @@ def _refusal(path: str | os.PathLike, error: Exception) -> ValueError:
     return ValueError(text if isinstance(error, ValueError) else f"does not decode ({text}); accepted: complete DICOM")
 
 
-def _open(path: str | os.PathLike, **options: Any) -> pydicom.Dataset:
+def _open(path: str | os.PathLike, max_bytes: int | None = None, **options: Any) -> pydicom.Dataset:
     """Open a DICOM file, with or without preamble and file meta information."""
-    if os.path.getsize(path) > MAX_FILE_BYTES:
-        raise ValueError(f"more than {MAX_FILE_BYTES // 2**20} MB")
+    max_bytes = MAX_FILE_BYTES if max_bytes is None else max_bytes
+    if os.path.getsize(path) > max_bytes:
+        raise ValueError(f"more than {max_bytes // 2**20} MB")
     with open(path, "rb") as file:
         # A deflated file would have to be unpacked completely, to any size, before its header can be read
         read_preamble(file, force=True)

@@ -9,6 +9,8 @@ from PIL import Image
 from .errors import UserError
 from .processing_image_files import IMAGE_FORMATS, MAX_PIXELS, open_image
 
+NIFTI = (".nii", ".nii.gz")
+
 
 def load_image(path: str | os.PathLike) -> np.ndarray:
     """Read one image. The processor reads the same pixels from the file.
@@ -41,7 +43,7 @@ def load_slice(path: str | os.PathLike) -> tuple[np.ndarray, float | None]:
     Raises:
         UserError: as `load_image`; a DICOM file that `read_dicom` refuses, or pydicom is not installed.
     """
-    if not _is_dicom(path):
+    if not is_dicom(path):
         return load_image(path), None
     try:
         from .dicom_slice import read_dicom
@@ -56,7 +58,21 @@ def load_slice(path: str | os.PathLike) -> tuple[np.ndarray, float | None]:
     return values.astype(np.float32), side
 
 
-def _is_dicom(path: str | os.PathLike) -> bool:
+def is_scan(path: str | os.PathLike) -> bool:
+    """Whether a path is a scan rather than a single image: a folder, zip or NIfTI, or DICOM with several frames."""
+    if Path(path).is_dir() or str(path).lower().endswith((".zip", *NIFTI)):
+        return True
+    if not Path(path).is_file() or not is_dicom(path):
+        return False
+    try:
+        from .dicom_slice import read_header
+
+        return (read_header(path, ["NumberOfFrames"], os.path.getsize(path))["NumberOfFrames"] or 1) > 1
+    except (ModuleNotFoundError, ValueError, TypeError):
+        return False  # reading it as an image says what is wrong
+
+
+def is_dicom(path: str | os.PathLike) -> bool:
     """Whether a file starts like DICOM: with a preamble, or directly with the first tag."""
     try:
         with open(path, "rb") as file:

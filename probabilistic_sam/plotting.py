@@ -33,6 +33,7 @@ MARGIN = 0.15
 LEGEND_COLUMNS = 4
 EDGE_COLOR, EDGE_WIDTH = "black", 0.7  # of lines on colour images, in points on each side
 SAMPLES_SHOWN = 8
+SLICES_SHOWN = 6
 PLOTTED_PIXELS = 1000  # per side of a panel, which is some 330 pixels wide
 
 
@@ -264,6 +265,75 @@ def area_figure(areas: np.ndarray, unit: str) -> Figure:
     else:
         _note(axes, "too few readers would outline a lesion")
     axes.set(title="area if outlined", xlabel=f"area ({unit})", ylabel="samples", xlim=(0, end))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def scan_figure(
+    slices: np.ndarray,
+    masks: np.ndarray,
+    mean: np.ndarray,
+    volumes: np.ndarray,
+    names: Sequence[str],
+    box: Sequence[float],
+    title: str,
+) -> Figure:
+    """One nodule of a scan: slices with the samples' outlines, mean probability, histogram of the volumes.
+
+    If there are more slices than fit, some at equal distances are plotted, the first and the last among them.
+
+    Args:
+        slices: (K, H, W) grey values of any scale.
+        masks: (N, K, H, W) bool.
+        mean: (K, H, W) mean probability, 0 to 1.
+        volumes: (N,) in mm^3.
+        names: of the slices.
+        box: x1, y1, x2, y2 at pixel edges.
+        title: line above the panels.
+
+    Raises:
+        UserError: arrays whose shapes do not fit together.
+    """
+    if masks.ndim != 4 or not masks.shape[1:] == mean.shape == slices.shape or len(names) != len(slices):
+        shapes = f"slices {slices.shape}, masks {masks.shape}, mean {mean.shape} and {len(names)} names"
+        raise UserError(f"{shapes} to plot; accepted: (K, H, W), (N, K, H, W), (K, H, W) and K names")
+    chosen = np.unique(np.linspace(0, len(slices) - 1, SLICES_SHOWN).round().astype(int))
+    gap, top, bar, below = 0.1, 0.7, 0.55, 2.4
+    panel = (WIDTH_INCHES - 2 * MARGIN - bar - (SLICES_SHOWN - 1) * gap) / SLICES_SHOWN
+    line = panel + 0.45
+    figure = Figure(figsize=(WIDTH_INCHES, top + panel + line + below), dpi=DPI, facecolor="white")
+    height = figure.get_figheight()
+    figure.text(MARGIN / WIDTH_INCHES, 1 - 0.12 / height, title, va="top", size=12, weight="bold")
+    zoom = zoom_window((slices.shape[1], slices.shape[2]), box, masks=masks.reshape(-1, *slices.shape[1:]))
+    alpha = max(0.2, min(1.0, 6 / max(1, len(masks))))
+    for column, index in enumerate(chosen):
+        left = MARGIN + column * (panel + gap)
+        axes = _add_axes(figure, left, top, panel, names[index], size=9)
+        _show(axes, slices[index], zoom, cmap="gray")
+        for mask in masks[:, index]:
+            _plot_outline(axes, mask, SAMPLE_COLOR, 1.0, alpha=alpha)
+        _plot_prompt(axes, box, None, faint=True)
+        empty = int((~masks[:, index].any(axis=(1, 2))).sum())
+        _caption(axes, f"{empty} of {len(masks)} samples empty")
+        axes = _add_axes(figure, left, top + line, panel, "mean probability" if column == 0 else "", size=9)
+        plotted = _show(axes, mean[index], zoom, cmap="viridis", vmin=0, vmax=1)
+        _plot_outline(axes, mean[index] > 0.5, "white", 1.3)
+        _plot_prompt(axes, box, None, faint=True)
+    colors = figure.colorbar(plotted, cax=axes.inset_axes((1.04, 0, 0.05, 1)), ticks=[0, 0.5, 1])
+    colors.ax.tick_params(labelsize=9, length=2, pad=2)
+    colors.outline.set_visible(False)
+
+    axes = figure.add_axes((0.055, 0.55 / height, 0.93, (below - 0.8) / height))
+    if len(volumes):
+        axes.hist(volumes, bins=list(np.linspace(0, 1.05 * max(volumes.max(), 1e-6), 31)), color=SAMPLE_COLOR)
+        low, median, high = np.quantile(volumes, [0.05, 0.5, 0.95])
+        axes.axvline(median, color="0.2", linewidth=1, linestyle="--", label=f"median {median:,.0f} mm$^3$")
+        axes.axvspan(
+            low, high, color="0.5", alpha=0.15, label=f"90 % of the samples: {low:,.0f} to {high:,.0f} mm$^3$"
+        )
+        axes.legend(frameon=False, loc="best", fontsize=9)
+    axes.set(xlabel="volume (mm$^3$)", ylabel="samples", xlim=(0, None))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)
     return figure

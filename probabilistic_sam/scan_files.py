@@ -1,0 +1,343 @@
+"""Write the samples of one nodule: NIfTI, DICOM SEG, a figure and `result.json`.
+
+All files are about readers who outline the nodule (see `scan_sampling`); `presence` in `result.json` is their share.
+Names and paths of the input are not written: they may contain the name of a patient. DICOM SEG takes patient and study
+from the headers of the input.
+"""
+
+import gzip
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import highdicom
+import nibabel
+import numpy as np
+import torch
+import transformers
+from highdicom.seg import Segmentation, SegmentDescription
+from pydicom.sr.codedict import codes
+
+from . import __version__
+from .errors import UserError
+from .plotting import save_figure, scan_figure
+from .processing_probabilistic_sam import binary_entropy
+from .scan_sampling import SampledScan
+from .scans import Scan, box_in_patient, one_line_errors
+
+FORMATS = ("nifti", "dicom-seg", "dicom-seg-samples", "png")
+LEVELS = (0.25, 0.5, 0.75)  # probabilities whose outlines DICOM SEG holds
+MAX_SEGMENT_VOXELS = 2**28  # segments x voxels of the slices in a DICOM SEG, one byte each
+NIFTI_FILES = ("probability.nii.gz", "entropy.nii.gz", "samples.nii.gz")
+SEG_FILES = ("probability.dcm", "levels.dcm", "samples.dcm")
+SCAN_RESULT_FILES = (*NIFTI_FILES, *SEG_FILES, "figure.png", "result.json")
+SERIES_NUMBER = 9000
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+def check_formats(formats: Sequence[str], scan: Scan, num_slices: int, num_samples: int) -> None:
+    """Raise `UserError` for DICOM SEG of a scan that is not DICOM, or of too many samples."""
+    wanted = [name for name in formats if name.startswith("dicom-seg")]
+    if wanted and not scan.headers:
+        raise UserError(
+            f"{wanted[0]} refers to the DICOM images of the scan, but this is {scan.kind}; accepted: nifti, png"
+        )
+    segments = num_samples if "dicom-seg-samples" in formats else len(LEVELS)
+    voxels = num_slices * scan.shape[1] * scan.shape[2]
+    if wanted and segments * voxels > MAX_SEGMENT_VOXELS:
+        raise UserError(
+            f"{wanted[-1]} of {segments} segments in {num_slices} slices needs too much memory; accepted: at most "
+            f"{MAX_SEGMENT_VOXELS // voxels} segments, or nifti"
+        )
+
+
+def write_scan_result(
+    folder: Path, scan: Scan, sampled: SampledScan, formats: Sequence[str], model: str
+) -> dict[str, Any]:
+    """Write the files of one nodule into `folder`.
+
+    Args:
+        folder: new or empty.
+        scan: an open scan.
+        sampled: from `sample_scan` with this scan, given presence.
+        formats: some of `FORMATS`; `result.json` is always written.
+        model: folder or owner/name.
+
+    Returns:
+        The content of `result.json`.
+    """
+    result = scan_result(scan, sampled, model)
+    files: dict[str, str] = {}
+    if "nifti" in formats:
+        files |= write_nifti_files(folder, scan, sampled)
+    if "dicom-seg" in formats or "dicom-seg-samples" in formats:
+        files |= write_segmentations(folder, scan, sampled, "dicom-seg-samples" in formats)
+    if "png" in formats:
+        files["figure.png"] = "slices with the outlines of the samples, mean probability, volumes"
+        write_figure(folder / "figure.png", scan, sampled, result)
+    result["files"] = files
+    (folder / "result.json").write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    return result
+
+
+# --------------------------------------------------------------------------------------------------------- result.json
+
+
+def scan_result(scan: Scan, sampled: SampledScan, model: str) -> dict[str, Any]:
+    """The numbers of one nodule, for JSON."""
+    first, last = sampled.slices
+    header = scan.headers[0] if scan.headers else None
+    uids = ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID")
+    return {
+        "presence": round(sampled.presence, 6),
+        "volume_mm3": summary(sampled.volumes_mm3, sampled.presence),
+        "longest_diameter_mm": summary(sampled.diameters_mm, sampled.presence),
+        "prompt": {
+            "box_px": list(sampled.box),
+            "slices": [first, last],
+            "box_mm_lps": [round(value, 4) for value in box_in_patient(scan, sampled.box, first, last)],
+        },
+        "slices": [
+            {
+                "index": index,
+                "centre_mm_lps": slice_centre(scan, index),
+                "sop_instance_uid": slice_uid(scan, index),
+                "empty_share": round(float(share), 6),
+            }
+            for index, share in zip(range(first, last + 1), sampled.empty_shares, strict=True)
+        ],
+        "scan": {
+            "kind": scan.kind,
+            "modality": scan.modality,
+            "shape": list(scan.shape),
+            "spacing_mm": [round(value, 6) for value in scan.spacing_mm],
+            "affine_lps": scan.geometry.affine.round(6).tolist(),
+            **{name: str(header.get(name) or "") or None for name in uids if header is not None},
+        },
+        "warnings": scan.warnings,
+        "model": model,
+        "num_samples": len(sampled.masks),
+        "seed": sampled.seed,
+        "threshold": sampled.threshold,
+        "versions": {
+            "probabilistic_sam": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
+            "highdicom": highdicom.__version__, "nibabel": nibabel.__version__,
+        },
+    }  # fmt: skip
+
+
+def summary(values: np.ndarray, presence: float) -> dict[str, Any]:
+    """Median and intervals of the samples given presence and of all readers, and the samples.
+
+    Of all readers a share of 1 - presence has the value 0.
+    """
+    absent = 1 - presence
+
+    def of_all(level: float) -> float:
+        if level <= absent or not len(values):
+            return 0.0
+        return float(np.quantile(values, min(1.0, (level - absent) / presence)))
+
+    given = [float(np.quantile(values, level)) if len(values) else 0.0 for level in QUANTILES]
+    return {
+        "given_presence": intervals(given) | {"samples": [round(float(value), 4) for value in values]},
+        "all_readers": intervals([of_all(level) for level in QUANTILES]),
+    }
+
+
+def intervals(quantiles: Sequence[float]) -> dict[str, Any]:
+    """Median and intervals from the quantiles at the levels `QUANTILES`."""
+    q05, q25, q50, q75, q95 = (round(value, 4) for value in quantiles)
+    return {"median": q50, "interval_50": [q25, q75], "interval_90": [q05, q95]}
+
+
+def slice_centre(scan: Scan, index: int) -> list[float]:
+    """Patient coordinates of the centre of a slice."""
+    _, rows, columns = scan.shape
+    centre = scan.geometry.affine @ [index, (rows - 1) / 2, (columns - 1) / 2, 1]
+    return [round(float(value), 4) for value in centre[:3]]
+
+
+def slice_uid(scan: Scan, index: int) -> str | None:
+    """SOP instance UID of a slice; None unless the scan has one file per axial slice."""
+    if len(scan.headers) != scan.shape[0]:
+        return None
+    point = np.linalg.inv(scan.stored.affine) @ scan.geometry.affine @ [index, 0, 0, 1]
+    corner = np.linalg.inv(scan.stored.affine) @ scan.geometry.affine @ [0, 0, 0, 1]
+    if scan.shape[0] > 1 and abs((point - corner)[0]) < index - 0.5:
+        return None  # slices of the file are not axial
+    return str(scan.headers[round(float(point[0]))].SOPInstanceUID)
+
+
+# --------------------------------------------------------------------------------------------------------------- NIfTI
+
+
+def write_nifti_files(folder: Path, scan: Scan, sampled: SampledScan) -> dict[str, str]:
+    """Write probability, entropy and samples on the grid of the scan; returns what each file holds."""
+    entropy = binary_entropy(torch.from_numpy(sampled.mean)).numpy()
+    probability_file, entropy_file, samples_file = NIFTI_FILES
+    for name, values, kind in (
+        (probability_file, [sampled.mean], np.float32),
+        (entropy_file, [entropy], np.float32),
+        (samples_file, sampled.masks, np.uint8),
+    ):
+        write_nifti(folder / name, scan, values, sampled, kind)
+    return {
+        probability_file: "share of the readers who outline the nodule that include a voxel",
+        entropy_file: "entropy of that probability in bits",
+        samples_file: "masks of the samples along the last axis, 0 or 1",
+    }
+
+
+def write_nifti(
+    path: Path, scan: Scan, volumes: Sequence[np.ndarray] | np.ndarray, sampled: SampledScan, kind: type
+) -> None:
+    """Write blocks (K, h, w) of the window as volumes of the whole grid, plane by plane to save memory.
+
+    The grid is that of the input file: i, j and k of NIfTI; columns, rows and slices of DICOM.
+    """
+    shape, affine = list(scan.stored.spatial_shape), scan.stored.affine
+    reverse = bool(scan.headers)
+    if reverse:
+        shape, affine = shape[::-1], affine[:, [2, 1, 0, 3]]
+    affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine  # LPS to RAS
+    header = nibabel.Nifti1Header()
+    header.set_data_dtype(kind)
+    header.set_data_shape([*shape, len(volumes)] if path.name == NIFTI_FILES[2] else shape)
+    header.set_sform(affine, code=1)
+    header.set_qform(affine, code=1)
+    header.set_xyzt_units("mm")
+    header["vox_offset"], header["magic"] = 352, b"n+1"
+    with path.open("wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as file:
+        file.write(header.binaryblock + b"\0" * 4)
+        for values in volumes:
+            block, start = scan.in_stored_order(values, sampled.slices[0], sampled.corner)
+            if reverse:
+                block, start = block.transpose(2, 1, 0), start[::-1]
+            for plane in range(shape[2]):
+                full: np.ndarray = np.zeros(shape[:2], kind)
+                if 0 <= plane - start[2] < block.shape[2]:
+                    part = full[start[0] : start[0] + block.shape[0], start[1] : start[1] + block.shape[1]]
+                    part[:] = block[:, :, plane - start[2]]
+                file.write(full.tobytes(order="F"))
+
+
+# ----------------------------------------------------------------------------------------------------------- DICOM SEG
+
+
+def write_segmentations(folder: Path, scan: Scan, sampled: SampledScan, with_samples: bool) -> dict[str, str]:
+    """Write the mean, its outlines and on request the samples as DICOM SEG; returns what each file holds."""
+    series, tracking = highdicom.UID(), (f"Nodule {highdicom.UID()}"[:64], highdicom.UID())
+    probability_file, levels_file, samples_file = SEG_FILES
+    levels = np.stack([sampled.mean >= level for level in LEVELS])
+    parts: list[tuple[str, str, np.ndarray, list[str]]] = [
+        (probability_file, "PROBABILITY", sampled.mean[None], ["Nodule, probability"]),
+        (levels_file, "LEVELS", levels, [f"Nodule, {level:.0%} of readers" for level in LEVELS]),
+    ]
+    if with_samples and len(sampled.masks):
+        names = [f"Nodule, sample {index + 1}" for index in range(len(sampled.masks))]
+        parts.append((samples_file, "SAMPLES", sampled.masks, names))
+    for number, (file, label, values, names) in enumerate(parts, start=1):
+        with one_line_errors("DICOM SEG", "written"):
+            segmentation = segments(scan, sampled, values, names, tracking, label, series, number)
+            segmentation.save_as(folder / file)
+    return {
+        probability_file: "FRACTIONAL segment: share of the readers who outline the nodule that include a voxel",
+        levels_file: "BINARY segments: voxels that at least 25, 50 and 75 % of those readers include",
+    } | ({samples_file: "one overlapping BINARY segment per sample"} if len(parts) == 3 else {})
+
+
+def segments(
+    scan: Scan,
+    sampled: SampledScan,
+    values: np.ndarray,
+    names: Sequence[str],
+    tracking: tuple[str, str],
+    label: str,
+    series: str,
+    number: int,
+) -> Segmentation:
+    """One DICOM SEG from blocks (S, K, h, w) of the window: probabilities or masks."""
+    fractional = values.dtype != bool
+    _, rows, columns = scan.shape
+    first, last = sampled.slices
+    (top, left), (height, width) = sampled.corner, values.shape[2:]
+    kind: type = np.float32 if fractional else np.uint8
+    full: np.ndarray = np.zeros((last - first + 1, rows, columns, len(values)), kind)
+    full[:, top : top + height, left : left + width] = np.moveaxis(values, 0, -1)
+    volume = scan.geometry[first : last + 1].with_array(full, channels={"SegmentNumber": range(1, len(values) + 1)})
+    # The frames of the segmentation are those of the source
+    volume = volume.to_patient_orientation(scan.stored.get_closest_patient_orientation())
+    algorithm = highdicom.AlgorithmIdentificationSequence(
+        name="Probabilistic SAM", version=__version__, family=codes.DCM.ArtificialIntelligence
+    )
+    described = [
+        SegmentDescription(
+            segment_number=index,
+            segment_label=name,
+            segmented_property_category=codes.SCT.MorphologicallyAbnormalStructure,
+            segmented_property_type=codes.SCT.Nodule,
+            algorithm_type="SEMIAUTOMATIC",  # a person gives the box and the range of slices
+            algorithm_identification=algorithm,
+            tracking_id=tracking[0],
+            tracking_uid=tracking[1],
+        )
+        for index, name in enumerate(names, start=1)
+    ]
+    return Segmentation(
+        source_images=list(scan.headers),
+        pixel_array=volume,
+        segmentation_type="FRACTIONAL" if fractional else "BINARY",
+        segment_descriptions=described,
+        series_instance_uid=series,
+        series_number=SERIES_NUMBER,
+        sop_instance_uid=highdicom.UID(),
+        instance_number=number,
+        manufacturer="Probabilistic SAM",
+        manufacturer_model_name="probabilistic-sam segment",
+        software_versions=__version__,
+        device_serial_number="none",
+        content_label=label,
+        content_description="For research only, not for diagnosis",
+        series_description="Probabilistic SAM, research only",
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- figure
+
+
+def write_figure(path: Path, scan: Scan, sampled: SampledScan, result: dict[str, Any]) -> None:
+    """Write the figure of one nodule."""
+    first, last = sampled.slices
+    (top, left), (height, width) = sampled.corner, sampled.mean.shape[1:]
+    slices = scan.read(first, last)[:, top : top + height, left : left + width]
+    names = [f"slice {item['index']}, z {item['centre_mm_lps'][2]:.5g} mm" for item in result["slices"]]
+    x1, y1, x2, y2 = sampled.box
+    box = (x1 - left, y1 - top, x2 - left, y2 - top)
+    figure = scan_figure(slices, sampled.masks, sampled.mean, sampled.volumes_mm3, names, box, result_line(result))
+    save_figure(figure, path)
+
+
+def result_line(result: dict[str, Any]) -> str:
+    """Presence and volume of a result in one line."""
+    volume = result["volume_mm3"]["given_presence"]
+    low, high = volume["interval_90"]
+    return (
+        f"{result['presence']:.0%} of readers would outline it; volume if outlined: median {volume['median']:,.0f} "
+        f"mm3 (90 %: {low:,.0f} to {high:,.0f})"
+    )
+
+
+def summary_row(result: dict[str, Any]) -> Iterable[object]:
+    """Presence, volume and diameter of a result, each with a 90 % interval: cells of `SUMMARY_COLUMNS`."""
+    yield result["presence"]
+    for name in ("volume_mm3", "longest_diameter_mm"):
+        given = result[name]["given_presence"]
+        yield from (given["median"], *given["interval_90"])
+
+
+SUMMARY_COLUMNS = (
+    "presence", "volume_mm3_median", "volume_mm3_q05", "volume_mm3_q95", "diameter_mm_median", "diameter_mm_q05",
+    "diameter_mm_q95",
+)  # fmt: skip

@@ -1,0 +1,254 @@
+"""Sample masks of a nodule through the slices of a scan: every sample is one reader in three dimensions.
+
+    with open_scan("series") as scan:
+        sampled = sample_scan(model, processor, scan, [139, 253, 234, 322], (12, 20), num_samples=16)
+    print(sampled.presence, np.quantile(sampled.volumes_mm3, [0.05, 0.5, 0.95]))
+
+The model sees one slice at a time. Its latent is `mean + std * noise`: mean and standard deviation depend on the
+slice, and the noise describes the reader, for example how generous the outlines are. Therefore all slices share the
+*noise* of a sample, but not the latent, whose mean and scale belong to one slice. With independent noise per slice,
+the differences between readers would average out, and the interval of the volumes would be too narrow.
+
+Presence and extent are two answers. A sample annotates slice k if m_k + e > 0, where m_k is the prior's mean of the
+presence in that slice and e the shared noise. It annotates the nodule, on at least one slice, if e > -max(m). So
+
+    presence = P(the nodule is outlined) = Phi(max(m)),
+
+and samples given presence have noise from the normal distribution above -max(m); single slices may still be empty.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.spatial import ConvexHull
+from scipy.spatial.distance import pdist
+from scipy.special import log_ndtr, ndtr, ndtri_exp
+
+from .errors import UserError
+from .inference import check_prompt
+from .modeling_probabilistic_sam import ProbabilisticSamModel, spread_noise
+from .processing_probabilistic_sam import ProbabilisticSamProcessor
+from .scans import Scan, check_slices
+
+BATCH_SLICES = 8
+MAX_SAMPLED_VOXELS = 2**30  # samples x voxels of the window; each takes one byte
+
+
+@dataclass(frozen=True)
+class SampledScan:
+    """Samples of one nodule.
+
+    Only the window around the prompt is stored; outside of it all masks are empty.
+
+    Args:
+        masks: (N, K, h, w) bool, in the window, for K slices.
+        mean: (K, h, w) probability, averaged over the samples.
+        presence: probability that a reader outlines the nodule on at least one slice.
+        given_presence: whether the samples are those of readers who outline the nodule, or of all readers.
+        box: x1, y1, x2, y2 in pixels of a slice.
+        slices: first and last slice.
+        corner: row and column of the window's first pixel in a slice.
+        spacing_mm: distance between slices, rows and columns.
+        seed: of the noise.
+        threshold: probability above which a voxel belongs to a mask.
+    """
+
+    masks: np.ndarray
+    mean: np.ndarray
+    presence: float
+    given_presence: bool
+    box: tuple[float, float, float, float]
+    slices: tuple[int, int]
+    corner: tuple[int, int]
+    spacing_mm: tuple[float, float, float]
+    seed: int
+    threshold: float
+
+    @property
+    def volumes_mm3(self) -> np.ndarray:
+        """Volume of each sample (N,)."""
+        return self.masks.sum(axis=(1, 2, 3)) * math.prod(self.spacing_mm)
+
+    @property
+    def diameters_mm(self) -> np.ndarray:
+        """Longest diameter of each sample in any slice (N,), 0 for an empty sample."""
+        return np.array(
+            [max(longest_diameter(mask, self.spacing_mm[1:]) for mask in sample) for sample in self.masks], dtype=float
+        )
+
+    @property
+    def empty_shares(self) -> np.ndarray:
+        """Share of samples that are empty in each slice (K,)."""
+        return (~self.masks.any(axis=(2, 3))).mean(axis=0)
+
+
+@torch.no_grad()
+def sample_scan(
+    model: Any,
+    processor: ProbabilisticSamProcessor,
+    scan: Scan,
+    box: Sequence[float],
+    slices: tuple[int, int],
+    num_samples: int = 16,
+    seed: int = 0,
+    threshold: float = 0.5,
+    given_presence: bool = True,
+) -> SampledScan:
+    """Sample masks of one nodule. The same seed gives the same samples.
+
+    Args:
+        model: a `ProbabilisticSamModel` on any device, or another model with its `sample` (baselines).
+        processor: the one saved with the model.
+        scan: an open scan.
+        box: x1, y1, x2, y2 in pixels of a slice, around the nodule on all its slices.
+        slices: first and last slice of the nodule. The model has only seen slices that some reader annotated, so it
+            cannot tell where a nodule ends: choose the range by eye.
+        num_samples: N.
+        seed: of the noise.
+        threshold: probability above which a voxel belongs to a mask.
+        given_presence: sample readers who outline the nodule. False samples all readers, of whom a share of
+            1 - presence is empty. A model without presence has fewer than N samples given presence: those that are
+            not empty.
+
+    Raises:
+        UserError: box or slices outside the scan, too many samples, or logits that are not finite.
+    """
+    first, last = slices
+    check_slices(first, last, scan)
+    check_prompt({"box": box}, scan.shape[2], scan.shape[1])
+    values = scan.read(first, last)
+    inputs = [
+        processor(images=list(part), input_boxes=[[list(box)]] * len(part))
+        for part in np.split(values, range(BATCH_SLICES, len(values), BATCH_SLICES))
+    ]
+    window = inputs[0]["windows"][0].tolist()  # the same for all slices
+    left, top, right, bottom = clipped(window, scan.shape[2], scan.shape[1])
+    if num_samples * len(values) * (right - left) * (bottom - top) > MAX_SAMPLED_VOXELS:
+        most = MAX_SAMPLED_VOXELS // (len(values) * (right - left) * (bottom - top))
+        raise UserError(
+            f"{num_samples} samples of {len(values)} slices in a window of {right - left} x {bottom - top} pixels "
+            f"need too much memory; accepted: at most {most} samples"
+        )
+    embeddings = [model.get_image_embeddings(item["pixel_values"].to(model.device)) for item in inputs]
+    boxes = [item["input_boxes"].to(model.device) for item in inputs]
+    presence, logits = shared_samples(model, embeddings, boxes, num_samples, seed, given_presence)
+
+    masks = np.empty((num_samples, len(values), bottom - top, right - left), bool)
+    mean = np.empty(masks.shape[1:], np.float32)
+    # Pasted into the window clipped to the slice instead of the whole slice
+    place = torch.tensor([[window[0] - left, window[1] - top, window[2]]])
+    size = torch.tensor([masks.shape[2:]])
+    for index, item in enumerate(slice_logits for batch in logits for slice_logits in batch):
+        try:
+            (result,) = processor.post_process_samples(item[None].cpu(), place, size, threshold=threshold)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        masks[:, index], mean[index] = result["masks"].numpy(), result["mean"].numpy()
+    if presence is None:
+        outlined = masks.any(axis=(1, 2, 3))
+        presence = float(outlined.mean())
+        if given_presence:
+            masks = masks[outlined]
+            mean = masks.mean(axis=0, dtype=np.float32) if len(masks) else np.zeros_like(mean)
+    x1, y1, x2, y2 = (float(value) for value in box)
+    return SampledScan(
+        masks, mean, presence, given_presence, (x1, y1, x2, y2), (first, last), (top, left), scan.spacing_mm, seed,
+        threshold,
+    )  # fmt: skip
+
+
+def clipped(window: Sequence[int], width: int, height: int) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of the part of a window (x, y, side) inside an image."""
+    x, y, side = window
+    return max(x, 0), max(y, 0), min(x + side, width), min(y + side, height)
+
+
+def shared_samples(
+    model: Any,
+    embeddings: Sequence[torch.Tensor],
+    boxes: Sequence[torch.Tensor],
+    num_samples: int,
+    seed: int,
+    given_presence: bool,
+) -> tuple[float | None, Any]:
+    """Samples of all slices with shared noise.
+
+    Args:
+        model: as in `sample_scan`.
+        embeddings: image embeddings (B, C, g, g) of each batch of slices.
+        boxes: (B, 1, 4) in pixels of the model's input.
+        num_samples: N.
+        seed: of the noise.
+        given_presence: as in `sample_scan`.
+
+    Returns:
+        Presence, None for a model without it, and an iterator over logits (B, 1, N, h, w), so that only one batch is
+        in memory.
+    """
+    batches = list(zip(embeddings, boxes, strict=True))
+    priors = None
+    if isinstance(model, ProbabilisticSamModel):
+        outputs = [model.sample(image_embeddings=item, input_boxes=box, num_samples=1) for item, box in batches]
+        priors = [
+            (output.prior_mean, output.prior_log_std.exp())
+            for output in outputs
+            if output.prior_mean is not None and output.prior_log_std is not None
+        ]
+    if not priors:
+
+        def sampled():
+            for item, box in batches:
+                generators = [torch.Generator().manual_seed(seed) for _ in box]
+                yield model.sample(
+                    image_embeddings=item, input_boxes=box, num_samples=num_samples, generator=generators
+                ).pred_masks
+
+        return None, sampled()
+
+    best = max(float(mean[..., 0].max()) for mean, _ in priors)
+    generator = torch.Generator().manual_seed(seed)
+    noise = spread_noise((1, 1, num_samples, model.config.latent_dim), generator, "cpu")
+    if given_presence:
+        noise[..., 0] = noise_above(noise[..., 0], -best)
+    noise = noise.to(model.device)
+
+    def decoded():
+        for (item, box), (mean, std) in zip(batches, priors, strict=True):
+            latents = mean[:, :, None] + std[:, :, None] * noise
+            yield model(image_embeddings=item, input_boxes=box, latents=latents).pred_masks
+
+    return float(ndtr(best)), decoded()
+
+
+def noise_above(noise: torch.Tensor, limit: float) -> torch.Tensor:
+    """Map standard normal noise to the normal distribution above a limit, in the same order.
+
+    Noise at the level u of the normal distribution comes to the level u of the truncated one. In terms of the upper
+    tail, in logarithms so that small probabilities remain: log Q(z') = log Q(limit) + log Q(z).
+    """
+    above = -ndtri_exp(log_ndtr(-limit) + log_ndtr(-noise.double().numpy()))
+    # In float32 the smallest values may round to the limit itself, which does not count as above
+    return torch.from_numpy(above).float().clamp(min=limit + 1e-6 * max(1.0, abs(limit)))
+
+
+def longest_diameter(mask: np.ndarray, spacing_mm: Sequence[float]) -> float:
+    """Longest distance between two points of a mask's outline, in mm; 0 for an empty mask.
+
+    This is the longest diameter of RECIST 1.1 in one axial slice. The outline follows the pixels' edges.
+
+    Args:
+        mask: (h, w) bool.
+        spacing_mm: distance between rows and between columns.
+    """
+    rows = np.flatnonzero(mask.any(axis=1))
+    if not len(rows):
+        return 0.0
+    lines = mask[rows]
+    left, right = lines.argmax(axis=1), mask.shape[1] - lines[:, ::-1].argmax(axis=1)
+    corners = [(rows + down, side) for down in (0, 1) for side in (left, right)]
+    points = np.concatenate([np.stack(corner, axis=1) for corner in corners]) * np.asarray(spacing_mm)
+    return float(pdist(points[ConvexHull(points).vertices]).max())

@@ -1,0 +1,183 @@
+"""The work of `probabilistic-sam segment SCAN`: result folders for the nodules of one scan.
+
+Everything is checked before the model is loaded, and the output folder is written whole or not at all.
+"""
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from .errors import UserError
+from .files import replaced_directory
+from .inference import check_prompt, load_model
+from .scan_files import (
+    SCAN_RESULT_FILES,
+    SUMMARY_COLUMNS,
+    check_formats,
+    result_line,
+    summary_row,
+    write_scan_result,
+)
+from .scan_sampling import sample_scan
+from .scans import Scan, box_in_patient, box_in_pixels, check_slices, open_scan
+from .segment import MAX_TABLE_BYTES, Options
+
+COLUMNS = ("x1", "y1", "x2", "y2", "first", "last")
+ACCEPTED_TABLE = f"accepted: a CSV file in UTF-8 with the columns {','.join(COLUMNS)}"
+MAX_NODULES = 1_000
+
+
+@dataclass(frozen=True)
+class Nodule:
+    """Box in pixels and range of slices of one nodule, with the start of error messages about it."""
+
+    box: list[float]
+    first: int
+    last: int
+    place: str = ""
+
+
+def segment_scan(
+    path: str,
+    box: Sequence[float] | None,
+    slices: Sequence[int] | None,
+    box_mm: Sequence[float] | None,
+    table: str | None,
+    series: str | None,
+    formats: Sequence[str] | None,
+    output: str,
+    options: Options,
+) -> list[str]:
+    """Sample masks of one nodule or of a table of nodules in a scan and write one result each.
+
+    Args:
+        path: of the scan, as in `open_scan`.
+        box: in pixels, with `slices`.
+        slices: first and last slice.
+        box_mm: in patient coordinates, instead of `box` and `slices`.
+        table: CSV file with the columns `COLUMNS`, instead of both.
+        series: series instance UID, if there are several.
+        formats: some of `FORMATS`; None writes all but the samples as DICOM SEG, as far as the scan allows.
+        output: folder of the result.
+        options: as for images.
+
+    Returns:
+        Lines that say what was understood and written.
+
+    Raises:
+        UserError: bad input, or a folder that cannot be written.
+    """
+    with open_scan(path, series) as scan:
+        nodules = find_nodules(scan, box, slices, box_mm, table)
+        formats = formats or (["nifti", "dicom-seg", "png"] if scan.headers else ["nifti", "png"])
+        lines = [f"warning: {warning}" for warning in scan.warnings]
+        for nodule in nodules:
+            check_nodule(scan, nodule, formats, options.num_samples)
+        folders = ["."] if table is None else [f"nodule-{index}" for index in range(len(nodules))]
+        owned = SCAN_RESULT_FILES if table is None else ("nodule-[0-9]*", "summary.csv")
+        with replaced_directory(output, owned) as folder:
+            model, processor = load_model(options.model)
+            model = model.to(options.device)
+            results = []
+            pairs = list(zip(nodules, folders, strict=True))
+            for nodule, name in tqdm(pairs, unit="nodule", disable=True if table is None else None):
+                sampled = sample_scan(
+                    model, processor, scan, nodule.box, (nodule.first, nodule.last), options.num_samples,
+                    options.seed, options.threshold,
+                )  # fmt: skip
+                (folder / name).mkdir(exist_ok=True)
+                result = write_scan_result(folder / name, scan, sampled, formats, options.model)
+                lines += [prompt_line(scan, nodule), f"wrote {Path(output) / name}: {result_line(result)}"]
+                results.append(result)
+            if table is not None:
+                write_summary(folder / "summary.csv", nodules, results)
+    return lines
+
+
+def find_nodules(
+    scan: Scan,
+    box: Sequence[float] | None,
+    slices: Sequence[int] | None,
+    box_mm: Sequence[float] | None,
+    table: str | None,
+) -> list[Nodule]:
+    """The nodules of a call; arguments as in `segment_scan`."""
+    kinds = [box is not None or slices is not None, box_mm is not None, table is not None]
+    if sum(kinds) != 1 or (box is None) != (slices is None):
+        raise UserError("a scan needs one kind of prompt; accepted: --box with --slices, or --box-mm, or --prompts")
+    if table is not None:
+        return read_nodules(table)
+    if box_mm is not None:
+        found, first, last = box_in_pixels(scan, box_mm)
+        return [Nodule(found, first, last)]
+    assert box is not None and slices is not None
+    return [Nodule(list(box), slices[0], slices[1])]
+
+
+def read_nodules(path: str) -> list[Nodule]:
+    """Read a CSV file with the columns x1, y1, x2, y2, first, last in any order, one nodule per row.
+
+    Raises:
+        UserError: no such table, other columns, too many rows, or a row without four numbers and two whole numbers.
+    """
+    file = Path(path)
+    try:
+        if file.stat().st_size > MAX_TABLE_BYTES:
+            raise UserError(f"table {path} has more than {MAX_TABLE_BYTES >> 20} MiB; {ACCEPTED_TABLE}")
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"table {path} cannot be read ({error}); {ACCEPTED_TABLE}") from error
+    reader = csv.DictReader(io.StringIO(text), strict=True, skipinitialspace=True)
+    nodules: list[Nodule] = []
+    try:
+        if sorted(reader.fieldnames or []) != sorted(COLUMNS):
+            found = ",".join(reader.fieldnames or [])[:80]
+            raise UserError(f"table {path} has the columns {found or '(none)'}; {ACCEPTED_TABLE}")
+        for row in reader:
+            place = f"{path}, line {reader.line_num}: "
+            if len(nodules) == MAX_NODULES:
+                raise UserError(f"table {path} has more than {MAX_NODULES} rows; accepted: at most {MAX_NODULES}")
+            try:
+                box = [float(row[name]) for name in COLUMNS[:4]]
+                nodules.append(Nodule(box, int(row["first"]), int(row["last"]), place))
+            except (TypeError, ValueError) as error:
+                raise UserError(f"{place}{error}; accepted: numbers, and whole numbers for first and last") from error
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: {error}; {ACCEPTED_TABLE}") from error
+    if not nodules:
+        raise UserError(f"table {path} has no rows; {ACCEPTED_TABLE}")
+    return nodules
+
+
+def check_nodule(scan: Scan, nodule: Nodule, formats: Sequence[str], num_samples: int) -> None:
+    """Raise `UserError` for a nodule outside the scan, or too large for a format."""
+    try:
+        check_prompt({"box": nodule.box}, scan.shape[2], scan.shape[1])
+        check_slices(nodule.first, nodule.last, scan)
+        check_formats(formats, scan, nodule.last - nodule.first + 1, num_samples)
+    except UserError as error:
+        raise UserError(f"{nodule.place}{error}") from error
+
+
+def prompt_line(scan: Scan, nodule: Nodule) -> str:
+    """The prompt in pixels and in patient coordinates."""
+    x1, y1, z1, x2, y2, z2 = (f"{value:.1f}" for value in box_in_patient(scan, nodule.box, nodule.first, nodule.last))
+    pixels = " ".join(f"{value:g}" for value in nodule.box)
+    return (
+        f"box {pixels} on slices {nodule.first} to {nodule.last} of 0 to {scan.shape[0] - 1}: patient x {x1} to {x2}, "
+        f"y {y1} to {y2}, z {z1} to {z2} mm (LPS)"
+    )
+
+
+def write_summary(path: Path, nodules: Sequence[Nodule], results: Sequence[dict[str, Any]]) -> None:
+    """Write one row per nodule: its prompt, presence, volume and diameter."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("nodule", *COLUMNS, *SUMMARY_COLUMNS))
+        for index, (nodule, result) in enumerate(zip(nodules, results, strict=True)):
+            writer.writerow([index, *nodule.box, nodule.first, nodule.last, *summary_row(result)])

@@ -1,0 +1,301 @@
+"""Files of a nodule open in other software with the geometry of the scan, and the command writes them."""
+
+import csv
+import json
+from pathlib import Path
+
+import highdicom
+import nibabel
+import numpy as np
+import pydicom
+import pytest
+import SimpleITK
+from small_scans import SHAPE, SPACING, STEP, hounsfield, samples_of, whole, write_nifti, write_series
+from tiny import SIZE, tiny_model
+
+from probabilistic_sam import ProbabilisticSamProcessor, cli
+from probabilistic_sam.errors import UserError
+from probabilistic_sam.files import TEMPORARY
+from probabilistic_sam.hub.staging import EXAMPLES
+from probabilistic_sam.images import load_image
+from probabilistic_sam.scan_files import FORMATS, NIFTI_FILES, SEG_FILES, check_formats, write_scan_result
+from probabilistic_sam.scans import open_scan
+
+SHIPPED = Path(__file__).resolve().parent.parent / "model_cards" / "psam-lidc"
+RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+
+
+def itk_affine(image):
+    """Affine matrix of a SimpleITK image: index (i, j, k) to LPS."""
+    affine = np.eye(4)
+    affine[:3, :3] = np.reshape(image.GetDirection()[:9], (3, 3)) * image.GetSpacing()[:3]
+    affine[:3, 3] = image.GetOrigin()[:3]
+    return affine
+
+
+def check_nifti(folder, scan, sampled, affine_lps, shape):
+    """The files have the affine matrix and shape of the input, and every voxel lies where it was sampled."""
+    probability, entropy, samples = (nibabel.load(folder / name) for name in NIFTI_FILES)
+    for image in (probability, entropy, samples):
+        assert image.shape[:3] == shape
+        np.testing.assert_allclose(RAS @ image.affine, affine_lps, atol=1e-4)
+        np.testing.assert_allclose(image.header.get_qform(), image.header.get_sform(), atol=1e-4)
+    assert probability.get_data_dtype() == np.float32 and samples.get_data_dtype() == np.uint8
+    assert samples.shape[3] == len(sampled.masks)
+    # From the scan's voxels to those of the file through patient coordinates
+    index = np.stack(np.nonzero(np.ones(scan.shape, bool)))
+    places = scan.geometry.affine @ np.concatenate([index, np.ones((1, index.shape[1]))])
+    i, j, k = (np.linalg.inv(affine_lps) @ places)[:3].round().astype(int)
+    np.testing.assert_array_equal(
+        np.asarray(probability.dataobj)[i, j, k], whole(scan, sampled, sampled.mean)[tuple(index)]
+    )
+    np.testing.assert_array_equal(
+        np.asarray(samples.dataobj)[i, j, k].T, whole(scan, sampled, sampled.masks)[:, *index]
+    )
+    p = np.clip(probability.get_fdata(), 1e-12, 1 - 1e-12)
+    np.testing.assert_allclose(entropy.get_fdata(), -p * np.log2(p) - (1 - p) * np.log2(1 - p), atol=1e-5)
+    second = SimpleITK.ReadImage(folder / NIFTI_FILES[0])
+    assert second.GetSize() == shape
+    np.testing.assert_allclose(itk_affine(second), affine_lps, atol=1e-4)
+    np.testing.assert_array_equal(SimpleITK.GetArrayFromImage(second).T, np.asarray(probability.dataobj))
+
+
+def check_segmentations(folder, scan, sampled):
+    """The three DICOM SEG files hold the samples at the place of the source, read by highdicom and by pydicom."""
+    expected = {
+        SEG_FILES[0]: sampled.mean[None],
+        SEG_FILES[1]: np.stack([sampled.mean >= level for level in (0.25, 0.5, 0.75)]),
+        SEG_FILES[2]: sampled.masks,
+    }
+    first, last = sampled.slices
+    tracking = set()
+    for name, blocks in expected.items():
+        values = whole(scan, sampled, blocks)
+        tolerance = 0.5 / 255 if name == SEG_FILES[0] else 0
+        segmentation = highdicom.seg.segread(folder / name)
+        volume = segmentation.get_volume(combine_segments=False, rescale_fractional=True)
+        volume = volume.to_patient_orientation(scan.geometry.get_closest_patient_orientation())
+        start = np.linalg.inv(scan.geometry.affine) @ volume.affine[:, 3]
+        np.testing.assert_allclose(start[:3], [first, 0, 0], atol=1e-4)
+        np.testing.assert_allclose(volume.affine[:3, :3], scan.geometry.affine[:3, :3], atol=1e-4)
+        read = np.moveaxis(volume.array, -1, 0)
+        np.testing.assert_allclose(read, values[:, first : last + 1], atol=tolerance + 1e-6)
+
+        plain = pydicom.dcmread(folder / name)  # frame by frame, through position and reference to the source
+        frames = plain.pixel_array / (255 if name == SEG_FILES[0] else 1)
+        for frame, groups in zip(frames, plain.PerFrameFunctionalGroupsSequence, strict=True):
+            position = groups.PlanePositionSequence[0].ImagePositionPatient
+            index = (np.linalg.inv(scan.geometry.affine) @ [*position, 1])[:3]
+            np.testing.assert_allclose(index, index.round(), atol=1e-4)
+            source = groups.DerivationImageSequence[0].SourceImageSequence[0].ReferencedSOPInstanceUID
+            assert source == scan.headers[round(index[0])].SOPInstanceUID
+            shared = plain.SharedFunctionalGroupsSequence[0]
+            place = groups.get("SegmentIdentificationSequence") or shared.SegmentIdentificationSequence
+            segment = place[0].ReferencedSegmentNumber - 1
+            np.testing.assert_allclose(frame, values[segment, round(index[0])], atol=tolerance + 1e-6)
+        for item in plain.SegmentSequence:
+            assert item.SegmentedPropertyCategoryCodeSequence[0].CodeValue == "49755003"
+            assert item.SegmentedPropertyTypeCodeSequence[0].CodeMeaning == "Nodule"
+            assert item.SegmentationAlgorithmIdentificationSequence[0].AlgorithmName == "Probabilistic SAM"
+            tracking.add((item.TrackingID, item.TrackingUID))
+        header = scan.headers[0]
+        for keyword in ("PatientName", "PatientID", "StudyInstanceUID", "FrameOfReferenceUID"):
+            assert plain.get(keyword) == header.get(keyword)
+        assert plain.ReferencedSeriesSequence[0].SeriesInstanceUID == header.SeriesInstanceUID
+    assert len(tracking) == 1
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def test_a_series_comes_back_with_its_geometry(tmp_path):
+    write_series(tmp_path / "in", hounsfield(), ImageOrientationPatient=[0.8, 0.6, 0, -0.6, 0.8, 0])
+    (tmp_path / "out").mkdir()
+    with open_scan(tmp_path / "in") as scan:
+        sampled = samples_of(scan)
+        result = write_scan_result(tmp_path / "out", scan, sampled, FORMATS, "model")
+        affine = scan.geometry.affine[:, [2, 1, 0, 3]]
+        check_nifti(tmp_path / "out", scan, sampled, affine, SHAPE[::-1])
+        check_segmentations(tmp_path / "out", scan, sampled)
+        assert [item["sop_instance_uid"] for item in result["slices"]] == [
+            header.SOPInstanceUID for header in scan.headers[1:4]
+        ]
+    assert set(result["files"]) == {path.name for path in (tmp_path / "out").iterdir()} - {"result.json"}
+    volumes = sampled.masks.sum((1, 2, 3)) * STEP * SPACING[0] * SPACING[1]
+    np.testing.assert_allclose(result["volume_mm3"]["given_presence"]["samples"], volumes, atol=1e-4)
+    assert result["presence"] == 0.75 and result["scan"]["SeriesInstanceUID"] == "1.2.3.1"
+    # The name of the patient is in the same field of DICOM only
+    for path in (tmp_path / "out").iterdir():
+        assert (b"Roe" in path.read_bytes()) == path.name.endswith(".dcm"), path.name
+    assert str(tmp_path) not in (tmp_path / "out" / "result.json").read_text()
+
+
+def test_slices_stored_from_head_to_feet_keep_their_order_in_the_files(tmp_path):
+    # Rows to the right and columns to the back: the normal of the slices points to the feet
+    write_series(tmp_path / "in", hounsfield(), ImageOrientationPatient=[-1, 0, 0, 0, 1, 0])
+    (tmp_path / "out").mkdir()
+    with open_scan(tmp_path / "in") as scan:
+        sampled = samples_of(scan)
+        np.testing.assert_array_equal(scan.read(0, 5), hounsfield())
+        write_scan_result(tmp_path / "out", scan, sampled, ["dicom-seg-samples", "nifti"], "model")
+        frames = highdicom.seg.segread(tmp_path / "out" / SEG_FILES[1]).get_volume(combine_segments=False)
+        place = np.linalg.inv(scan.geometry.affine) @ frames.affine @ [*np.argwhere(frames.array.any(-1))[0], 1]
+        k, y, x = place[:3].round().astype(int)
+        assert whole(scan, sampled, sampled.mean)[k, y, x] >= 0.25
+        check_nifti(tmp_path / "out", scan, sampled, scan.stored.affine[:, [2, 1, 0, 3]], SHAPE[::-1])
+
+
+@pytest.mark.parametrize("kind", ["flipped", "oblique"])
+def test_a_nifti_comes_back_with_its_geometry(tmp_path, kind):
+    values = hounsfield((20, 6, 24)).astype(np.int16)
+    affine = np.eye(4)
+    affine[:3, :3] = np.array([[0, 0, -0.7], [0.8, 0, 0], [0, -2.0, 0]])  # i: anterior, j: feet, k: left
+    affine[:3, 3] = [12.5, -7.25, 300.125]
+    if kind == "oblique":
+        cosine, sine = np.cos(0.3), np.sin(0.3)
+        affine[:3] = np.array([[cosine, 0, sine], [0, 1, 0], [-sine, 0, cosine]]) @ affine[:3]
+    (tmp_path / "out").mkdir()
+    with open_scan(write_nifti(tmp_path / "scan.nii.gz", values, affine)) as scan:
+        assert scan.shape == (6, 20, 24)
+        sampled = samples_of(scan)
+        result = write_scan_result(tmp_path / "out", scan, sampled, ["nifti"], "model")
+        check_nifti(tmp_path / "out", scan, sampled, RAS @ affine, values.shape)
+        with pytest.raises(UserError, match="dicom-seg refers to the DICOM images .* NIfTI; accepted: nifti, png"):
+            check_formats(["dicom-seg"], scan, 3, 4)
+    assert "SeriesInstanceUID" not in result["scan"] and result["slices"][0]["sop_instance_uid"] is None
+
+
+def test_an_enhanced_ct_comes_back_with_its_geometry(tmp_path):
+    write_series(tmp_path / "series", hounsfield())
+    slices = [pydicom.dcmread(path) for path in sorted((tmp_path / "series").iterdir())]
+    enhanced = highdicom.legacy.LegacyConvertedEnhancedCTImage(slices, "1.2.4", 1, "1.2.4.1", 1)
+    enhanced.save_as(tmp_path / "enhanced.dcm")
+    (tmp_path / "out").mkdir()
+    with open_scan(tmp_path / "enhanced.dcm") as scan:
+        sampled = samples_of(scan)
+        write_scan_result(tmp_path / "out", scan, sampled, ["dicom-seg", "nifti"], "model")
+        check_nifti(tmp_path / "out", scan, sampled, scan.geometry.affine[:, [2, 1, 0, 3]], SHAPE[::-1])
+        volume = highdicom.seg.segread(tmp_path / "out" / SEG_FILES[1]).get_volume(combine_segments=False)
+        volume = volume.to_patient_orientation(scan.geometry.get_closest_patient_orientation())
+        levels = whole(scan, sampled, sampled.mean)[1:4] >= 0.5
+        np.testing.assert_array_equal(volume.array[..., 1], levels)
+        np.testing.assert_allclose(volume.affine, scan.geometry[1:4].affine, atol=1e-4)
+
+
+def test_a_real_series_has_the_same_geometry_for_a_second_reader(shared_dir, tmp_path):
+    archive = shared_dir / "data" / "lung-ct-series.tar.gz"
+    if not archive.exists():
+        pytest.skip("the real series is not in the shared data")
+    import tarfile
+
+    with tarfile.open(archive) as file:
+        file.extractall(tmp_path, filter="data")
+    (tmp_path / "out").mkdir()
+    names = SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames(str(tmp_path / "lung-ct-series" / "dicom"))
+    second = SimpleITK.ReadImage(names)
+    with open_scan(tmp_path / "lung-ct-series") as scan:
+        np.testing.assert_allclose(scan.geometry.affine[:, [2, 1, 0, 3]], itk_affine(second), atol=1e-4)
+        np.testing.assert_array_equal(scan.read(12, 14), SimpleITK.GetArrayFromImage(second)[12:15])
+        boxes = list(csv.DictReader((tmp_path / "lung-ct-series" / "boxes.csv").open()))
+        sampled = samples_of(scan, slices=(12, 14), corner=(253, 139), size=(60, 70), count=2)
+        result = write_scan_result(tmp_path / "out", scan, sampled, ["dicom-seg-samples", "nifti"], "model")
+        by_uid = {row["sop_instance_uid"]: float(row["z_mm"]) for row in boxes}
+        for item in result["slices"]:
+            assert item["centre_mm_lps"][2] == by_uid[item["sop_instance_uid"]]
+        check_segmentations(tmp_path / "out", scan, sampled)
+        written = SimpleITK.ReadImage(tmp_path / "out" / NIFTI_FILES[0])
+        np.testing.assert_allclose(itk_affine(written), itk_affine(second), atol=1e-4)
+        values = SimpleITK.GetArrayFromImage(written)
+        np.testing.assert_array_equal(values, whole(scan, sampled, sampled.mean))
+
+
+# ------------------------------------------------------------------------------------------------------------- command
+
+
+@pytest.fixture(scope="module")
+def series(tmp_path_factory):
+    """Three slices of the packaged phantom."""
+    grey = load_image(EXAMPLES / "phantom-1.png").astype(float)
+    return write_series(tmp_path_factory.mktemp("scan") / "Roe_Jane", np.stack([grey] * 3) * 5 - 1000)
+
+
+def test_the_command_writes_a_nodule_of_the_shipped_model(series, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = ["segment", series, "--box", 52, 50, 78, 80, "--slices", 0, 2, "--output", out, "--num-samples", 3]
+    cli.main([str(word) for word in [*words, "--model", SHIPPED]])
+    assert {path.name for path in out.iterdir()} == {*NIFTI_FILES, *SEG_FILES[:2], "figure.png", "result.json"}
+    prompt, wrote = capsys.readouterr().out.splitlines()
+    assert prompt.startswith(
+        "box 52 50 78 80 on slices 0 to 2 of 0 to 2: patient x 21.2 to 42.0, y 4.6 to 25.6, z 100"
+    )
+    result = json.loads((out / "result.json").read_text())
+    assert f"{result['presence']:.0%} of readers would outline it" in wrote
+    volumes = np.asarray(nibabel.load(out / NIFTI_FILES[2]).dataobj).sum((0, 1, 2)) * STEP * SPACING[0] * SPACING[1]
+    np.testing.assert_allclose(result["volume_mm3"]["given_presence"]["samples"], volumes, atol=1e-3)
+    assert volumes.min() > 0 and len({item["empty_share"] for item in result["slices"]}) == 1
+    assert all("Roe" not in path.read_bytes().decode("latin1") for path in out.iterdir() if path.suffix != ".dcm")
+
+
+@pytest.fixture(scope="module")
+def tiny_dir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tiny")
+    tiny_model().save_pretrained(path)
+    ProbabilisticSamProcessor(SIZE, crop_size=24).save_pretrained(path)
+    return path
+
+
+def test_a_table_and_patient_coordinates(series, tiny_dir, tmp_path):
+    (tmp_path / "nodules.csv").write_text("first,last,x1,y1,x2,y2\n0,1,52,50,78,80\n1,1,10,12,30,33.5\n")
+    common = ["--model", tiny_dir, "--num-samples", 2, "--format", "nifti"]
+    cli.main([str(word) for word in ["segment", series, "--prompts", tmp_path / "nodules.csv",
+                                     "--output", tmp_path / "table", *common]])  # fmt: skip
+    rows = list(csv.DictReader((tmp_path / "table" / "summary.csv").open()))
+    assert [row["first"] for row in rows] == ["0", "1"] and float(rows[0]["volume_mm3_median"]) > 0
+    result = json.loads((tmp_path / "table" / "nodule-0" / "result.json").read_text())
+    cli.main([str(word) for word in ["segment", series, "--box-mm", *result["prompt"]["box_mm_lps"],
+                                     "--output", tmp_path / "mm", *common]])  # fmt: skip
+    again = json.loads((tmp_path / "mm" / "result.json").read_text())
+    assert again["prompt"]["box_px"] == pytest.approx([52, 50, 78, 80]) and again["prompt"]["slices"] == [0, 1]
+    assert again["volume_mm3"] == result["volume_mm3"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--box", 1, 1, 9, 9], "accepted: --box with --slices"),
+        (["--slices", 0, 1], "accepted: --box with --slices"),
+        (["--box", 1, 1, 9, 9, "--slices", 0, 1, "--box-mm", 0, 0, 0, 1, 1, 1], "one kind of prompt"),
+        (["--box", 1, 1, 9, 999, "--slices", 0, 1], "reaches outside the image of 128 x 128"),
+        (["--box", 1, 1, 9, 9, "--slices", 0, 3], "outside the scan of 3"),
+        (["--box", 1, 1, 9, 9, "--slices", 0, 1, "--point", 3, 3], "is a scan; accepted: the command without --point"),
+        (["--box", 1, 1, 9, 9, "--box", 1, 1, 9, 9], "2 boxes in a scan"),
+        (["--box", 1, 1, 9, 9, "--slices", 0, 1, "--series", "9"], "no series 9"),
+        (["--prompts", "missing.csv"], "missing.csv cannot be read"),
+    ],
+)
+def test_bad_prompts_of_a_scan_are_one_line_and_write_nothing(series, tmp_path, words, message):
+    arguments = ["segment", series, *words, "--output", tmp_path / "out", "--model", SHIPPED]
+    with pytest.raises(UserError, match=message):
+        cli.main([str(word) for word in arguments])
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(f"{TEMPORARY}*"))
+
+
+def test_bad_tables_name_the_line(series, tmp_path):
+    table = tmp_path / "table.csv"
+    for text, message in (
+        ("a,b\n1,2\n", "has the columns a,b; accepted: a CSV file in UTF-8 with the columns x1,y1,x2,y2,first,last"),
+        ("x1,y1,x2,y2,first,last\n", "no rows"),
+        ("x1,y1,x2,y2,first,last\n1,1,9,9,0,1\n1,1,9,9,0,1.5\n", "line 3: .*whole numbers"),
+        ("x1,y1,x2,y2,first,last\n1,1,9,9,0\n", "line 2: "),
+        ("x1,y1,x2,y2,first,last\n1,1,9,9,0,7\n", "line 2: slices 0 to 7 reach outside"),
+    ):
+        table.write_text(text)
+        with pytest.raises(UserError, match=message):
+            cli.main(["segment", str(series), "--prompts", str(table), "--output", str(tmp_path / "out"),
+                      "--model", str(SHIPPED)])  # fmt: skip
+
+
+def test_options_of_scans_are_refused_for_an_image(tmp_path):
+    words = ["segment", EXAMPLES / "phantom-1.png", "--box", 52, 50, 78, 80, "--slices", 0, 1, "--output", tmp_path]
+    with pytest.raises(UserError, match="is not a scan; accepted: the command without --slices"):
+        cli.main([str(word) for word in [*words, "--model", SHIPPED]])

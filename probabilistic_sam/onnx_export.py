@@ -29,8 +29,8 @@ From an image (H, W) and a box to masks, in the order of `ProbabilisticSamProces
 1. Window: `side = max(crop_size, ceil(max(x2 - x1, y2 - y1) / 0.75))`, `x = round(centre_x - side / 2)`, and y alike
    (round half to even). For points take the bounding box of the positive ones.
 2. Percentiles `low`, `high` (0.5 and 99.5, linear interpolation as in `numpy.percentile`) of the window's pixels that
-   lie inside the image. Pixels outside take the minimum of those inside. Then `v = 255 * clip((v - low) / (high - low),
-   0, 1)`, where `high - low` is at least 1e-6.
+   lie inside the image. Pixels outside take the minimum of those inside. Grey values become
+   `255 * clip((v - low) / (high - low), 0, 1)`, where `high - low` is at least 1e-6.
 3. Resize to S x S: bilinear with half-pixel centres and clamped edges. Only if side > S the filter is widened
    (antialiasing).
 4. Three equal channels (or RGB), each `(v - mean) / std` with mean 123.675, 116.28, 103.53 and std 58.395, 57.12,
@@ -61,6 +61,9 @@ OPSET = 20  # the first with Gelu; onnxruntime-web runs it
 GRAPHS = ("vision_encoder", "box_decoder", "point_decoder")
 PRECISIONS = ("", "_fp16", "_quantized")  # suffixes: float32, float16, int8 weights
 ONNX_FILES = tuple(f"{graph}{precision}.onnx" for graph in GRAPHS for precision in PRECISIONS)
+# What reads the weights that become int8 (in the mask decoder some are reshaped first), and their smallest size
+WEIGHT_CONSUMERS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Reshape", "Transpose")
+MIN_QUANTIZED = 4096
 DECODER_OUTPUTS = ("pred_masks", "prior_mean", "prior_log_std", "presence")
 
 
@@ -125,7 +128,7 @@ def export_onnx(
     """
     try:
         import onnx
-        import onnxruntime  # noqa: F401  # converts to float16 and int8
+        import onnxruntime  # noqa: F401  # converts to float16
         import onnxscript  # noqa: F401  # torch.onnx needs it
     except ModuleNotFoundError as error:
         raise UserError(
@@ -139,7 +142,7 @@ def export_onnx(
             onnx.checker.check_model(exported, full_check=True)
             onnx.save(exported, new / f"{graph}.onnx")
             onnx.save(to_float16(exported), new / f"{graph}_fp16.onnx")
-            quantize(new / f"{graph}.onnx", new / f"{graph}_quantized.onnx")
+            onnx.save(to_int8(exported), new / f"{graph}_quantized.onnx")
     return [Path(folder) / file for file in ONNX_FILES]
 
 
@@ -202,8 +205,35 @@ def to_float16(exported: Any) -> Any:
     return convert_float_to_float16(exported, keep_io_types=True)
 
 
-def quantize(source: Path, target: Path) -> None:
-    """Write a graph with int8 weights, one scale per channel."""
-    from onnxruntime.quantization import QuantType, quantize_dynamic
+def to_int8(exported: Any) -> Any:
+    """The same graph with int8 weights, one scale per channel, computed in float32.
 
-    quantize_dynamic(source, target, op_types_to_quantize=["MatMul"], per_channel=True, weight_type=QuantType.QInt8)
+    The weights are dequantised by standard operators when the graph runs, which any execution provider supports. Int8
+    activations would be less exact: where the presence changes its sign, a whole mask appears or vanishes.
+    """
+    import onnx
+
+    result = onnx.ModelProto()
+    result.CopyFrom(exported)
+    graph = result.graph
+    consumers = {name: node.op_type for node in graph.node for name in node.input}
+    dequantizers = []
+    for tensor in list(graph.initializer):
+        consumer = consumers.get(tensor.name)
+        if consumer not in WEIGHT_CONSUMERS or tensor.data_type != onnx.TensorProto.FLOAT or len(tensor.dims) < 2:
+            continue
+        weight = onnx.numpy_helper.to_array(tensor)
+        if weight.size < MIN_QUANTIZED:
+            continue
+        axis = int(consumer in ("MatMul", "ConvTranspose"))  # of the output channels
+        scale = abs(weight).max(axis=tuple(i for i in range(weight.ndim) if i != axis), keepdims=True) / 127
+        scale[scale == 0] = 1
+        names = [f"{tensor.name}_int8", f"{tensor.name}_scale"]
+        arrays = [(weight / scale).round().astype("int8"), scale.ravel()]
+        graph.initializer.remove(tensor)
+        graph.initializer.extend(map(onnx.numpy_helper.from_array, arrays, names))
+        dequantizers.append(onnx.helper.make_node("DequantizeLinear", names, [tensor.name], axis=axis))
+    nodes = [*dequantizers, *graph.node]
+    graph.ClearField("node")
+    graph.node.extend(nodes)
+    return result

@@ -48,9 +48,6 @@ masks = np.zeros((num_samples, *image.shape), dtype=bool)
 height, width = inside.shape
 for mask, sample in zip(masks, logits[0, 0], strict=True):
     pasted = np.asarray(Image.fromarray(sample).resize((side, side), Image.Resampling.BILINEAR)) > 0
-    height, width = inside.shape
-    mask[max(y, 0) : max(y, 0) + height, max(x, 0) : max(x, 0) + width] = pasted[
-        top : top + height, left : left + width
-    ]
+    mask[max(y, 0) : y + side, max(x, 0) : x + side] = pasted[top : top + height, left : left + width]
 np.savez_compressed("masks.npz", masks=masks)
 print(f"presence {presence[0, 0]:.2f}, areas {masks.sum(axis=(1, 2)).tolist()} px; wrote masks.npz")

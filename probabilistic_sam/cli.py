@@ -16,7 +16,7 @@ from . import __version__
 from .arguments import ArgumentParser, number, probability, spacing, whole_number
 from .errors import UserError, run
 from .images import is_scan
-from .inference import MAX_SAMPLES, choose_device, find_model, load_model, quiet_transformers
+from .inference import MAX_SAMPLES, RUNTIMES, choose_device, find_model, load_model, quiet_transformers
 from .info import information, information_text
 from .processing_image_files import IMAGE_FORMATS
 from .segment import COLUMNS, Options, segment_image, segment_table
@@ -29,9 +29,10 @@ MODEL_HELP = "folder of a model, or its name on the Hub (owner/name); default: m
 
 def segment(arguments: argparse.Namespace) -> None:
     """`probabilistic-sam segment`: sample masks in an image or a scan and write them."""
+    device = arguments.device or ("cpu" if arguments.runtime == "onnx" else None)
     options = Options(
-        find_model(arguments.model), choose_device(arguments.device), arguments.num_samples, arguments.seed,
-        arguments.threshold, arguments.pixel_spacing,
+        find_model(arguments.model), choose_device(device), arguments.num_samples, arguments.seed,
+        arguments.threshold, arguments.pixel_spacing, arguments.runtime,
     )  # fmt: skip
     if arguments.image is not None and is_scan(arguments.image):
         segment_in_scan(arguments, options)
@@ -190,6 +191,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     command.add_argument(
         "--device", metavar="D", help="cpu, cuda, cuda:1 or mps; default: cuda if available, otherwise cpu"
     )
+    command.add_argument(
+        "--runtime", choices=RUNTIMES, default="torch",
+        help="onnx runs the model's onnx/ files with onnxruntime on the CPU, for boxes or points; default torch",
+    )  # fmt: skip
 
     command = commands.add_parser(
         "demo",

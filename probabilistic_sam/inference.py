@@ -33,6 +33,7 @@ from .plotting import sample_figure, save_figure
 from .processing_probabilistic_sam import MIN_PRESENCE, QUANTILES, mask_inside
 
 DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "model_cards" / "psam-lidc"
+RUNTIMES = ("torch", "onnx")
 MAX_SAMPLES = 1_000
 MAX_POINTS = 32  # per prompt, of each kind
 MAX_SAMPLED_PIXELS = 2**30  # samples times pixels; each takes two bytes, one for the mask and one for the outline
@@ -117,7 +118,10 @@ def choose_device(name: str | None = None) -> torch.device:
 
 
 def load_model(
-    name: str | os.PathLike, device: str | torch.device = "cpu", baselines: bool = False
+    name: str | os.PathLike,
+    device: str | torch.device = "cpu",
+    baselines: bool = False,
+    runtime: str = "torch",
 ) -> tuple[Any, ProbabilisticSamProcessor]:
     """Load a trained model and its processor.
 
@@ -125,13 +129,20 @@ def load_model(
         name: directory, or `owner/name` on the Hub.
         device: where the model goes.
         baselines: open the models of `probabilistic_sam.baselines` too, not only Probabilistic SAM.
+        runtime: `torch`, or `onnx` for an `OnnxModel` from the files of `training/export_onnx.py`.
 
     Returns:
         The model in evaluation mode, and its processor.
 
     Raises:
-        UserError: missing directory, files or tensors, damaged files, or a model of another kind.
+        UserError: missing directory, files or tensors, damaged files, a model of another kind, or an unknown runtime.
     """
+    if runtime == "onnx":
+        from .onnx_model import load_onnx_model
+
+        return load_onnx_model(name, device)
+    if runtime != "torch":
+        raise UserError(f"runtime is {runtime!r}; accepted: {', '.join(RUNTIMES)}")
     classes = {item.config_class.model_type: item for item in (ProbabilisticSamModel, *BASELINES * baselines)}
     accepted = "accepted: a directory that training/train.py wrote, or owner/name on the Hub"
     directory = Path(name)

@@ -650,6 +650,14 @@ class ProbabilisticSamModel(SamModel):
         sparse = None if sparse is None else sparse.flatten(0, 1)
         return (batch, count), features, coarse_maps, (image, sparse, dense, (middle, fine))
 
+    def predict_prior(
+        self, lead: tuple[int, int], features: torch.Tensor, coarse_maps: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and log standard deviation (B, P, L) of the prior, from what `embed` returns."""
+        mean, log_std = (item.unflatten(0, lead) for item in self.prior(features, coarse_maps))
+        # Only the sign of the presence matters, so its scale is fixed
+        return mean, torch.cat([torch.zeros_like(log_std[..., :1]), log_std[..., 1:]], dim=-1)
+
     def decode_outlines(self, embeddings: tuple[Any, ...], latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """One decoder call for all latents (B, P, S, L): logits (B, P, S, h, w) and IoU scores (B, P, S).
 
@@ -746,9 +754,7 @@ class ProbabilisticSamModel(SamModel):
         lead, features, coarse_maps, embeddings = self.embed(
             image_embeddings, input_points, input_labels, input_boxes, input_masks
         )
-        prior_mean, prior_log_std = (item.unflatten(0, lead) for item in self.prior(features, coarse_maps))
-        # Only the sign of the presence matters, so its scale is fixed
-        prior_log_std = torch.cat([torch.zeros_like(prior_log_std[..., :1]), prior_log_std[..., 1:]], dim=-1)
+        prior_mean, prior_log_std = self.predict_prior(lead, features, coarse_maps)
 
         values = {"prior_mean": prior_mean, "prior_log_std": prior_log_std}
         if labels is not None:

@@ -26,11 +26,10 @@ import numpy as np
 import torch
 from scipy.spatial import ConvexHull
 from scipy.spatial.distance import pdist
-from scipy.special import log_ndtr, ndtr, ndtri_exp
 
 from .errors import UserError
 from .inference import check_prompt
-from .modeling_probabilistic_sam import ProbabilisticSamModel, spread_noise
+from .modeling_probabilistic_sam import ProbabilisticSamModel, noise_given_presence, spread_noise
 from .processing_probabilistic_sam import ProbabilisticSamProcessor
 from .scans import Scan, check_slices
 
@@ -209,11 +208,11 @@ def shared_samples(
 
         return None, sampled()
 
-    best = max(float(mean[..., 0].max()) for mean, _ in priors)
+    means = torch.cat([mean[..., 0].flatten() for mean, _ in priors]).cpu()
     generator = torch.Generator().manual_seed(seed)
     noise = spread_noise((1, 1, num_samples, model.config.latent_dim), generator, "cpu")
     if given_presence:
-        noise[..., 0] = noise_above(noise[..., 0], -best)
+        noise = noise_given_presence(noise, means)
     noise = noise.to(model.device)
 
     def decoded():
@@ -221,18 +220,7 @@ def shared_samples(
             latents = mean[:, :, None] + std[:, :, None] * noise
             yield model(image_embeddings=item, input_boxes=box, latents=latents).pred_masks
 
-    return float(ndtr(best)), decoded()
-
-
-def noise_above(noise: torch.Tensor, limit: float) -> torch.Tensor:
-    """Map standard normal noise to the normal distribution above a limit, in the same order.
-
-    Noise at the level u of the normal distribution comes to the level u of the truncated one. In terms of the upper
-    tail, in logarithms so that small probabilities remain: log Q(z') = log Q(limit) + log Q(z).
-    """
-    above = -ndtri_exp(log_ndtr(-limit) + log_ndtr(-noise.double().numpy()))
-    # In float32 the smallest values may round to the limit itself, which does not count as above
-    return torch.from_numpy(above).float().clamp(min=limit + 1e-6 * max(1.0, abs(limit)))
+    return float(torch.special.ndtr(means.max())), decoded()
 
 
 def longest_diameter(mask: np.ndarray, spacing_mm: Sequence[float]) -> float:

@@ -52,6 +52,7 @@ class Options:
         seed: of the noise; every prompt is sampled with the same seed.
         threshold: probability above which a pixel belongs to a mask.
         pixel_spacing: side of a pixel in mm; None takes it from DICOM.
+        runtime: as in `load_model`.
     """
 
     model: str
@@ -60,6 +61,7 @@ class Options:
     seed: int
     threshold: float
     pixel_spacing: float | None
+    runtime: str = "torch"
 
 
 @dataclass(frozen=True)
@@ -233,7 +235,7 @@ def _check(requests: Sequence[Request], options: Options) -> None:
 
 def _write_results(requests: Sequence[Request], folder: Path, options: Options, unit: str) -> list[dict[str, Any]]:
     """Sample masks for all requests and write their folders; the progress bar shows on terminals only."""
-    model, processor = load_model(options.model)
+    model, processor = load_model(options.model, runtime=options.runtime)
     model = model.to(options.device)
     results = []
     opened = zip(requests, _opened(requests, options), strict=True)

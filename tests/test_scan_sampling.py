@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from scipy.stats import norm, truncnorm
+from scipy.stats import norm
 from small_scans import hounsfield, write_series
 from tiny import SIZE, tiny_model
 
@@ -11,7 +11,7 @@ from probabilistic_sam import ProbabilisticSamProcessor, scan_sampling
 from probabilistic_sam.baselines.ellipse import EllipseConfig, EllipseModel
 from probabilistic_sam.errors import UserError
 from probabilistic_sam.scan_files import summary
-from probabilistic_sam.scan_sampling import SampledScan, longest_diameter, noise_above, sample_scan
+from probabilistic_sam.scan_sampling import SampledScan, longest_diameter, sample_scan
 from probabilistic_sam.scans import open_scan
 
 BOX = [12, 10, 26, 24]
@@ -27,14 +27,6 @@ def scan(tmp_path):
 @pytest.fixture(scope="module")
 def processor():
     return ProbabilisticSamProcessor(SIZE, crop_size=24)
-
-
-def test_noise_above_a_limit_is_the_truncated_normal_distribution():
-    level = torch.tensor([0.01, 0.2, 0.5, 0.8, 0.99], dtype=torch.float64)
-    for limit in (-40, -2, 0.3, 9, 30):
-        above = noise_above(torch.special.ndtri(level), limit).numpy()
-        np.testing.assert_allclose(above, truncnorm.ppf(level, limit, np.inf), rtol=1e-5)
-        assert (above > np.float32(limit)).all()
 
 
 def test_equal_slices_have_equal_samples(tmp_path, processor, monkeypatch):

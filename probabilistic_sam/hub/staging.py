@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard
 from ..errors import UserError
 from ..files import replaced_directory
 from ..inference import load_model
+from ..onnx_export import ONNX_FILES
 from .model_card import HUB_NAME, read_json, run_card
 from .push import check_repo_name, push_folder
 
@@ -22,7 +23,8 @@ PACKAGE_DATA = Path(__file__).resolve().parent
 EXAMPLES = PACKAGE_DATA / "examples"
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 OF_EVERY_MODEL = ("handler.py", "requirements.txt", "LICENSE", "examples/*")
-OF_THE_MODEL = (*WEIGHTS, "*.png", "figures/*.png", "results/*.json")
+ONNX_EXAMPLE = "onnx_example.py"  # only with the files of training/export_onnx.py
+OF_THE_MODEL = (*WEIGHTS, "*.png", "figures/*.png", "results/*.json", *(f"onnx/{file}" for file in ONNX_FILES))
 # Deleted by a push that does not bring them: shards, modules and results of earlier weights
 REPLACED = [*OF_THE_MODEL, *OF_EVERY_MODEL, "*.py"]
 
@@ -55,7 +57,7 @@ def stage_model(source: str | os.PathLike[str], output: str | os.PathLike[str], 
             part.include_code()
             part.save_pretrained(folder)
         copy_files(source, folder, *OF_THE_MODEL)  # weights keep their precision and shards
-        copy_files(PACKAGE_DATA, folder, *OF_EVERY_MODEL)
+        copy_files(PACKAGE_DATA, folder, *OF_EVERY_MODEL, *[ONNX_EXAMPLE] * (folder / "onnx").is_dir())
         if readme.is_file():
             card = own_card(readme, name)
         else:

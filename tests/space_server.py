@@ -55,7 +55,10 @@ class Handler(BaseHTTPRequestHandler):
         body = path.read_bytes() if path else b""
         headers = dict(ISOLATED) | {"Content-Length": str(len(body)), "Cache-Control": "no-cache"}
         if path:
-            headers |= {"ETag": self.server.tag(path), "Content-Type": mimetypes.guess_type(name)[0] or "application/octet-stream"}
+            headers |= {
+                "ETag": self.server.tag(path),
+                "Content-Type": mimetypes.guess_type(name)[0] or "application/octet-stream",
+            }
         self.send_response(200 if path else 404)
         for header, value in headers.items():
             self.send_header(header, value)

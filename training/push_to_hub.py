@@ -9,7 +9,8 @@ card is generated from the files of the run, with a table for each results file 
 With --dry-run the folder is only written to --output, for inspection.
 
 --space pushes the static Space of model_cards/psam-lidc-space instead, a page that runs the model --repo-id in the
-browser. `npm pack` fetches its JavaScript libraries, in pinned versions; --packages takes them from a node_modules folder.
+browser. `npm pack` fetches its JavaScript libraries in pinned versions; --packages takes them from a node_modules
+folder.
 """
 
 import argparse

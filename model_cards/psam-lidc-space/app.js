@@ -288,14 +288,13 @@ async function sample({ box, points, labels, noise, numSamples = noise?.length ?
 async function sampleFields() {
   showError("");
   const [numSamples, seed] = ["count", "seed"].map((id) => find(id).valueAsNumber);
-  const started = performance.now();
   const asked = { prompt, numSamples, seed, image };
   setBusy(true);
   try {
     const answer = await sample({ ...prompt, numSamples, seed });
     if (asked.image !== image || asked.prompt !== prompt) return showProgress({ text: "The prompt has changed; sample again" });
     result = { ...answer, ...asked };
-    const seconds = ((performance.now() - started) / 1000).toFixed(1);
+    const seconds = (answer.seconds.encoder + answer.seconds.samples).toFixed(1);
     showProgress({ text: `${numSamples} samples in ${seconds} s (${answer.device})` });
     showResult();
     worker.postMessage({ type: "prefetch", repository: REPOSITORY });
@@ -334,8 +333,14 @@ function showError(message) {
 const spacing = () => (find("spacing").valueAsNumber > 0 ? find("spacing").valueAsNumber : null);
 
 function inWords(area) {
+  return `${rounded(area)} ${unit()}`;
+}
+
+const unit = () => (spacing() ? "mm²" : "px");
+
+function rounded(area) {
   const value = area * (spacing() ?? 1) ** 2;
-  return `${value < 100 ? value.toFixed(1) : value.toFixed(0)} ${spacing() ? "mm²" : "px"}`;
+  return value.toFixed(value && value < 100 ? 1 : 0);
 }
 
 function showResult() {
@@ -374,7 +379,7 @@ function paintResult() {
     return cell;
   });
   find("levels").replaceChildren(...cells("th", ["Quantile", ...Object.keys(quantiles).map((level) => `${level * 100} %`)]));
-  find("areas").replaceChildren(...cells("td", ["Area", ...Object.values(quantiles).map(inWords)]));
+  find("areas").replaceChildren(...cells("td", [`Area, ${unit()}`, ...Object.values(quantiles).map(rounded)]));
   paintMap("mean", result.mean, VIRIDIS, result.meanOutline);
   paintMap("entropy", result.entropy, MAGMA);
   [...find("gallery").children].forEach((button, index) => {

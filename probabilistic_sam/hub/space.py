@@ -6,6 +6,7 @@ packages of pinned versions when the Space is staged.
 
 import base64
 import hashlib
+import io
 import os
 import shutil
 import subprocess
@@ -26,7 +27,7 @@ NPM_SECONDS = 300
 
 
 class Package(NamedTuple):
-    """An npm package: its name, version, the hash of its archive in npm's notation, and the files of it that are used."""
+    """An npm package: name, version, hash of its archive in npm's notation, and the files of it that are used."""
 
     name: str
     version: str
@@ -104,8 +105,11 @@ def stage_space(
             (folder / name).write_text(text.replace(HUB_NAME, model), encoding="utf-8")
         copy_files(PACKAGE_DATA, folder, "examples/*")
         (folder / "vendor").mkdir()
-        for package in PACKAGES:
-            copy_package(package, folder / "vendor", packages)
+        with tempfile.TemporaryDirectory() as fetched:
+            if packages is None:
+                fetch_packages(Path(fetched))
+            for package in PACKAGES:
+                copy_package(package, Path(packages or fetched), folder / "vendor")
 
 
 def push_space(
@@ -142,46 +146,59 @@ def push_space(
         return push_folder(staged, name, "space", private, revision, replace=REPLACED, again=again)
 
 
-def copy_package(package: Package, output: Path, packages: str | os.PathLike[str] | None) -> None:
-    """Copy the files of a package, without their folders, from a `node_modules` folder or from npm.
+def copy_package(package: Package, packages: Path, output: Path) -> None:
+    """Copy the files of a package, without their folders, from a `node_modules` folder.
 
     Raises:
-        UserError: see `stage_space`.
+        UserError: the package is missing, of another version or incomplete.
     """
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = fetch_package(package, Path(temporary)) if packages is None else Path(packages) / package.name
-        manifest = folder / "package.json"
-        version = read_json(manifest).get("version") if manifest.is_file() else None
-        missing = [name for name in package.files if not (folder / name).is_file()]
-        if version != package.version or missing:
-            raise UserError(
-                f"{folder} is not {package.name} {package.version} (version {version}, missing {missing or 'nothing'}); "
-                f"accepted: a node_modules folder after npm install {package.name}@{package.version}"
-            )
-        for name in package.files:
-            shutil.copyfile(folder / name, output / Path(name).name)
+    folder = packages / package.name
+    manifest = folder / "package.json"
+    version = read_json(manifest).get("version") if manifest.is_file() else None
+    missing = [name for name in package.files if not (folder / name).is_file()]
+    if version != package.version or missing:
+        raise UserError(
+            f"{folder} is not {package.name} {package.version} (version {version}, missing {missing or 'nothing'}); "
+            f"accepted: a node_modules folder after npm install {package.name}@{package.version}"
+        )
+    for name in package.files:
+        shutil.copyfile(folder / name, output / Path(name).name)
 
 
-def fetch_package(package: Package, folder: Path) -> Path:
-    """Fetch a package with `npm pack` into a folder, check its hash and unpack it; returns where its files are.
+def fetch_packages(folder: Path) -> None:
+    """Fetch the packages with `npm pack`, check their hashes and unpack them as in a `node_modules` folder.
 
     Raises:
-        UserError: npm is missing or fails, or the archive has another hash.
+        UserError: npm is missing or fails, or an archive has another hash.
     """
-    name = f"{package.name}@{package.version}"
-    command = ["npm", "pack", name, "--silent", "--pack-destination", str(folder)]
+    names = [f"{package.name}@{package.version}" for package in PACKAGES]
     accepted = "accepted: npm with a connection, or --packages with a node_modules folder"
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=NPM_SECONDS, cwd=folder)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise UserError(f"{name} cannot be fetched (npm: {type(error).__name__}); {accepted}") from error
-    archives = list(folder.glob("*.tgz"))
-    if done.returncode or len(archives) != 1:
-        lines = (done.stderr or done.stdout).strip().splitlines() or ["no archive"]
-        raise UserError(f"{name} cannot be fetched ({lines[0][:200]}); {accepted}")
-    digest = base64.b64encode(hashlib.sha512(archives[0].read_bytes()).digest()).decode()
-    if f"sha512-{digest}" != package.integrity:
-        raise UserError(f"the archive of {name} has the hash sha512-{digest}; accepted: {package.integrity}")
-    with tarfile.open(archives[0]) as archive:
-        archive.extractall(folder, filter="data")
-    return folder / "package"
+    with tempfile.TemporaryDirectory() as archives:
+        command = ["npm", "pack", *names, "--silent", "--pack-destination", archives]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=NPM_SECONDS, cwd=archives)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise UserError(f"the npm packages cannot be fetched ({type(error).__name__}); {accepted}") from error
+        if done.returncode:
+            lines = (done.stderr or done.stdout).strip().splitlines() or [f"status {done.returncode}"]
+            raise UserError(f"the npm packages cannot be fetched ({lines[0][:200]}); {accepted}")
+        for package in PACKAGES:
+            unpack(package, Path(archives), folder / package.name)
+
+
+def unpack(package: Package, archives: Path, folder: Path) -> None:
+    """Check the hash of the archive of a package and unpack it.
+
+    Raises:
+        UserError: the archive has another hash.
+    """
+    archive = archives / f"{package.name.removeprefix('@').replace('/', '-')}-{package.version}.tgz"
+    content = archive.read_bytes()
+    integrity = f"sha512-{base64.b64encode(hashlib.sha512(content).digest()).decode()}"
+    if integrity != package.integrity:
+        raise UserError(f"{archive.name} has the hash {integrity}; accepted: {package.integrity}")
+    wanted = {f"package/{name}" for name in (*package.files, "package.json")}
+    with tarfile.open(fileobj=io.BytesIO(content)) as file:
+        file.extractall(folder, [item for item in file if item.name in wanted], filter="data")
+    for path in (folder / "package").iterdir():
+        path.rename(folder / path.name)

@@ -24,7 +24,7 @@ onmessage = async ({ data }) => {
     const image = await read(data);
     postMessage({ image }, [image.data.buffer]);
   } catch (error) {
-    postMessage({ error: `is DICOM that is not read: ${error.message ?? error}` });
+    postMessage({ error: `is DICOM that is not read: ${error.message ?? error.exception ?? "damaged"}` });
   }
 };
 

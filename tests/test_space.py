@@ -20,7 +20,7 @@ from dicom_files import write_slice
 from loopback_hub import LoopbackHub
 from PIL import Image
 from space_server import SpaceServer
-from tiny import load_script
+from tiny import SIZE, load_script, tiny_model, tiny_vit_parts
 
 from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamProcessor
 from probabilistic_sam.errors import UserError
@@ -141,24 +141,28 @@ def test_either_a_model_or_the_space_is_pushed(arguments, monkeypatch):
 # ------------------------------------------------------------------------------------------------------------ browser
 
 
-@pytest.fixture(scope="module")
-def exported_model(tmp_path_factory):
-    """A folder with the shipped model as the page loads it: two settings files and the graphs in float32."""
+def export(model, processor, folder, graphs):
+    """Write a model as the page loads it: two settings files and graphs in float32."""
     onnx_export = pytest.importorskip("probabilistic_sam.onnx_export", reason="needs the ONNX export")
     onnx = pytest.importorskip("onnx", reason="the export needs onnx, extra [onnx]")
-    folder = tmp_path_factory.mktemp("model")
     (folder / "onnx").mkdir()
-    for name in ("config.json", "processor_config.json"):
-        shutil.copyfile(MODEL / name, folder / name)
-    model = ProbabilisticSamModel.from_pretrained(MODEL)
-    for graph in onnx_export.GRAPHS:
+    model.config.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    for graph in graphs:
         onnx.save(onnx_export.trace(model, graph), folder / "onnx" / f"{graph}.onnx")
-    return folder
 
 
 @pytest.fixture(scope="module")
-def page(exported_model, tmp_path_factory):
-    """The staged Space and the exported model in Chromium, without a network outside this machine."""
+def tiny():
+    """A model with each kind of layer of the shipped architecture, and its processor."""
+    parts = tiny_vit_parts()
+    parts["mask_decoder_config"]["num_hidden_layers"] = 1
+    return tiny_model(lambda: parts, detail_num_blocks=1), ProbabilisticSamProcessor(SIZE, 24)
+
+
+@pytest.fixture(scope="module")
+def page(tiny, tmp_path_factory):
+    """The staged Space and the tiny model in Chromium, without a network outside this machine."""
     if not (CHROMIUM and DRIVER):
         pytest.skip("needs chromium and chromedriver: apt-get install chromium chromium-driver")
     webdriver = pytest.importorskip("selenium.webdriver")
@@ -167,7 +171,9 @@ def page(exported_model, tmp_path_factory):
         space.stage_space(PAGE, folder / "staged", "org/psam-lidc")
     except UserError as error:
         pytest.skip(f"needs npm and its registry: {error}")
-    (folder / "more").mkdir()
+    for name in ("more", "model"):
+        (folder / name).mkdir()
+    export(*tiny, folder / "model", ("vision_encoder", "box_decoder", "point_decoder"))
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
     for argument in (
@@ -178,7 +184,7 @@ def page(exported_model, tmp_path_factory):
     several = {"profile.default_content_setting_values.automatic_downloads": 1}
     options.add_experimental_option("prefs", {"download.default_directory": str(folder)} | several)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    with SpaceServer(folder / "more", folder / "staged", exported_model) as server:
+    with SpaceServer(folder / "more", folder / "staged", folder / "model") as server:
         driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
         try:
             driver.set_script_timeout(100)
@@ -241,29 +247,22 @@ class Page:
         return SimpleNamespace(**result | {"masks": masks, "mean": mean})
 
 
-@pytest.fixture(scope="module")
-def in_pytorch():
-    """Function of a prompt and noise: masks, mean and presence of the shipped model in PyTorch."""
-    model = ProbabilisticSamModel.from_pretrained(MODEL)
-    processor = ProbabilisticSamProcessor.from_pretrained(MODEL)
-
-    @torch.no_grad()
-    def sample(image, noise, box=None, points=None, labels=None):
-        prompt = {"input_boxes": [[box]]} if box else {"input_points": [[points]], "input_labels": [[labels]]}
-        inputs = processor(images=image, **prompt)
-        windows, sizes = inputs.pop("windows"), inputs.pop("original_sizes")
-        prior = model(**inputs)
-        latents = prior.prior_mean[:, :, None] + prior.prior_log_std.exp()[:, :, None] * torch.from_numpy(noise)
-        result = processor.post_process_samples(model(**inputs, latents=latents).pred_masks, windows, sizes)[0]
-        presence = torch.special.ndtr(prior.prior_mean[0, 0, 0]).item()
-        return SimpleNamespace(masks=result["masks"].numpy(), mean=result["mean"].numpy(), presence=presence)
-
-    return sample
+@torch.no_grad()
+def in_pytorch(model, processor, noise, box=None, points=None, labels=None):
+    """Masks, mean and presence for a prompt of the first phantom and noise (S, L)."""
+    prompt = {"input_boxes": [[box]]} if box else {"input_points": [[points]], "input_labels": [[labels]]}
+    inputs = processor(images=PHANTOM, **prompt)
+    windows, sizes = inputs.pop("windows"), inputs.pop("original_sizes")
+    prior = model(**inputs)
+    latents = prior.prior_mean[:, :, None] + prior.prior_log_std.exp()[:, :, None] * torch.from_numpy(noise)
+    result = processor.post_process_samples(model(**inputs, latents=latents).pred_masks, windows, sizes)[0]
+    presence = torch.special.ndtr(prior.prior_mean[0, 0, 0]).item()
+    return SimpleNamespace(masks=result["masks"].numpy(), mean=result["mean"].numpy(), presence=presence)
 
 
-def noise_of(samples):
-    noise = np.random.default_rng(0).normal(size=(samples, 9)).astype(np.float32)
-    noise[0, 0] = -3.0  # an empty sample
+def noise_of(samples, size):
+    noise = np.random.default_rng(0).normal(size=(samples, size)).astype(np.float32)
+    noise[0, 0], noise[1, 0] = -5, 5  # an empty sample, and one that is not
     return noise
 
 
@@ -282,18 +281,25 @@ def test_page_is_isolated_and_labelled(page):
     assert "severe" not in str(page.driver.get_log("browser")).lower()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("prompt", [{"box": BOX}, POINTS, {"box": [1, 2, 30.5, 20.25]}])
-def test_masks_equal_pytorchs_for_the_same_noise(page, in_pytorch, prompt):
-    noise = noise_of(3)
-    expected = in_pytorch(np.asarray(Image.open(PHANTOM)), noise, **prompt)
+def check_masks(page, model, processor, **prompt):
+    """The page's samples for given noise are PyTorch's."""
+    noise = noise_of(6, model.config.latent_dim)
+    expected = in_pytorch(model, processor, noise, **prompt)
     result = page.sample(**prompt, noise=noise.tolist())
     assert overlap(result.masks, expected.masks).min() >= 0.99
-    assert not result.masks[0].any() and result.masks[1:].any() and result.areas == result.masks.sum((1, 2)).tolist()
+    assert expected.masks[1].any() and not expected.masks[0].any() and result.areasIfPresent[0] > 0
+    assert result.areas == result.masks.sum((1, 2)).tolist()
+    pairs = zip(result.areas, result.areasIfPresent, strict=True)
+    assert all(area == if_present for area, if_present in pairs if area)
     assert np.abs(result.mean - expected.mean).max() < 1e-3
     assert result.presence == pytest.approx(expected.presence, abs=1e-3)
-    assert result.areasIfPresent[0] > 0 and result.areasIfPresent[1:] == result.areas[1:]
     assert result.device.startswith("WebAssembly, ")  # headless Chromium has no WebGPU adapter
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prompt", [{"box": BOX}, POINTS, {"box": [1, 2, 30.5, 20.25]}])
+def test_masks_equal_pytorchs_for_the_same_noise(page, tiny, prompt):
+    check_masks(page, *tiny, **prompt)
 
 
 @pytest.mark.slow
@@ -336,6 +342,8 @@ def test_visitor_samples_and_saves(page):
 
 @pytest.mark.slow
 def test_prompt_by_keyboard(page):
+    page.driver.find_element("css selector", "#examples button").click()
+    page.until(lambda: page.words("position").startswith("Box"))
     page.find("clear").click()
     keys = pytest.importorskip("selenium.webdriver.common.keys").Keys
     canvas = page.find("canvas")
@@ -375,7 +383,7 @@ def test_broken_and_huge_files_are_one_line(page):
     }
     for name, (content, problem) in expected.items():
         message = page.open(content, name)
-        assert message.startswith(f"{name}: ") and message.endswith("at most 64 MB and 16 million pixels"), message
+        assert message.startswith(f"{name} ") and message.endswith("at most 64 MB and 16 million pixels"), message
         assert "\n" not in message and re.search(problem, message), message
     assert page.open(PHANTOM, PHANTOM.name) == ""
 
@@ -433,22 +441,24 @@ def test_nothing_is_sent_elsewhere(page):
 def test_cancelled_sampling_leaves_the_page_ready(page):
     page.driver.find_element("css selector", "#examples button").click()
     page.until(lambda: page.words("position").startswith("Box"))
+    click = "document.getElementById('%s').click()"
     page.driver.execute_script("document.getElementById('count').value = 64")
-    page.find("sample").click()
-    page.until(lambda: page.words("status").startswith("Sampling"))
-    page.find("cancel").click()
+    page.run(f"({click % 'sample'}, await new Promise(setTimeout), {click % 'cancel'})")
     page.until(lambda: page.words("status") == "Cancelled")
     assert page.words("error") == "" and not page.find("results").is_displayed() and page.find("sample").is_enabled()
     assert page.sample(box=BOX, numSamples=1).masks.shape == (1, 128, 128)
 
 
 @pytest.mark.slow
-def test_page_samples_offline_after_the_first_time(page):
-    """Runs last because it stops the server."""
-    expected = page.sample(box=BOX, numSamples=2, seed=3)
-    page.until(lambda: page.run("!!(await caches.match('onnx/point_decoder.onnx'))"))
+def test_another_model_replaces_the_kept_one_and_samples_offline(page):
+    """The shipped model takes the place of the tiny one. Runs last because it stops the server."""
+    shipped = ProbabilisticSamModel.from_pretrained(MODEL), ProbabilisticSamProcessor.from_pretrained(MODEL)
+    (page.folder / "shipped").mkdir()
+    export(*shipped, page.folder / "shipped", ("vision_encoder", "box_decoder"))
+    page.server.folders = (page.folder / "more", page.folder / "staged", page.folder / "shipped")
+    page.reload()
+    check_masks(page, *shipped, box=BOX)
     page.server.shutdown()
     page.server.server_close()
     page.reload()
-    assert np.array_equal(page.sample(box=BOX, numSamples=2, seed=3).masks, expected.masks)
-    assert page.sample(**POINTS, numSamples=1).masks.shape == (1, 128, 128)
+    check_masks(page, *shipped, box=BOX)

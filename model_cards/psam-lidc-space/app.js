@@ -18,7 +18,8 @@ const COLOURS = { sample: "#4cc9f0", shown: "#ff5d8f", half: "#ffd24d", prompt: 
 const find = (id) => document.getElementById(id);
 const canvas = find("canvas");
 
-let image = null; // from readImage
+let image = null; // from readImage, with a number
+let opened = 0; // images
 let picture = null; // canvas with the grey values of the image at the chosen level and window
 let view = null; // {x, y, side} of the square that is shown, in image pixels
 let prompt = { points: [], labels: [] }; // or {box}
@@ -35,7 +36,7 @@ let pending = null; // {id, resolve, reject} of the sampling in progress
 async function open(file, example) {
   showError("");
   try {
-    image = await readImage(file);
+    image = { id: ++opened, ...(await readImage(file)) };
   } catch (error) {
     return showError(error.message);
   }
@@ -354,6 +355,7 @@ function showResult() {
     const show = (number) => () => {
       shown = number;
       paint();
+      paintMean();
     };
     button.addEventListener("pointerenter", show(index));
     button.addEventListener("focus", show(index));
@@ -380,7 +382,7 @@ function paintResult() {
   });
   find("levels").replaceChildren(...cells("th", ["Quantile", ...Object.keys(quantiles).map((level) => `${level * 100} %`)]));
   find("areas").replaceChildren(...cells("td", [`Area, ${unit()}`, ...Object.values(quantiles).map(rounded)]));
-  paintMap("mean", result.mean, VIRIDIS, result.meanOutline);
+  paintMean();
   paintMap("entropy", result.entropy, MAGMA);
   [...find("gallery").children].forEach((button, index) => {
     const { context, unit } = begin(button.firstChild, result.window);
@@ -391,7 +393,14 @@ function paintResult() {
   });
 }
 
-function paintMap(id, values, colours, segments) {
+/** Map of the mean with its .5 line, or with the sample under the pointer, which on a phone is out of sight otherwise. */
+function paintMean() {
+  const { context, unit } = paintMap("mean", result.mean, VIRIDIS);
+  if (shown === null) strokeSegments(context, result.meanOutline, COLOURS.half, 2 * unit);
+  else strokeSegments(context, result.outlines[shown], COLOURS.shown, 2 * unit);
+}
+
+function paintMap(id, values, colours) {
   const { region } = result;
   const map = new OffscreenCanvas(region.width, region.height);
   const pixels = new ImageData(region.width, region.height);
@@ -402,9 +411,9 @@ function paintMap(id, values, colours, segments) {
     pixels.data.set([...mix, 255], 4 * index);
   });
   map.getContext("2d").putImageData(pixels, 0, 0);
-  const { context, unit } = begin(find(id), result.window);
-  context.drawImage(map, region.left, region.top);
-  if (segments) strokeSegments(context, segments, COLOURS.half, 2 * unit);
+  const painted = begin(find(id), result.window);
+  painted.context.drawImage(map, region.left, region.top);
+  return painted;
 }
 
 // ---------------------------------------------------------------------------------------------------------- downloads

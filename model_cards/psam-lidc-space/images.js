@@ -21,7 +21,7 @@ export async function readImage(file) {
 }
 
 function refusal(name, problem) {
-  return new Error(`${name}: ${problem.replace(/\s+/g, " ").slice(0, 200)}; ${ACCEPTED}`);
+  return new Error(`${name} ${problem.replace(/\s+/g, " ").slice(0, 200)}; ${ACCEPTED}`);
 }
 
 async function decode(bytes) {
@@ -205,7 +205,7 @@ function decodeDicom(bytes) {
   return new Promise((resolve, reject) => {
     const timer = setTimeout(() => reject(new Error("takes too long to decode")), DICOM_SECONDS * 1000);
     worker.onmessage = ({ data }) => (data.error ? reject(new Error(data.error)) : resolve(data.image));
-    worker.onerror = () => reject(new Error("the DICOM reader cannot be loaded"));
+    worker.onerror = () => reject(new Error("cannot be read, because the DICOM reader does not start"));
     worker.postMessage(bytes, [bytes.buffer]);
     worker.addEventListener("message", () => clearTimeout(timer));
   }).finally(() => worker.terminate());

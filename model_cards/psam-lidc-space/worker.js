@@ -15,6 +15,7 @@ const MAX_MASK_VALUES = 2 ** 28; // samples x pixels of the window
 const MAX_THREADS = 4;
 
 const cancelled = new Set();
+let encoded = null; // {key, image_embeddings} of the last window
 const loaded = new Map(); // promises of "settings", "runtime" and the sessions, by name
 
 class Cancelled extends Error {}
@@ -57,13 +58,16 @@ async function run({ id, repository, image, prompt, numSamples, seed, noise }, p
   const started = performance.now();
   progress("Encoding the window", 0, numSamples);
   const size = config.image_size;
-  const pixels = new ort.Tensor("float32", pixelValues(image, window, config), [1, 3, size, size]);
-  const { image_embeddings } = await encoder.run({ pixel_values: pixels });
-  const encoded = performance.now();
+  const key = [image.id, window.x, window.y, window.side].join();
+  if (encoded?.key !== key) {
+    const pixels = new ort.Tensor("float32", pixelValues(image, window, config), [1, 3, size, size]);
+    encoded = { key, ...(await encoder.run({ pixel_values: pixels })) };
+  }
+  const ready = performance.now();
 
   const latent = config.latent_dim;
   const values = noise ?? spreadNoise(numSamples, latent, seed);
-  const shared = { image_embeddings, ...promptTensors(ort, promptInWindow(prompt, window, size)) };
+  const shared = { image_embeddings: encoded.image_embeddings, ...promptTensors(ort, promptInWindow(prompt, window, size)) };
   const logits = [];
   let prior;
   for (let first = 0; first < numSamples; first += SAMPLES_PER_CALL) {
@@ -80,7 +84,7 @@ async function run({ id, repository, image, prompt, numSamples, seed, noise }, p
   }
   if (!logits.every((sample) => sample.every(Number.isFinite))) throw new Error("the model's logits are not finite");
   const present = logits.map((_, sample) => prior.mean + prior.std * values[sample * latent] > 0);
-  const seconds = { encoder: (encoded - started) / 1000, samples: (performance.now() - encoded) / 1000 };
+  const seconds = { encoder: (ready - started) / 1000, samples: (performance.now() - ready) / 1000 };
   return { ...summarise(logits, present, window, image), window, presence: prior.presence, noise: values, seconds, device };
 }
 

@@ -228,7 +228,7 @@ canvas.addEventListener("keydown", (event) => {
     cursor ??= (promptCentre() ?? [view.x + view.side / 2, view.y + view.side / 2]).map(Math.round);
     cursor = clamp(cursor.map((value, axis) => value + moves[event.key][axis]));
     if (dragged) stretchBox(cursor);
-    find("position").textContent = `Cursor ${cursor.join(", ")}`;
+    if (!dragged || !prompt.box) find("position").textContent = `Cursor ${cursor.join(", ")}`;
     paint();
   } else if (event.key === "Enter" && cursor) {
     if (mode() !== "box") addPoint(cursor);

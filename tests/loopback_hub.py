@@ -21,7 +21,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 RESET, LOST = 0, -1  # instead of a status: the connection ends before or after the request is served
 LFS_SUFFIXES = (".parquet", ".safetensors", ".bin", ".png")
-REPO = r"/(?:api/)?(?P<type>models/|datasets/|)(?P<name>[^/]+/[^/]+?)"
+REPO = r"/(?:api/)?(?P<type>models/|datasets/|spaces/|)(?P<name>[^/]+/[^/]+?)"
 
 
 class File(NamedTuple):

@@ -1,4 +1,4 @@
-"""Push a finished folder, a dataset or a model, to the Hub in one commit."""
+"""Push a finished folder, a dataset, a model or a static Space, to the Hub in one commit."""
 
 import os
 from pathlib import Path
@@ -43,7 +43,7 @@ def push_folder(
     Args:
         folder: what to upload.
         name: `organisation/name`.
-        repo_type: `dataset` or `model`.
+        repo_type: `dataset`, `model` or `space` (a static one).
         private: make the repository private. An existing repository must already be private.
         revision: branch to push to, `main` by default.
         replace: patterns of files. Matching files of the repository that are not in the folder are deleted in the same
@@ -62,7 +62,7 @@ def push_folder(
     created = []
     try:
         if not api.repo_exists(**repo):
-            api.create_repo(**repo, private=private or None)
+            api.create_repo(**repo, private=private or None, space_sdk="static" if repo_type == "space" else None)
             created.append(f"repository {name}")
         elif private and not api.repo_info(**repo).private:
             raise UserError(f"{name}: not pushed, it exists and is public; accepted: a new or a private repository")
@@ -75,7 +75,7 @@ def push_folder(
     except Exception as error:  # the client passes on the errors of its network library
         message = f"{name}: push failed: {reason(error)}; "
         if created:
-            page = f"{api.endpoint}/{'datasets/' * (repo_type == 'dataset')}{name}"
+            page = f"{api.endpoint}/{'' if repo_type == 'model' else f'{repo_type}s/'}{name}"
             message += f"created on the Hub and not deleted: {', '.join(created)} (to delete by hand: {page}); "
         if not again:
             message += f"{folder} is complete; "

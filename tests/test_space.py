@@ -1,0 +1,465 @@
+"""The Space: its staging and push, and the page in Chromium."""
+
+import base64
+import functools
+import io
+import json
+import re
+import shutil
+import sys
+import tarfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from dicom_files import write_slice
+from loopback_hub import LoopbackHub
+from PIL import Image
+from space_server import SpaceServer
+from tiny import SIZE, load_script, tiny_model, tiny_vit_parts
+
+from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamProcessor
+from probabilistic_sam.errors import UserError
+from probabilistic_sam.hub import space
+from probabilistic_sam.images import load_slice
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE, MODEL = ROOT / "model_cards" / "psam-lidc-space", ROOT / "model_cards" / "psam-lidc"
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+PHANTOM = space.PACKAGE_DATA / "examples" / "phantom-1.png"
+BOX = [53.1, 51.8, 76.5, 75.1]
+POINTS = {"points": [[64, 63], [70, 68], [50, 50], [10, 10]], "labels": [1, 1, 0, 0]}  # the last is outside the window
+
+# ------------------------------------------------------------------------------------------------------------ staging
+
+
+@pytest.fixture
+def packages(tmp_path):
+    """A `node_modules` folder of the right versions; each file holds its own name."""
+    for package in space.PACKAGES:
+        for name in package.files:
+            path = tmp_path / "node_modules" / package.name / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(name)
+        manifest = {"name": package.name, "version": package.version}
+        (tmp_path / "node_modules" / package.name / "package.json").write_text(json.dumps(manifest))
+    return tmp_path / "node_modules"
+
+
+def test_staged_space_is_the_page_with_its_model_libraries_and_examples(packages, tmp_path):
+    space.stage_space(PAGE, tmp_path / "staged", "me/mine", packages)
+    files = {path.relative_to(tmp_path / "staged").as_posix() for path in (tmp_path / "staged").rglob("*.*")}
+    expected = {path.name for path in PAGE.iterdir()} | {
+        f"vendor/{Path(n).name}" for p in space.PACKAGES for n in p.files
+    }
+    assert files == expected | {"examples/examples.json"} | {f"examples/phantom-{number}.png" for number in (1, 2, 3)}
+    page, card = ((tmp_path / "staged" / name).read_text() for name in ("index.html", "README.md"))
+    assert (
+        '<meta name="model" content="me/mine">' in page
+        and "- me/mine\n" in card
+        and "org/psam-lidc" not in page + card
+    )
+    assert (
+        card.startswith("---\n") and "sdk: static\n" in card and "cross-origin-embedder-policy: require-corp" in card
+    )
+
+
+def test_every_file_that_the_service_worker_keeps_is_staged(packages, tmp_path):
+    space.stage_space(PAGE, tmp_path / "staged", "me/mine", packages)
+    listed = (PAGE / "service-worker.js").read_text().partition("PAGE = [")[2].partition("];")[0]
+    names = [name.strip(' "\n') for name in listed.split(",")]
+    assert names[0] == "./" and names[-1] == ""
+    assert [name for name in names[1:-1] if not (tmp_path / "staged" / name).is_file()] == []
+
+
+def test_packages_of_another_version_or_incomplete_are_refused(packages, tmp_path):
+    (packages / "dicom-parser" / "package.json").write_text('{"version": "1.0.0"}')
+    with pytest.raises(UserError, match=r"is not dicom-parser 1\.8\.21 \(version 1\.0\.0, .*accepted: a node_modules"):
+        space.stage_space(PAGE, tmp_path / "staged", "me/mine", packages)
+    assert not (tmp_path / "staged").exists()
+    shutil.rmtree(packages / "onnxruntime-web" / "dist")
+    with pytest.raises(UserError, match="is not onnxruntime-web .*missing .*ort.wasm.min.mjs"):
+        space.stage_space(PAGE, tmp_path / "staged", "me/mine", packages)
+
+
+def test_without_npm_or_page_the_error_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(
+        UserError, match=r"^the npm packages cannot be fetched \(FileNotFoundError\); accepted: npm .*$"
+    ):
+        space.stage_space(PAGE, tmp_path / "staged", "me/mine")
+    with pytest.raises(UserError, match="^no index.html in .*; accepted: model_cards/psam-lidc-space$"):
+        space.stage_space(MODEL, tmp_path / "staged", "me/mine")
+
+
+def test_archives_are_unpacked_only_with_the_pinned_hash(tmp_path):
+    package = space.PACKAGES[1]
+    archive = tmp_path / "dicom-parser-1.8.21.tgz"
+    with tarfile.open(archive, "w:gz") as file:
+        for name in (*package.files, "package.json", "other.js"):
+            info = tarfile.TarInfo(f"package/{name}")
+            info.size = len(name)
+            file.addfile(info, io.BytesIO(name.encode()))
+    with pytest.raises(UserError, match=r"has the hash sha512-\S+; accepted: sha512-lYCweHQ"):
+        space.unpack(package, tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    digest = base64.b64encode(space.hashlib.sha512(archive.read_bytes()).digest()).decode()
+    space.unpack(package._replace(integrity=f"sha512-{digest}"), tmp_path, tmp_path / "out")
+    files = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.*")}
+    assert files == {*package.files, "package.json"}
+
+
+def test_space_is_pushed_as_one_commit(packages, tmp_path, monkeypatch, capsys):
+    command = ["push_to_hub.py", "--space", "org/demo", "--repo-id", "org/mine", "--packages", str(packages)]
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    with LoopbackHub() as hub:
+        client = functools.partial(huggingface_hub.HfApi, endpoint=hub.url, token="hf_test")
+        monkeypatch.setattr(huggingface_hub, "HfApi", client)
+        load_script("push_to_hub").main()
+        repo = hub.repos["space", "org/demo"]
+        address = f"{hub.url}/org/name/commit/{repo.branches['main']}"
+    files = repo.files()
+    assert len(repo.commits) == 2 and capsys.readouterr().out == f"pushed to {address}\n"
+    assert b"org/mine" in files["index.html"] and files["vendor/ort.wasm.min.mjs"] == b"dist/ort.wasm.min.mjs"
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["--model", "run", "--space", "org/demo"], ["--model", "run", "--packages", "x"]]
+)
+def test_either_a_model_or_the_space_is_pushed(arguments, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["push_to_hub.py", "--repo-id", "org/mine", *arguments])
+    with pytest.raises(UserError, match="accepted: (either --model or --space|only with --space)$"):
+        load_script("push_to_hub").main()
+
+
+# ------------------------------------------------------------------------------------------------------------ browser
+
+
+def export(model, processor, folder, graphs):
+    """Write a model as the page loads it: two settings files and graphs in float32."""
+    onnx_export = pytest.importorskip("probabilistic_sam.onnx_export", reason="needs the ONNX export")
+    onnx = pytest.importorskip("onnx", reason="the export needs onnx, extra [onnx]")
+    (folder / "onnx").mkdir()
+    model.config.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    for graph in graphs:
+        onnx.save(onnx_export.trace(model, graph), folder / "onnx" / f"{graph}.onnx")
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """A model with each kind of layer of the shipped architecture, and its processor."""
+    parts = tiny_vit_parts()
+    parts["mask_decoder_config"]["num_hidden_layers"] = 1
+    return tiny_model(lambda: parts, detail_num_blocks=1), ProbabilisticSamProcessor(SIZE, 24)
+
+
+@pytest.fixture(scope="module")
+def page(tiny, tmp_path_factory):
+    """The staged Space and the tiny model in Chromium, without a network outside this machine."""
+    if not (CHROMIUM and DRIVER):
+        pytest.skip("needs chromium and chromedriver: apt-get install chromium chromium-driver")
+    webdriver = pytest.importorskip("selenium.webdriver")
+    folder = tmp_path_factory.mktemp("space")
+    try:
+        space.stage_space(PAGE, folder / "staged", "org/psam-lidc")
+    except UserError as error:
+        pytest.skip(f"needs npm and its registry: {error}")
+    for name in ("more", "model"):
+        (folder / name).mkdir()
+    export(*tiny, folder / "model", ("vision_encoder", "box_decoder", "point_decoder"))
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for argument in (
+        "--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1280,1600",
+        "--disable-background-networking", "--disable-component-update", f"--user-data-dir={folder / 'profile'}",
+    ):  # fmt: skip
+        options.add_argument(argument)
+    several = {"profile.default_content_setting_values.automatic_downloads": 1}
+    options.add_experimental_option("prefs", {"download.default_directory": str(folder)} | several)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    with SpaceServer(folder / "more", folder / "staged", folder / "model") as server:
+        driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+        try:
+            driver.set_script_timeout(100)
+            yield Page(driver, server, folder)
+        finally:
+            driver.quit()
+
+
+class Page:
+    """Actions of a visitor."""
+
+    def __init__(self, driver, server, folder):
+        self.driver, self.server, self.folder = driver, server, folder
+        self.reload()
+
+    def reload(self):
+        self.driver.get(self.server.url)
+        self.until(lambda: self.words("position").startswith("Box"))
+
+    def until(self, question, seconds=100):
+        end = time.monotonic() + seconds
+        while not (answer := question()):
+            assert time.monotonic() < end, f"not in time: {self.words('status')} {self.words('error')}"
+            time.sleep(0.05)
+        return answer
+
+    def find(self, name):
+        return self.driver.find_element("id", name)
+
+    def words(self, name):
+        return self.find(name).get_attribute("textContent")
+
+    def run(self, code, *arguments):
+        """Value of an expression of JavaScript; a promise is awaited, an error becomes its message."""
+        code = f"""const [...a] = arguments, done = a.pop();
+            (async () => ({code}))().then(done, (error) => done("error: " + error.message));"""
+        return self.driver.execute_async_script(code, *arguments)
+
+    def open(self, content, name):
+        """Open a file; returns its error, or an empty text after the name of the image is shown."""
+        path = content if isinstance(content, Path) else self.folder / name
+        if path is not content:
+            path.write_bytes(content)
+        self.driver.execute_script("document.getElementById('name').textContent = ''")
+        self.find("file").send_keys(str(path))
+        self.until(lambda: self.words("error") or self.words("name"))
+        return self.words("error")
+
+    def sample(self, **arguments):
+        """`psam.sample` with masks, mean and entropy at the size of the phantoms."""
+        lists = "r => ({...r, masks: r.masks.map(m => [...m]), mean: [...r.mean]})"
+        result = self.run(f"await psam.sample(a[0]).then({lists})", arguments)
+        assert isinstance(result, dict), result
+        region = result["region"]
+        rows = slice(region["top"], region["top"] + region["height"])
+        columns = slice(region["left"], region["left"] + region["width"])
+        masks, mean = np.zeros((len(result["masks"]), 128, 128), bool), np.zeros((128, 128))
+        masks[:, rows, columns] = np.reshape(result["masks"], (-1, region["height"], region["width"]))
+        mean[rows, columns] = np.reshape(result["mean"], (region["height"], region["width"]))
+        return SimpleNamespace(**result | {"masks": masks, "mean": mean})
+
+
+@torch.no_grad()
+def in_pytorch(model, processor, noise, box=None, points=None, labels=None):
+    """Masks, mean and presence for a prompt of the first phantom and noise (S, L)."""
+    prompt = {"input_boxes": [[box]]} if box else {"input_points": [[points]], "input_labels": [[labels]]}
+    inputs = processor(images=PHANTOM, **prompt)
+    windows, sizes = inputs.pop("windows"), inputs.pop("original_sizes")
+    prior = model(**inputs)
+    latents = prior.prior_mean[:, :, None] + prior.prior_log_std.exp()[:, :, None] * torch.from_numpy(noise)
+    result = processor.post_process_samples(model(**inputs, latents=latents).pred_masks, windows, sizes)[0]
+    presence = torch.special.ndtr(prior.prior_mean[0, 0, 0]).item()
+    return SimpleNamespace(masks=result["masks"].numpy(), mean=result["mean"].numpy(), presence=presence)
+
+
+def noise_of(samples, size):
+    noise = np.random.default_rng(0).normal(size=(samples, size)).astype(np.float32)
+    noise[0, 0], noise[1, 0] = -5, 5  # an empty sample, and one that is not
+    return noise
+
+
+def overlap(a, b):
+    """IoU of each pair of masks (S, H, W), 1 for two empty ones."""
+    union = (a | b).sum((1, 2))
+    return np.where(union, (a & b).sum((1, 2)) / np.maximum(union, 1), 1.0)
+
+
+@pytest.mark.slow
+def test_page_is_isolated_and_labelled(page):
+    assert page.run("[crossOriginIsolated, document.getElementById('error').hidden]") == [True, True]
+    unlabelled = """[...document.querySelectorAll('button, input, canvas, select')].filter(e => !e.hidden &&
+        !(e.labels?.length || e.ariaLabel || e.textContent.trim())).map(e => e.id)"""
+    assert [name for name in page.run(unlabelled) if name not in ("mean", "entropy")] == []
+    assert "severe" not in str(page.driver.get_log("browser")).lower()
+
+
+def check_masks(page, model, processor, **prompt):
+    """The page's samples for given noise are PyTorch's."""
+    noise = noise_of(6, model.config.latent_dim)
+    expected = in_pytorch(model, processor, noise, **prompt)
+    result = page.sample(**prompt, noise=noise.tolist())
+    assert overlap(result.masks, expected.masks).min() >= 0.99
+    assert expected.masks[1].any() and not expected.masks[0].any() and result.areasIfPresent[0] > 0
+    assert result.areas == result.masks.sum((1, 2)).tolist()
+    pairs = zip(result.areas, result.areasIfPresent, strict=True)
+    assert all(area == if_present for area, if_present in pairs if area)
+    assert np.abs(result.mean - expected.mean).max() < 1e-3
+    assert result.presence == pytest.approx(expected.presence, abs=1e-3)
+    assert result.device.startswith("WebAssembly, ")  # headless Chromium has no WebGPU adapter
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prompt", [{"box": BOX}, POINTS, {"box": [1, 2, 30.5, 20.25]}])
+def test_masks_equal_pytorchs_for_the_same_noise(page, tiny, prompt):
+    check_masks(page, *tiny, **prompt)
+
+
+@pytest.mark.slow
+def test_same_seed_gives_same_masks_and_evenly_spread_noise(page):
+    noise = page.run("[...(await import('./processing.js')).spreadNoise(200, 9, 7)]")
+    ordered = np.sort(np.reshape(noise, (200, 9)), axis=0)
+    levels = torch.special.ndtr(torch.from_numpy(ordered)) * 200
+    assert (levels.floor() == torch.arange(200)[:, None]).all()  # one sample per interval, in each coordinate
+    first, again, other = (page.sample(box=BOX, numSamples=2, seed=seed) for seed in (1, 1, 2))
+    assert np.array_equal(first.masks, again.masks) and first.areasIfPresent == again.areasIfPresent
+    assert first.areasIfPresent != other.areasIfPresent
+
+
+@pytest.mark.slow
+def test_visitor_samples_and_saves(page):
+    for name, value in {"count": "3", "spacing": "0.5"}.items():
+        page.driver.execute_script("document.getElementById(arguments[0]).value = arguments[1]", name, value)
+    page.find("sample").click()
+    page.until(lambda: "3 samples in" in page.words("status"))
+    assert page.find("results").is_displayed() and page.find("error").get_attribute("hidden")
+    tiles = page.find("gallery").find_elements("tag name", "button")
+    labels = [tile.get_attribute("aria-label") for tile in tiles]
+    for name in ("save-masks", "save-mean", "save-json"):
+        page.find(name).click()
+    names = ("sample-00.png", "sample-01.png", "sample-02.png", "mean.png", "result.json")
+    page.until(lambda: all((page.folder / name).is_file() for name in names))
+    numbers = json.loads((page.folder / "result.json").read_text())
+    *masks, mean = (np.asarray(Image.open(page.folder / name)) for name in names[:-1])
+    areas = [int((mask > 0).sum()) for mask in masks]
+    assert [set(np.unique(mask)) <= {0, 255} and mask.shape for mask in masks] == [(128, 128)] * 3
+    assert numbers["area_px"]["samples"] == areas and numbers["area_mm2"]["samples"] == [area / 4 for area in areas]
+    assert numbers["prompt"] == {"box": BOX} and numbers["model"] == "org/psam-lidc" and numbers["seed"] == 0
+    given_presence = numbers["area_px_given_presence"]
+    quantiles = np.quantile(given_presence["samples"], [0.05, 0.25, 0.5, 0.75, 0.95])
+    assert list(given_presence["quantiles"].values()) == pytest.approx(quantiles, abs=1e-3)
+    assert mean.shape == (128, 128) and mean.max() > 255  # 16 bits
+    assert [label.split(": ")[1].split()[0] for label in labels] == [
+        "empty" if not area else f"{area / 4:.{0 if area >= 400 else 1}f}" for area in areas
+    ]
+
+
+@pytest.mark.slow
+def test_prompt_by_keyboard(page):
+    page.driver.find_element("css selector", "#examples button").click()
+    page.until(lambda: page.words("position").startswith("Box"))
+    page.find("clear").click()
+    keys = pytest.importorskip("selenium.webdriver.common.keys").Keys
+    canvas = page.find("canvas")
+    canvas.send_keys(keys.ARROW_RIGHT)  # the cursor appears beside the centre
+    assert page.words("position") == "Cursor 65, 64"
+    canvas.send_keys(keys.ENTER, keys.SHIFT + keys.ARROW_RIGHT + keys.ARROW_DOWN + keys.NULL, keys.ENTER)
+    assert page.words("position") == "Box 65.0, 64.0, 75.0, 74.0"
+    canvas.send_keys(keys.ESCAPE)
+    assert page.words("position") == "No prompt"
+    page.find("sample").click()
+    page.until(lambda: page.words("error"))
+    assert page.words("error") == "no prompt yet; accepted: a box, or at least one point inside the lesion"
+
+
+def png_header(width, height):
+    """A PNG that claims a size and holds no pixels."""
+    header = width.to_bytes(4) + height.to_bytes(4) + bytes([8, 0, 0, 0, 0])
+    return b"\x89PNG\r\n\x1a\n" + (13).to_bytes(4) + b"IHDR" + header + bytes(4) + bytes(4) + b"IDAT" + bytes(4)
+
+
+@pytest.mark.slow
+def test_broken_and_huge_files_are_one_line(page):
+    huge = page.folder / "huge.png"
+    with huge.open("wb") as file:
+        file.truncate(65 * 2**20)
+    jpeg = io.BytesIO()
+    Image.effect_noise((64, 64), 90).save(jpeg, "JPEG")
+    dicom = b"\0" * 128 + b"DICM" + b"junk" * 40
+    expected = {
+        "text.png": (b"hello", "is not an image of a known kind"),
+        "cut.png": (PHANTOM.read_bytes()[:4000], "is a (damaged|truncated) PNG"),
+        "cut.jpg": (jpeg.getvalue()[:200], "is a? ?damaged"),
+        "cut.dcm": (dicom, "is DICOM that is not read: "),
+        "wide.png": (png_header(2**31, 2), "has 2147483648 x 2 pixels"),
+        "empty.png": (png_header(4096, 4096), "is a (damaged|truncated) PNG"),
+        "huge.png": (huge, "has 65 MB"),
+    }
+    for name, (content, problem) in expected.items():
+        message = page.open(content, name)
+        assert message.startswith(f"{name} ") and message.endswith("at most 64 MB and 16 million pixels"), message
+        assert "\n" not in message and re.search(problem, message), message
+    assert page.open(PHANTOM, PHANTOM.name) == ""
+
+
+@pytest.mark.slow
+def test_grey_values_are_those_of_the_package(page, tmp_path):
+    gdcm = pytest.importorskip("gdcm", reason="writes compressed DICOM, extra [dicom-jpeg]")
+    random = np.random.default_rng(0)
+    paths = [tmp_path / name for name in ("16.png", "colour.png", "palette.png")]
+    Image.fromarray(random.integers(0, 65535, (33, 47)).astype(np.uint16)).save(paths[0])
+    Image.fromarray(random.integers(0, 255, (33, 47, 3), dtype=np.uint8)).save(paths[1])
+    Image.open(paths[1]).convert("P").save(paths[2])
+    hu = random.integers(-1000, 1000, (33, 47))
+    paths.append(write_slice(tmp_path / "plain.dcm", hu, "1.2", 0.0, "1.3", PixelSpacing=[0.5, 0.5]))
+    for name in ("RLELossless", "JPEGLosslessProcess14_1", "JPEGLSLossless", "JPEG2000Lossless"):
+        reader, writer, change = gdcm.ImageReader(), gdcm.ImageWriter(), gdcm.ImageChangeTransferSyntax()
+        reader.SetFileName(str(paths[3]))
+        assert reader.Read()
+        change.SetTransferSyntax(gdcm.TransferSyntax(getattr(gdcm.TransferSyntax, name)))
+        change.SetInput(reader.GetImage())
+        assert change.Change()
+        paths.append(tmp_path / f"{name}.dcm")
+        writer.SetFileName(str(paths[-1]))
+        writer.SetFile(reader.GetFile())
+        writer.SetImage(change.GetOutput())
+        assert writer.Write()
+    for path in paths:
+        read = """await import('./images.js').then(({readImage}) => readImage(new File(
+            [Uint8Array.from(atob(a[0]), c => c.charCodeAt(0))], 'x'))).then(i => ({...i, data: [...i.data]}))"""
+        image = page.run(read, base64.b64encode(path.read_bytes()).decode())
+        expected, spacing = load_slice(path)
+        assert isinstance(image, dict), (path.name, image)
+        shape = (image["channels"], image["height"], image["width"])
+        values = np.moveaxis(np.reshape(image["data"], shape), 0, -1)
+        if path.name == "palette.png":
+            expected = np.asarray(Image.open(path).convert("RGB"))
+        assert np.array_equal(values, expected.reshape(values.shape)), path.name
+        assert image["spacing"] == spacing
+
+
+@pytest.mark.slow
+def test_nothing_is_sent_elsewhere(page):
+    """Neither the page nor a worker may contact another origin. A worker from a URL would not obey the policy."""
+    with SpaceServer(page.folder / "more") as elsewhere:
+        (page.folder / "more" / "probe.js").write_text(
+            f"fetch('{elsewhere.url}x', {{mode: 'no-cors'}}).then(() => 'sent', () => 'refused').then(postMessage);"
+        )
+        fetched = page.run(f"await fetch('{elsewhere.url}x', {{mode: 'no-cors'}}).then(() => 'sent', () => 'refused')")
+        probe = """await import('./images.js').then(({startWorker}) => new Promise(resolve => {
+            startWorker(new URL('./probe.js', location.href), 'module').onmessage = ({data}) => resolve(data); }))"""
+        assert (fetched, page.run(probe), elsewhere.requests) == ("refused", "refused", [])
+
+
+@pytest.mark.slow
+def test_cancelled_sampling_leaves_the_page_ready(page):
+    page.driver.find_element("css selector", "#examples button").click()
+    page.until(lambda: page.words("position").startswith("Box"))
+    click = "document.getElementById('%s').click()"
+    page.driver.execute_script("document.getElementById('count').value = 64")
+    page.run(f"({click % 'sample'}, await new Promise(setTimeout), {click % 'cancel'})")
+    page.until(lambda: page.words("status") == "Cancelled")
+    assert page.words("error") == "" and not page.find("results").is_displayed() and page.find("sample").is_enabled()
+    assert page.sample(box=BOX, numSamples=1).masks.shape == (1, 128, 128)
+
+
+@pytest.mark.slow
+def test_another_model_replaces_the_kept_one_and_samples_offline(page):
+    """The shipped model takes the place of the tiny one. Runs last because it stops the server."""
+    shipped = ProbabilisticSamModel.from_pretrained(MODEL), ProbabilisticSamProcessor.from_pretrained(MODEL)
+    (page.folder / "shipped").mkdir()
+    export(*shipped, page.folder / "shipped", ("vision_encoder", "box_decoder"))
+    page.server.folders = (page.folder / "more", page.folder / "staged", page.folder / "shipped")
+    page.reload()
+    check_masks(page, *shipped, box=BOX)
+    page.server.shutdown()
+    page.server.server_close()
+    page.reload()
+    check_masks(page, *shipped, box=BOX)

@@ -204,8 +204,11 @@ def trace(model: ProbabilisticSamModel, graph: str) -> Any:
 def to_float16(exported: Any) -> Any:
     """The same graph computed in float16, with float32 inputs and outputs."""
     from onnxruntime.transformers.float16 import convert_float_to_float16
+    from onnxruntime.transformers.onnx_model import OnnxModel
 
-    return convert_float_to_float16(exported, keep_io_types=True)
+    converted = convert_float_to_float16(exported, keep_io_types=True)
+    OnnxModel.graph_topological_sort(converted.graph)  # the converter appends its casts
+    return converted
 
 
 def to_int8(exported: Any) -> Any:

@@ -1,6 +1,7 @@
 """ONNX files: their graphs, masks as PyTorch gives them, the runtime `onnx` and the example without PyTorch."""
 
 import json
+import logging
 import subprocess
 import sys
 
@@ -38,7 +39,11 @@ def folder(tmp_path_factory):
     model.save_pretrained(path)
     processor = ProbabilisticSamProcessor(SIZE, 24)
     processor.save_pretrained(path)
-    files = export_onnx(model, processor, path / "onnx", "tiny")
+    logging.disable()  # PyTorch's trace records, which pytest would keep, take longer than the export
+    try:
+        files = export_onnx(model, processor, path / "onnx", "tiny")
+    finally:
+        logging.disable(logging.NOTSET)
     assert [file.name for file in files] == list(ONNX_FILES) and all(file.is_file() for file in files)
     return path
 

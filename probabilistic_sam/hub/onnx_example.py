@@ -26,8 +26,8 @@ low, high = np.percentile(inside, settings["stretch_percentiles"])
 window = np.full((side, side), inside.min())
 top, left = max(-y, 0), max(-x, 0)
 window[top : top + inside.shape[0], left : left + inside.shape[1]] = inside
-window = Image.fromarray(255 * np.clip((window - low) / max(high - low, 1e-6), 0, 1).astype(np.float32))
-grey = np.asarray(window.resize((size, size), Image.Resampling.BILINEAR))[None]
+stretched = Image.fromarray(255 * np.clip((window - low) / max(high - low, 1e-6), 0, 1).astype(np.float32))
+grey = np.asarray(stretched.resize((size, size), Image.Resampling.BILINEAR))[None]
 mean, std = np.array([[123.675, 116.28, 103.53], [58.395, 57.12, 57.375]], dtype=np.float32)[..., None, None]
 pixel_values = ((grey - mean) / std)[None]
 

@@ -11,6 +11,7 @@ const MODEL = document.querySelector('meta[name="model"]').content;
 const REPOSITORY = LOCAL_HOSTS.includes(location.hostname)
   ? new URL("./", location.href).href
   : `https://huggingface.co/${MODEL}/resolve/main/`;
+const USE_GPU = new URLSearchParams(location.search).get("device") !== "wasm";
 const VIRIDIS = [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]];
 const MAGMA = [[0, 0, 4], [81, 18, 124], [183, 55, 121], [252, 137, 97], [252, 253, 191]];
 const COLOURS = { sample: "#4cc9f0", shown: "#ff5d8f", half: "#ffd24d", prompt: "#ffffff", inside: "#7dff8a", outside: "#ff6b6b" };
@@ -279,7 +280,7 @@ async function sample({ box, points, labels, noise, numSamples = noise?.length ?
   try {
     return await new Promise((resolve, reject) => {
       pending = { id, resolve, reject };
-      worker.postMessage({ type: "sample", id, repository: REPOSITORY, image, prompt: asked, numSamples, seed, noise: values });
+      worker.postMessage({ type: "sample", id, repository: REPOSITORY, useGpu: USE_GPU, image, prompt: asked, numSamples, seed, noise: values });
     });
   } finally {
     pending = null;

@@ -59,7 +59,10 @@ async function decodeByBrowser(bytes, type, channels) {
   return { width, height, channels, data };
 }
 
-/** Width, height, channels, bits and code of the first frame header of a JPEG, JPEG Lossless or JPEG-LS stream. */
+/**
+ * Width, height, channels and bits in the first frame header of a JPEG, JPEG Lossless or JPEG-LS stream that has an end;
+ * browsers decode a truncated one without an error.
+ */
 export function jpegFrame(bytes) {
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
   let place = 2;
@@ -68,7 +71,10 @@ export function jpegFrame(bytes) {
     const isFrame = (code >= 0xc0 && code <= 0xcf && ![0xc4, 0xc8, 0xcc].includes(code)) || code === 0xf7;
     if (isFrame) {
       const [height, width] = [view.getUint16(place + 5), view.getUint16(place + 7)];
-      return { width, height, channels: bytes[place + 9], bits: bytes[place + 4], code };
+      let end = bytes.lastIndexOf(0xd9);
+      while (end > place && bytes[end - 1] !== 0xff) end = bytes.lastIndexOf(0xd9, end - 1);
+      if (end <= place) throw new Error("is a truncated JPEG");
+      return { width, height, channels: bytes[place + 9], bits: bytes[place + 4] };
     }
     place += code === 0xff ? 1 : 2 + view.getUint16(place + 2);
   }

@@ -1,7 +1,7 @@
 // Loads the ONNX graphs of the model and samples masks, away from the page's own thread.
 // WebGPU where the browser has it, otherwise WebAssembly with threads (cross-origin isolated pages) or one thread.
 //
-// Messages in: {type: "sample", id, repository, image, prompt, numSamples, seed, noise}, {type: "cancel", id},
+// Messages in: {type: "sample", id, repository, useGpu, image, prompt, numSamples, seed, noise}, {type: "cancel", id},
 //              {type: "prefetch", repository}
 // Messages out: {type: "progress", id, text, done, total}, {type: "result", id, ...}, {type: "error", id, message},
 //               {type: "cancelled", id}
@@ -33,13 +33,20 @@ async function sample(request) {
     postMessage({ type: "result", id, ...(await run(request, progress)) });
   } catch (error) {
     if (error instanceof Cancelled) postMessage({ type: "cancelled", id });
-    else postMessage({ type: "error", id, message: `${error.message ?? error}`.split("\n")[0] });
+    else postMessage({ type: "error", id, message: await explain(error) });
   } finally {
     cancelled.delete(id);
   }
 }
 
-async function run({ id, repository, image, prompt, numSamples, seed, noise }, progress) {
+/** One line about an error; a graphics driver may fail where WebAssembly works. */
+async function explain(error) {
+  const { provider } = (await loaded.get("runtime")?.catch(() => null)) ?? {};
+  const advice = provider === "webgpu" ? "; to sample without WebGPU, add ?device=wasm to the address of the page" : "";
+  return `${error.message ?? error}`.split("\n")[0] + advice;
+}
+
+async function run({ id, repository, useGpu, image, prompt, numSamples, seed, noise }, progress) {
   const check = async () => {
     await new Promise((resolve) => setTimeout(resolve)); // lets a "cancel" message in
     if (cancelled.has(id)) throw new Cancelled();
@@ -50,7 +57,7 @@ async function run({ id, repository, image, prompt, numSamples, seed, noise }, p
     const most = Math.floor(MAX_MASK_VALUES / window.side ** 2);
     throw new Error(`${numSamples} samples of a window of ${window.side} pixels need too much memory; accepted: up to ${most}`);
   }
-  const { ort, device } = await once("runtime", () => loadRuntime(progress, check));
+  const { ort, device } = await once("runtime", () => loadRuntime(useGpu, progress, check));
   const encoder = await session("vision_encoder", repository, progress, check);
   const decoder = await session(prompt.box ? "box_decoder" : "point_decoder", repository, progress, check);
   await check();
@@ -116,9 +123,9 @@ async function loadSettings(repository) {
   return { ...processor, latent_dim: model.latent_dim };
 }
 
-/** onnxruntime-web for WebGPU if the browser offers an adapter, otherwise for WebAssembly. */
-async function loadRuntime(progress, check) {
-  const adapter = await navigator.gpu?.requestAdapter().catch(() => null);
+/** onnxruntime-web for WebGPU if it is wanted and the browser offers an adapter, otherwise for WebAssembly. */
+async function loadRuntime(useGpu, progress, check) {
+  const adapter = useGpu ? await navigator.gpu?.requestAdapter().catch(() => null) : null;
   const [script, wasm] = adapter
     ? ["ort.webgpu.min.mjs", "ort-wasm-simd-threaded.asyncify.wasm"]
     : ["ort.wasm.min.mjs", "ort-wasm-simd-threaded.wasm"];

@@ -130,6 +130,22 @@ def test_rows_on_cuda_are_those_of_the_page(script, monkeypatch):
     assert sorted(measured) == sorted(load_script("report/make_card").CUDA_ROWS)
 
 
+def test_two_processes_are_compared_with_one(script, monkeypatch, tmp_path):
+    started = []
+
+    def evaluate(processes, device, name, *arguments):
+        started.append((processes, device, name))
+        Path(arguments[-1]).write_text('{"num_slices": 30, "seconds": 2.0}')
+
+    monkeypatch.setattr(script, "start", evaluate)
+    monkeypatch.setattr(script, "training_speed", lambda *arguments, processes: 6.0 * processes)
+    alone = {"training, encoder cached": 8.0, "evaluation": 10.0}
+    rows = script.measure_processes(alone, tmp_path / "data", 2, 30)
+    assert started == [(2, "cpu", "evaluate.py")] and [item["ratio"] for item in rows] == [1.5, 1.5]
+    assert rows[0]["what"] == "training, encoder cached, 2 processes (speed-up)"
+    assert rows[1]["per_second"] == [15.0, 10.0]
+
+
 def test_the_card_is_named(script, monkeypatch):
     monkeypatch.setattr(script.torch.cuda, "get_device_name", lambda device: "Card")
     assert script.describe_machine(torch.device("cuda"))["gpu"] == "Card"

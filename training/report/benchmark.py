@@ -568,27 +568,34 @@ def evaluation_speed(model: ProbabilisticSamModel, processor: Any, data: Path, n
     return len(rows) / seconds
 
 
-def measure_processes(data: Path, num_steps: int, eval_slices: int) -> list[dict]:
+def measure_processes(alone: dict[str, float], data: Path, num_steps: int, eval_slices: int) -> list[dict]:
     """Training and evaluation of the shipped model by two processes, compared with one process with as many threads.
 
-    The commands are those of a user, on the CPU. Their own times, which exclude loading, are used.
+    Args:
+        alone: what `measure_speeds` returns on the CPU.
+        data: see there, also for the arguments that follow.
+        num_steps: see there.
+        eval_slices: see there.
     """
     config, (encoder,) = ENCODERS["cpu"]
-    training, evaluation = {}, {}
-    for processes in (1, 2):
-        training[processes] = training_speed(data, "cpu", config, encoder, num_steps, processes)
-        scores = data.parent / f"scores-{processes}.json"
-        what = ("--dataset", data, "--split", "train", "--max_slices", eval_slices, "--device", "cpu")
-        start(processes, "cpu", "evaluate.py", *what, "--model", SHIPPED, "--output", scores)
-        content = json.loads(scores.read_text())
-        evaluation[processes] = content["num_slices"] / content["seconds"]
+    scores = data.parent / "scores.json"
+    options = ("--dataset", data, "--split", "train", "--max_slices", eval_slices, "--device", "cpu")
+    start(2, "cpu", "evaluate.py", *options, "--model", SHIPPED, "--output", scores)
+    content = json.loads(scores.read_text())
+    training, evaluation = alone
+    together = {
+        training: training_speed(data, "cpu", config, encoder, num_steps, processes=2),
+        evaluation: content["num_slices"] / content["seconds"],
+    }
     return [
         row(
-            f"slices per second {name}, 2 processes (speed-up)", "1 process, same number of threads",
-            speed[2] / speed[1], per_second=[speed[2], speed[1]],
+            f"{what}, 2 processes (speed-up)",
+            "1 process, same number of threads",
+            together[what] / speed,
+            per_second=[together[what], speed],
         )
-        for name, speed in (("in training", training), ("evaluated", evaluation))
-    ]  # fmt: skip
+        for what, speed in alone.items()
+    ]
 
 
 def start(processes: int, device: str, script: str, *arguments: Any) -> None:
@@ -731,7 +738,7 @@ def measure_all(
         speeds = measure_speeds(small, processor, data, num_steps, eval_slices)
         print("\n".join(f"{what:<105} {speed:.4g} slices/s" for what, speed in speeds.items()), flush=True)
         if on_cpu:
-            rows += shown(measure_processes(data, num_steps, eval_slices))
+            rows += shown(measure_processes(speeds, data, num_steps, eval_slices))
     content: dict[str, Any] = {"rows": rows, "slices_per_second": speeds}
     if on_cpu:
         content["flops"] = {name: arithmetic(model) for name, model in models.items()}

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -46,6 +47,121 @@ def test_seconds_are_medians_without_the_warm_up(script, monkeypatch):
         now += duration
     monkeypatch.setattr(script.time, "perf_counter", iter(ticks).__next__)
     assert script.interleave(lambda: None, lambda: None, repeats=3) == [2, 4]
+
+
+def test_cuda_is_waited_for_before_and_after_each_timing(script, monkeypatch):
+    events = []
+    monkeypatch.setattr(script.torch.cuda, "synchronize", lambda device: events.append("wait"))
+    monkeypatch.setattr(script.time, "perf_counter", lambda: events.append("clock") or 0.0)
+    script.interleave(lambda: events.append("work"), repeats=1, device=torch.device("cuda"))
+    assert events == ["wait", "clock", "work", "wait", "wait", "clock", "work", "wait", "clock"]
+    events.clear()
+    script.interleave(lambda: None, repeats=1)
+    assert "wait" not in events
+
+
+def test_peak_memory_on_cuda_is_that_of_the_allocator_since_its_reset(script, monkeypatch):
+    used = {"now": 10, "peak": 99}  # the peak of loading the model
+
+    def sample():
+        used.update(now=12, peak=max(used["peak"], 40))
+
+    cuda = script.torch.cuda
+    monkeypatch.setattr(cuda, "reset_peak_memory_stats", lambda device: used.update(peak=used["now"]))
+    monkeypatch.setattr(cuda, "memory_allocated", lambda device: used["now"])
+    monkeypatch.setattr(cuda, "max_memory_allocated", lambda device: used["peak"])
+    assert script.peak_memory(sample, torch.device("cuda")) == (10, 40)
+
+
+def test_a_row_that_does_not_fit_the_card_has_no_ratio(script, monkeypatch):
+    def fail(*ways, **options):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(script, "interleave", fail)
+    item = script.measure_sampling(tiny_model(), "tiny", 1, images=2, bf16=True)
+    assert item["what"] == "16 samples, tiny, 2 images, bfloat16" and item["ratio"] is None
+
+
+def test_samples_of_several_images_are_timed_beside_one_mask_of_each(script, monkeypatch):
+    shapes = []
+
+    def call(*ways, device, **options):
+        masks = [way().pred_masks for way in ways]
+        assert torch.is_autocast_enabled("cpu") and device.type == "cpu"
+        shapes.extend(tuple(item.shape[:3]) for item in masks)
+        return [1.0, 2.0]
+
+    monkeypatch.setattr(script, "interleave", call)
+    assert script.measure_sampling(tiny_model(), "tiny", 1, images=3, bf16=True)["ratio"] == 0.5
+    assert shapes == [(3, 1, 16), (3, 1, 1)]
+
+
+def test_training_speed_is_that_of_the_log_after_its_first_line(script, monkeypatch, tmp_path):
+    def train(processes, device, name, *arguments):
+        given = [str(item) for item in arguments]
+        assert (processes, device, name) == (1, "cuda", "train.py") and "encoder=trained" in given
+        folder = Path(given[given.index("--output_dir") + 1])
+        (folder / "training_config.yaml").write_text("base_model: random\nbatch_size: 64\n")
+        lines = [
+            {"step": 100, "loss": 1.0, "seconds": 30.0},  # with the start of the workers
+            {"step": 200, "loss": 1.0, "seconds": 34.0},
+            {"step": 300, "loss": 1.0, "seconds": 40.0},
+            {"step": 300, "validation/all/ged": 0.3},
+        ]
+        (folder / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+    monkeypatch.setattr(script, "start", train)
+    speed = script.training_speed(tmp_path, "cuda", "psam_lidc_gpu.yaml", "trained", 300)
+    assert speed == 64 * 200 / 10
+
+
+def test_rows_on_cuda_are_those_of_the_page(script, monkeypatch):
+    monkeypatch.setattr(
+        script, "measure_memory", lambda model, name: script.row(f"peak memory, 100 samples, {name}", "", 1)
+    )
+    monkeypatch.setattr(script, "training_speed", lambda *arguments: 1.0)
+    monkeypatch.setattr(script, "evaluation_speed", lambda *arguments: 1.0)
+    monkeypatch.setattr(script, "interleave", lambda *ways, **options: [1.0] * len(ways))
+    models = {"ViT-B at 1024": tiny_model(), "shipped at 256": tiny_model(tiny_vit_parts)}
+    monkeypatch.setattr(script, "example_inputs", lambda processor: tiny_inputs())
+    measured = [item["what"] for item in script.cuda_rows(models, None, 1)]
+    cuda = SimpleNamespace(device=torch.device("cuda"))
+    measured += script.measure_speeds(cuda, None, Path("data"), 1, 1)
+    assert sorted(measured) == sorted(load_script("report/make_card").CUDA_ROWS)
+
+
+def test_two_processes_are_compared_with_one(script, monkeypatch, tmp_path):
+    started = []
+
+    def evaluate(processes, device, name, *arguments):
+        started.append((processes, device, name))
+        Path(arguments[-1]).write_text('{"num_slices": 30, "seconds": 2.0}')
+
+    monkeypatch.setattr(script, "start", evaluate)
+    monkeypatch.setattr(script, "training_speed", lambda *arguments, processes: 6.0 * processes)
+    alone = {"training, encoder cached": 8.0, "evaluation": 10.0}
+    rows = script.measure_processes(alone, tmp_path / "data", 2, 30)
+    assert started == [(2, "cpu", "evaluate.py")] and [item["ratio"] for item in rows] == [1.5, 1.5]
+    assert rows[0]["what"] == "training, encoder cached, 2 processes (speed-up)"
+    assert rows[1]["per_second"] == [15.0, 10.0]
+
+
+def test_the_card_is_named(script, monkeypatch):
+    monkeypatch.setattr(script.torch.cuda, "get_device_name", lambda device: "Card")
+    assert script.describe_machine(torch.device("cuda"))["gpu"] == "Card"
+    assert "gpu" not in script.describe_machine(torch.device("cpu"))
+
+
+def test_evaluation_is_timed_after_a_first_one(script, monkeypatch):
+    calls = []
+
+    def evaluate(model, processor, rows, prompt, num_samples, seeds, batch_size, state, device, workers):
+        calls.append((len(rows), prompt, num_samples, batch_size, device.type))
+
+    monkeypatch.setattr(script, "evaluate_dataset", evaluate)
+    monkeypatch.setattr(script, "load_split", lambda data, split: script.reader_rows(5, 16))
+    assert script.evaluation_speed(tiny_model(), None, Path("data"), 3) > 0
+    assert calls == [(3, "union_box", 16, 8, "cpu")] * 2
 
 
 def test_line_by_hand(script):
@@ -140,14 +256,17 @@ def test_a_further_sample_costs_less_where_cells_outnumber_tokens(script):
 def test_all_rows_of_tiny_models(script, monkeypatch, capsys):
     ready = script.row("import probabilistic_sam", "from transformers import SamModel", 1.0)
     monkeypatch.setattr(script, "measure_imports", lambda repeats: ready)
-    monkeypatch.setattr(script, "measure_memory", lambda folder, name: script.row(f"memory, {name}", "", None))
+    monkeypatch.setattr(script, "measure_memory", lambda model, name: script.row(f"memory, {name}", "", None))
     speeds = [script.row(what, "1 process", 1.5) for what in ("training", "evaluation")]
-    monkeypatch.setattr(script, "measure_processes", lambda num_nodules, num_steps: speeds)
+    monkeypatch.setattr(script, "measure_processes", lambda *arguments: speeds)
+    monkeypatch.setattr(script, "measure_speeds", lambda *arguments: {"evaluation": 3.0})
+    monkeypatch.setattr(script, "start", lambda *arguments: None)  # the build of phantom slices
     monkeypatch.setattr(script, "mobile_sam_config", lambda size: tiny_model(tiny_vit_parts).config)
     small = tiny_model(tiny_vit_parts)
+    monkeypatch.setattr(script, "example_inputs", lambda processor: script.image_and_box(small))
     content = script.measure_all(
-        tiny_model(), small, ProbabilisticSamProcessor(32, 32), script.image_and_box(small), repeats=1, num_rows=2,
-        num_slices=2, loop_slices=1, image_sizes=(32,), num_nodules=1, num_steps=1,
+        {"ViT-B at 32": tiny_model(), "shipped at 32": small}, ProbabilisticSamProcessor(32, 32), repeats=1,
+        num_nodules=1, num_steps=1, eval_slices=1, image_sizes=(32,), num_rows=2, num_slices=2, loop_slices=1,
     )  # fmt: skip
     recorded = json.loads((ROOT / "training" / "results" / "bench.json").read_text())["rows"]
     assert len(content["rows"]) == len(recorded) == 15 and content["flops"].keys() == {"ViT-B at 32", "shipped at 32"}
@@ -161,9 +280,8 @@ def test_all_rows_of_tiny_models(script, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_memory_is_measured_in_processes(script, tmp_path):
-    tiny_model().save_pretrained(tmp_path)
-    item = script.measure_memory(tmp_path, "tiny")
+def test_memory_is_measured_in_processes(script):
+    item = script.measure_memory(tiny_model(), "tiny")
     assert item["ratio"] is None or min(item["mebibytes"]) > 0
 
 

@@ -183,6 +183,26 @@ def test_costs_have_one_line_per_comparison():
     assert "(IoU: mean 0.997, minimum 0.976) and takes 1.4 times as long" in text
 
 
+def test_rows_on_a_gpu_are_marked_until_they_are_run():
+    lines = make_card.cuda_section(None).splitlines()
+    assert lines[2] == "| training, encoder frozen |  | at least 2,000 slices/s | not run |  |"
+    assert sum("not run |" in line for line in lines) == len(make_card.CUDA_ROWS)
+    result = {
+        "rows": [
+            {"what": "16 samples, ViT-B at 1024", "against": "SAM", "ratio": 1.1234, "seconds": [0.11, 0.1]},
+            {"what": "16 samples, ViT-B at 1024, 16 images", "against": "SAM", "ratio": None},  # no memory
+        ],
+        "slices_per_second": {"training, encoder frozen": 2345.6, "evaluation": 99.44}, "repeats": 20, "gpu": "Card",
+        "cuda": "13.0", "versions": {"torch": "2.13.0"}, "commit": "abc", "command": "python x.py",
+    }  # fmt: skip
+    lines = make_card.cuda_section(result).splitlines()
+    assert lines[2] == "| training, encoder frozen |  | at least 2,000 slices/s | 2,346 slices/s |  |"
+    assert lines[4] == "| evaluation |  | at least 100 slices/s | 99.4 slices/s |  |"
+    assert lines[5] == "| 16 samples, ViT-B at 1024 | SAM | at most 1.15 | 1.12 | 0.11 s / 0.1 s |"
+    assert lines[7] == "| 16 samples, ViT-B at 1024, 16 images |  | at most 1.15 | not measured |  |"
+    assert "20 alternating repeats on one Card, PyTorch 2.13.0, CUDA 13.0." in "\n".join(lines)
+
+
 def test_exported_weights_are_half_precision_and_load_as_float32(tmp_path):
     from tiny import tiny_model
 

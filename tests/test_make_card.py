@@ -149,6 +149,11 @@ def test_nodules_have_one_row_per_model_and_the_number_of_samples_of_each_metric
         rows[2].startswith("| no image: ellipses of random size |  | 0.200 [0.190, 0.210] | 0.200 [")
         and len(rows) == 3
     )
+    assert "Change in volume CRPS with shared noise: -67% against the mean mask." in text  # 0.2 and 0.6
+    worse = copy.deepcopy(nodules)
+    worse["results"]["samples"]["volume_crps"] = entry(0.25)
+    text = make_card.nodules_section(results | {"nodule_independent_100": worse})
+    assert "-67% against the mean mask, -20% against independent noise." in text
     assert "297 nodules (1,740 slices) of 98 patients" in text and "figures/volumes.png" in text
     assert make_card.nodules_section({"nodule_shared_16": few}) == ""
     with pytest.raises(make_card.UserError, match="nodule results differ in truth: .'public', 'pylidc'."):

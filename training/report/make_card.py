@@ -304,11 +304,17 @@ def nodules_section(results: dict[str, dict]) -> str:
             )
     titles = [f"{NODULE_TABLE[metric]} (N = {number})" for metric, number in NODULE_SAMPLES.items()]
     result = used[f"nodule_shared_{numbers[-1]}"]
+    others = {"the mean mask": result["results"]["mean_mask"]}
+    if independent := used.get(f"nodule_independent_{NODULE_SAMPLES['volume_crps']}"):
+        others["independent noise"] = independent["results"]["samples"]
+    ours = result["results"]["samples"]["volume_crps"]["mean"]
+    changes = [f"{ours / other['volume_crps']['mean'] - 1:+.0%} against {name}" for name, other in others.items()]
     left_out = f"; {result['num_left_out']} nodules of unknown geometry are left out" * bool(result["num_left_out"])
     return (
         f"Whole nodules as volumes: {result['num_nodules']:,} nodules ({result['num_slices']:,} slices) of "
         f"{result['num_patients']} patients, prompt `{result['prompt']}`, truth `{result['truth']}`{left_out}. In "
-        f"brackets, 95 % intervals from a bootstrap over patients.\n\n{table(titles, lines)}\n\n{NODULE_PROTOCOL}\n\n"
+        f"brackets, 95 % intervals from a bootstrap over patients.\n\n{table(titles, lines)}\n\n"
+        f"Change in volume CRPS with shared noise: {', '.join(changes)}.\n\n{NODULE_PROTOCOL}\n\n"
         "![Volumes of nodules and coverage](figures/volumes.png)\n"
         "*Sampled volumes (median, 90 % interval) and those of the readers, and coverage by nominal level.*\n\n"
         f"Source: the files `{CARD}/results/nodule_*.json`; that of the figure was written by\n\n"

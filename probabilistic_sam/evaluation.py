@@ -5,7 +5,6 @@ batch of rows, `sample_batch` samples all windows of a batch at once on the devi
 computes the metrics of a row. At most `BATCHES_AHEAD` batches wait between two stages, so memory is bounded.
 """
 
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ from .errors import UserError
 from .metrics import OF_ALL_MASKS, slice_collapse, slice_metrics
 from .metrics.functional import majority_mask
 from .processing_probabilistic_sam import OUTSIDE_LOGIT
-from .workers import InThisProcess
+from .workers import InThisProcess, read_ahead
 
 ORACLES = ("oracle:majority", "oracle:readers")
 IDENTITY = ["patient_id", "scan_id", "nodule_id", "slice_index", "image_id", "source"]
@@ -249,22 +248,15 @@ def read_batches(
 ) -> Iterator[Batch]:
     """The batches of this process, see `evaluate_dataset`; workers prepare the next ones meanwhile."""
     rows, options = dataset.with_format("arrow"), prepare_options(model, processor, sampling.prompt)
-    coming: deque[tuple[Sequence[int], list[Future]]] = deque()
-    starts = range(0, len(dataset), batch_size)[state.process_index :: state.num_processes]
-    for start in starts:
-        indices = range(start, min(start + batch_size, len(dataset)))
-        encoded = rows[start : indices.stop].to_pylist()  # decoded by the workers
-        coming.append((indices, [workers.submit(prepare_row, row, *options) for row in encoded]))
-        if len(coming) > BATCHES_AHEAD:
-            yield take_batch(coming)
-    while coming:
-        yield take_batch(coming)
 
+    def submitted() -> Iterator[tuple[Sequence[int], list[Future]]]:
+        for start in range(0, len(dataset), batch_size)[state.process_index :: state.num_processes]:
+            indices = range(start, min(start + batch_size, len(dataset)))
+            encoded = rows[start : indices.stop].to_pylist()  # decoded by the workers
+            yield indices, [workers.submit(prepare_row, row, *options) for row in encoded]
 
-def take_batch(coming: deque[tuple[Sequence[int], list[Future]]]) -> Batch:
-    """The next batch, when its rows are ready."""
-    indices, futures = coming.popleft()
-    return collate(indices, [future.result() for future in futures])
+    for indices, futures in read_ahead(submitted(), BATCHES_AHEAD):
+        yield collate(indices, [future.result() for future in futures])
 
 
 def collate(indices: Sequence[int], rows: list[PreparedRow]) -> Batch:
@@ -298,20 +290,12 @@ def score_batches(
     workers: Executor,
 ) -> Iterator[ScoredRow]:
     """Score the rows of batches; for the arguments see `evaluate_dataset`."""
-    pending: deque[tuple[Batch, list]] = deque()
-    for batch in batches:
-        pending.append((batch, score_batch(model, processor, encode(model, batch, device), sampling, workers)))
-        if len(pending) > BATCHES_AHEAD:
-            yield from take_scores(pending)
-    while pending:
-        yield from take_scores(pending)
-
-
-def take_scores(pending: deque[tuple[Batch, list]]) -> Iterator[ScoredRow]:
-    """The rows of the first batch, when their metrics are there."""
-    batch, futures = pending.popleft()
-    for index, row, scores in zip(batch.indices, batch.rows, collect(futures), strict=True):
-        yield ScoredRow(index, row.columns["patient_id"], scores)
+    submitted = (
+        (batch, score_batch(model, processor, encode(model, batch, device), sampling, workers)) for batch in batches
+    )
+    for batch, futures in read_ahead(submitted, BATCHES_AHEAD):
+        for index, row, scores in zip(batch.indices, batch.rows, collect(futures), strict=True):
+            yield ScoredRow(index, row.columns["patient_id"], scores)
 
 
 def gather(scored: list[ScoredRow], seeds: Sequence[int]) -> tuple[list[str], list[list[dict]]]:
@@ -386,21 +370,35 @@ def sample_batch(
 
 @torch.inference_mode()
 def cut_samples(processor: Any, pred_masks: torch.Tensor, batch: Batch) -> list[list[WindowSamples]]:
-    """The samples of each row, by window, at the image's resolution.
-
-    Window by window, since logits at the size of the image are larger by far.
-    """
+    """The samples of each row, by window, at the image's resolution."""
     result: list[list[WindowSamples]] = [[] for _ in batch.rows]
-    for number, (index, _) in enumerate(batch.owners):
-        of_window = slice(number, number + 1)
-        windows, sizes = (item[of_window] for item in batch.places)
-        (logits,) = processor.post_process_logits(pred_masks[of_window], windows, sizes)  # (N, H, W)
-        x, y, side = windows[0].tolist()
-        rows, columns = slice(max(y, 0), y + side), slice(max(x, 0), x + side)
-        inside = logits[:, rows, columns].float()
-        bits = np.packbits((inside > 0).cpu().numpy())
-        result[index].append(WindowSamples(rows, columns, bits, inside.sigmoid().cpu().numpy()))
+    parts = cut_windows(processor, pred_masks, *batch.places)
+    for (index, _), (rows, columns, logits) in zip(batch.owners, parts, strict=True):
+        bits = np.packbits((logits > 0).cpu().numpy())
+        result[index].append(WindowSamples(rows, columns, bits, logits.sigmoid().cpu().numpy()))
     return result
+
+
+def cut_windows(
+    processor: Any, pred_masks: torch.Tensor, windows: torch.Tensor, original_sizes: torch.Tensor
+) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+    """For each of W windows its rows and columns of the image, and the logits (N, h, w) there, in float32.
+
+    One window at a time, since logits at the size of the image are larger by far.
+
+    Args:
+        processor: see `evaluate_dataset`.
+        pred_masks: (W, 1, N, h, w).
+        windows: (W, 3) of the processor.
+        original_sizes: (W, 2) of the processor.
+    """
+    for number, (x, y, side) in enumerate(windows.tolist()):
+        of_window = slice(number, number + 1)
+        (logits,) = processor.post_process_logits(
+            pred_masks[of_window], windows[of_window], original_sizes[of_window]
+        )  # (N, H, W)
+        rows, columns = slice(max(y, 0), y + side), slice(max(x, 0), x + side)
+        yield rows, columns, logits[:, rows, columns].float()
 
 
 @torch.inference_mode()

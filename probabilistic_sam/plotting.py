@@ -5,7 +5,7 @@ Coordinates are measured at pixel edges, as in prompts: pixel (row, column) cove
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -460,6 +460,56 @@ def calibration_figure(pixels: np.ndarray, emptiness: np.ndarray, title: str) ->
         shares.bar(edges[:-1], count / max(count.sum(), 1), edges[1] - edges[0], align="edge", color="0.5", alpha=0.2)
         shares.set(ylim=(0, 1), box_aspect=1, ylabel=bars)
     return figure
+
+
+def volume_figure(nodules: Sequence[Mapping[str, Any]], levels: Sequence[float], title: str) -> Figure:
+    """Sampled volumes of nodules against those of the readers, and coverage by nominal level.
+
+    Empty readers and nodules without a sample that is not empty are not plotted; such nodules count as not covered.
+
+    Args:
+        nodules: of a results file of `training/evaluate.py --level nodule`.
+        levels: of the quantiles of the sampled volumes, symmetric about .5, with .05, .5 and .95.
+        title: line above the panels.
+    """
+    readers = [np.array([volume for volume in nodule["readers_mm3"] if volume > 0]) for nodule in nodules]
+    order = np.argsort([volumes.mean() for volumes in readers], kind="stable")
+    figure = Figure(figsize=(WIDTH_INCHES, 5.4), dpi=DPI, facecolor="white", layout="constrained")
+    figure.suptitle(title, size=13, weight="bold")
+    axes, curve = figure.subplots(1, 2, width_ratios=(2, 1))
+
+    seen = [(rank, nodules[index]["quantiles_mm3"]) for rank, index in enumerate(order)]
+    ranks = [rank for rank, values in seen if values is not None]
+    quantiles = np.array([values for _, values in seen if values is not None]).reshape(-1, len(levels))
+    low, median, high = (quantiles[:, list(levels).index(level)] for level in (0.05, 0.5, 0.95))
+    axes.vlines(ranks, low, high, color=SAMPLE_COLOR, alpha=0.5, linewidth=1.5, label="samples: 90 % interval")
+    axes.plot(ranks, median, "_", color=SAMPLE_COLOR, markersize=4, label="samples: median")
+    x = np.repeat(np.arange(len(order)), [len(readers[index]) for index in order])
+    axes.plot(
+        x, np.concatenate([readers[index] for index in order]), ".", color="0.15", markersize=2.5, label="readers"
+    )
+    axes.set(yscale="log", xlabel="nodule, by the readers' mean volume", ylabel="volume (mm$^3$)")
+    axes.legend(frameon=False, loc="upper left")
+
+    nominal, observed = coverage_curve(nodules, levels)
+    curve.plot([0, 1], [0, 1], color="0.6", linewidth=1, linestyle="--")
+    curve.plot(nominal, observed, "o-", color=SAMPLE_COLOR)
+    curve.set(xlim=(0, 1), ylim=(0, 1), box_aspect=1, xlabel="level of the interval", ylabel="share of readers inside")
+    return figure
+
+
+def coverage_curve(nodules: Sequence[Mapping[str, Any]], levels: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Levels of the central intervals, and shares of annotating readers whose volume lies inside, over all nodules."""
+    lower = np.arange(len(levels) // 2)[::-1]
+    upper = len(levels) - 1 - lower
+    inside, count = np.zeros(len(lower)), 0
+    for nodule in nodules:
+        volumes = np.array([volume for volume in nodule["readers_mm3"] if volume > 0])
+        count += len(volumes)
+        if nodule["quantiles_mm3"] is not None:
+            ends = np.array(nodule["quantiles_mm3"])[:, None]
+            inside += ((ends[lower] <= volumes) & (volumes <= ends[upper])).sum(axis=1)
+    return np.array(levels)[upper] - np.array(levels)[lower], inside / count
 
 
 def sample_number_figure(curves: dict[str, list[tuple[int, float, float, float]]]) -> Figure:

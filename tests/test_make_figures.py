@@ -26,6 +26,7 @@ def result(num_samples: int, ged: float, sampling: str = "together") -> dict:
 def test_curves_join_results_of_one_model():
     results = {"validation": result(16, 0.2), "n4": result(4, 0.3), "independent": result(16, 0.25, "independent")}
     results["other"] = result(16, 0.9) | {"prompt": "center_box"}
+    results["nodules"] = result(16, 0.9) | {"level": "nodule"}
     curves = make_figures.sample_numbers(results)
     assert curves["all, sampled together"] == [
         (16, 0.2, 0.1, pytest.approx(0.3)),
@@ -35,7 +36,7 @@ def test_curves_join_results_of_one_model():
     assert len(curves) == 4
 
 
-def test_command_writes_four_figures(tmp_path, monkeypatch, capsys):
+def test_command_writes_its_figures(tmp_path, monkeypatch, capsys):
     tiny_model().save_pretrained(tmp_path / "model")
     ProbabilisticSamProcessor(SIZE, 24).save_pretrained(tmp_path / "model")
     write_dataset(tiny_rows({"validation": 4}), tmp_path / "data", "Discs.")
@@ -46,7 +47,11 @@ def test_command_writes_four_figures(tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match="has no validation.json"):
         make_figures.main()
     (tmp_path / "results/validation.json").write_text(json.dumps(result(16, 0.2)))
+    nodule = {"readers_mm3": [4.0, 5.0], "quantiles_mm3": [3.0, 5.0, 7.0]}
+    nodules = result(100, 0.2) | {"level": "nodule", "num_nodules": 1, "nodules": [nodule]}
+    nodules |= {"quantile_levels": [0.05, 0.5, 0.95]}
+    (tmp_path / "results/nodule_shared_100.json").write_text(json.dumps(nodules))
     make_figures.main()
-    names = ["calibration.png", "gallery.png", "sample_number.png", "traversal.png"]
+    names = ["calibration.png", "gallery.png", "sample_number.png", "traversal.png", "volumes.png"]
     assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == names
     assert "gallery.png" in capsys.readouterr().out

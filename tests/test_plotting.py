@@ -10,6 +10,7 @@ from probabilistic_sam.plotting import (
     area_figure,
     calibration_figure,
     contour_figure,
+    coverage_curve,
     figure_pixels,
     grid_figure,
     map_figure,
@@ -18,6 +19,7 @@ from probabilistic_sam.plotting import (
     sample_number_figure,
     save_figure,
     traversal_figure,
+    volume_figure,
     zoom_window,
 )
 
@@ -216,6 +218,24 @@ def test_calibration_shows_one_point_per_bin_that_is_not_empty():
     figure = calibration_figure(sums, sums, "title")
     line = next(line for line in figure.axes[0].lines if line.get_marker() == "o")
     assert line.get_xydata().tolist() == [[0.25, 0.5], [0.95, 0.5]]
+
+
+def test_volumes_and_coverage_by_level():
+    levels = [0.05, 0.25, 0.5, 0.75, 0.95]
+    nodules = [
+        {"readers_mm3": [400.0, 600.0], "quantiles_mm3": [300.0, 450.0, 500.0, 550.0, 600.0]},
+        {"readers_mm3": [0.0, 50.0], "quantiles_mm3": None},  # all samples are empty
+        {"readers_mm3": [9.0], "quantiles_mm3": [5.0, 8.0, 10.0, 12.0, 20.0]},
+    ]
+    nominal, observed = coverage_curve(nodules, levels)
+    # Of four readers 9 lies within 8 to 12, and 400 and 600 within 300 to 600
+    np.testing.assert_allclose(nominal, [0.5, 0.9])
+    np.testing.assert_allclose(observed, [0.25, 0.75])
+    figure = volume_figure(nodules, levels, "title")
+    median, readers = figure.axes[0].lines
+    assert median.get_xydata().tolist() == [[0, 10], [2, 500]]  # in order of the readers' mean
+    assert readers.get_xydata().tolist() == [[0, 9], [1, 50], [2, 400], [2, 600]]
+    assert figure_pixels(volume_figure(nodules[1:2], levels, "only empty samples")).std() > 0
 
 
 def test_sample_numbers_are_sorted_into_curves():

@@ -2,6 +2,10 @@
 
     python training/evaluate.py --model M --dataset DIR --split validation --num_samples 16 --output results.json
 
+    python training/evaluate.py --level nodule --model M --dataset DIR --num_samples 100 --output results.json
+
+scores whole nodules as volumes (`probabilistic_sam.metrics.nodule_metrics`). All slices share the noise of a sample.
+
 Under `accelerate launch` or `torchrun` the same command distributes the slices among processes, with identical
 results: batches do not depend on the number of processes or workers, and each slice has its own random generator,
 seeded by the slice and `--seed`. The metrics are those of `probabilistic_sam.metrics`.
@@ -21,6 +25,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 import transformers
 from accelerate import PartialState
@@ -29,18 +34,29 @@ from accelerate.utils import parse_flag_from_env
 from probabilistic_sam import ProbabilisticSamModel
 from probabilistic_sam.data import PROMPTS
 from probabilistic_sam.data.format import load_split
+from probabilistic_sam.data.volumes import NoduleSlices, group_nodules
 from probabilistic_sam.errors import UserError, run
-from probabilistic_sam.evaluation import ORACLES, READER_BOX_NOTE, SELECTION, Oracle, choose_rows, evaluate_dataset
+from probabilistic_sam.evaluation import (
+    ORACLES,
+    READER_BOX_NOTE,
+    SELECTION,
+    Oracle,
+    Sampling,
+    choose_rows,
+    evaluate_dataset,
+)
+from probabilistic_sam.evaluation_nodules import NODULE_PROMPTS, NOISES, QUANTILE_LEVELS, evaluate_nodules
 from probabilistic_sam.files import write_json
 from probabilistic_sam.inference import load_model
 from probabilistic_sam.metrics import (
-    COLUMNS,
     METRICS,
+    NODULE_METRICS,
     breakdown,
     calibration_sums,
     patient_sums,
     summarize,
     summarize_collapse,
+    summarize_nodules,
     summarize_seeds,
 )
 from probabilistic_sam.provenance import provenance
@@ -48,6 +64,11 @@ from probabilistic_sam.workers import default_workers, start_workers
 
 ROOT = Path(__file__).resolve().parent.parent
 MOST_ASKED = 256  # workers
+LEVELS = {  # -> options that the other level does not have, and accepted prompts, the default first
+    "slice": (("max_slices",), PROMPTS),
+    "nodule": (("max_nodules", "noise"), NODULE_PROMPTS),
+}
+NODULE_SELECTION = "the first max_nodules of the split in the order of a hash of each nodule's first slice"
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "numpy", "scipy")
 
 
@@ -59,8 +80,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--dataset", required=True, help="build of training/build_dataset.py: folder or Hub name")
     parser.add_argument("--split", default="validation")
-    parser.add_argument("--prompt", default="union_box", choices=PROMPTS)
-    parser.add_argument("--num_samples", type=int, default=16, help="samples per slice")
+    parser.add_argument("--level", default="slice", choices=LEVELS, help="what is scored; default slice")
+    parser.add_argument("--prompt", help="; ".join(f"{name}: {', '.join(of[1])}" for name, of in LEVELS.items()))
+    parser.add_argument("--num_samples", type=int, default=16, help="samples per slice or nodule; default 16")
     parser.add_argument("--output", type=Path, required=True, help="results file to write (JSON)")
     parser.add_argument("--independent", action="store_true", help="sample each mask of a slice independently")
     seeds = parser.add_mutually_exclusive_group()
@@ -71,10 +93,22 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--num_workers", type=int, help="processes for inputs and metrics, 0 for none; default automatic"
     )
     parser.add_argument("--max_slices", type=int, help=f"score only {SELECTION}")
+    parser.add_argument("--max_nodules", type=int, help=f"score only {NODULE_SELECTION}")
+    parser.add_argument("--noise", choices=NOISES, help="of the slices of a nodule; default shared")
     parser.add_argument("--device", help="such as cpu or cuda:0; by default the one that accelerate finds")
     args = parser.parse_args(argv)
     args.seeds = [args.seed] if args.seeds is None else args.seeds
-    for name in ("num_samples", "batch_size", "max_slices"):
+    for level, (options, prompts) in LEVELS.items():
+        if level == args.level:
+            args.prompt = args.prompt or prompts[0]
+            if args.prompt not in prompts:
+                raise UserError(f"--prompt is {args.prompt}; accepted with --level {level}: {', '.join(prompts)}")
+        else:
+            for name in options:
+                if getattr(args, name) is not None:
+                    raise UserError(f"--{name} is given with --level {args.level}; accepted: --level {level}")
+    args.noise = args.noise or NOISES[0]
+    for name in ("num_samples", "batch_size", "max_slices", "max_nodules"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} is {value}; accepted: 1 or more")
@@ -109,7 +143,7 @@ def start_process(device: str | None) -> tuple[PartialState, torch.device]:
     return state, wanted
 
 
-def format_table(results: Mapping[str, Mapping[str, Any]]) -> str:
+def format_table(results: Mapping[str, Mapping[str, Any]], metrics: Sequence[str]) -> str:
     """Results as text: one line per metric, one column per set of slices, means with 95 % intervals."""
 
     def cell(entry: Mapping[str, Any]) -> str:
@@ -118,9 +152,9 @@ def format_table(results: Mapping[str, Mapping[str, Any]]) -> str:
         low, high = entry["ci95"]
         return f"{entry['mean']:.3f}" + ("" if low is None else f" [{low:.3f}, {high:.3f}]")
 
-    lines = [f"{'':<20}" + "".join(f"{name} ({results[name]['count']:,})".rjust(26) for name in COLUMNS)]
+    lines = [f"{'':<20}" + "".join(f"{name} ({column['count']:,})".rjust(26) for name, column in results.items())]
     lines += [
-        f"{metric:<20}" + "".join(cell(results[name][metric]).rjust(26) for name in COLUMNS) for metric in METRICS
+        f"{metric:<20}" + "".join(cell(column[metric]).rjust(26) for column in results.values()) for metric in metrics
     ]
     return "\n".join(lines)
 
@@ -149,10 +183,22 @@ def check_output(output: Path) -> None:
         raise UserError(f"--output {output}: its folder cannot be written to; accepted: one that can")
 
 
+def summarize_sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """What was sampled, as in a results file."""
+    return {
+        "level": args.level,
+        "split": args.split,
+        "prompt": args.prompt,
+        "num_samples": args.num_samples,
+        "sampling": "independent" if args.independent else "together",
+        "seed": args.seeds[0] if len(args.seeds) == 1 else args.seeds,
+    }
+
+
 def summarize_runs(
     args: argparse.Namespace, patients: Sequence[str], runs: Sequence[Sequence[dict]], has_presence: bool
 ) -> dict[str, Any]:
-    """Results and what was sampled, as in a results file.
+    """Results of slices, as in a results file.
 
     Args:
         args: of the command line.
@@ -161,11 +207,6 @@ def summarize_runs(
         has_presence: see `summarize_collapse`.
     """
     content: dict[str, Any] = {
-        "split": args.split,
-        "prompt": args.prompt,
-        "num_samples": args.num_samples,
-        "sampling": "independent" if args.independent else "together",
-        "seed": args.seeds[0] if len(args.seeds) == 1 else args.seeds,
         "num_slices": len(patients),
         "num_patients": len(set(patients)),
         "results": summarize_seeds(runs, patients),
@@ -183,11 +224,59 @@ def summarize_runs(
     return content
 
 
+def summarize_volumes(patients: Sequence[str], runs: Sequence[Sequence[dict]], left_out: int) -> dict[str, Any]:
+    """Results of nodules, as in a results file.
+
+    Args:
+        patients: of the scored nodules.
+        runs: for each seed the scores of all nodules.
+        left_out: nodules without a known volume.
+    """
+    volumes = [scores["volumes"] for scores in runs[0]]
+    return {
+        "num_nodules": len(volumes),
+        "num_left_out": left_out,
+        "num_slices": sum(nodule["num_slices"] for nodule in volumes),
+        "num_patients": len(set(patients)),
+        "results": {
+            name: summarize_nodules([[scores[name] for scores in run] for run in runs], patients)
+            for name in ("samples", "mean_mask")
+        },
+        "quantile_levels": QUANTILE_LEVELS,
+        "nodules": volumes,  # of the first seed
+    }
+
+
+def choose_nodules(
+    dataset: datasets.Dataset, count: int | None, name: str
+) -> tuple[list[NoduleSlices], list[NoduleSlices], int]:
+    """All nodules of a split, those to score, and the number of nodules left out.
+
+    Raises:
+        UserError: no nodule has a known volume.
+    """
+    nodules, left_out = group_nodules(dataset)
+    if not nodules:
+        raise UserError(
+            f"{name}: none of {left_out} nodules has z_mm, pixel_spacing_mm, crop_row and crop_col on all slices, and "
+            "slice_thickness_mm where it has one slice; accepted with --level nodule: builds of CT scans"
+        )
+    first = dataset.select([nodule.rows[0] for nodule in nodules])
+    return nodules, [nodules[index] for index in choose_rows(first, count, "evaluated nodules")], left_out
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Evaluate a model and write its results file."""
     args = parse_args(argv)
     dataset, truth = load_split(args.dataset, args.split), read_truth(args.dataset)
-    chosen = dataset.select(choose_rows(dataset, args.max_slices, "evaluated slices"))
+    if args.level == "nodule":
+        of_split, nodules, left_out = choose_nodules(dataset, args.max_nodules, args.dataset)
+        num_slices, is_part = sum(len(nodule.rows) for nodule in nodules), len(nodules) < len(of_split)
+        selection = {"max_nodules": args.max_nodules, "nodule_selection": NODULE_SELECTION}
+    else:
+        chosen = dataset.select(choose_rows(dataset, args.max_slices, "evaluated slices"))
+        num_slices, is_part = len(chosen), len(chosen) < len(dataset)
+        selection = {"max_slices": args.max_slices, "slice_selection": SELECTION}
     state, device = start_process(args.device)
     if not state.is_main_process:
         transformers.logging.disable_progress_bar()
@@ -197,22 +286,30 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Before the evaluation, since the repository may change while it runs
     origin, started = provenance(ROOT, PACKAGES), time.monotonic()
-    num_workers, why = default_workers(device, len(chosen) // state.num_processes)
+    num_workers, why = default_workers(device, num_slices // state.num_processes)
     if args.num_workers is not None:
         num_workers, why = args.num_workers, "--num_workers"
     batch_size = args.batch_size or (8 if device.type == "cpu" else 64)
     if state.is_main_process:
         print(f"{num_workers} workers for inputs and metrics ({why}), {batch_size} slices per batch")
     with start_workers(num_workers) as workers:
-        patients, runs = evaluate_dataset(
-            model, processor, chosen, args.prompt, args.num_samples, args.seeds, batch_size, state, device,
-            args.independent, workers,
-        )  # fmt: skip
+        if args.level == "nodule":
+            sampling = Sampling(args.prompt, args.num_samples, args.seeds, args.independent)
+            patients, runs = evaluate_nodules(
+                model, processor, dataset, nodules, sampling, args.noise, batch_size, state, device, workers
+            )
+        else:
+            patients, runs = evaluate_dataset(
+                model, processor, chosen, args.prompt, args.num_samples, args.seeds, batch_size, state, device,
+                args.independent, workers,
+            )  # fmt: skip
     if state.is_main_process:
-        content = {"model": args.model, "dataset": args.dataset, "truth": truth}
-        content |= summarize_runs(args, patients, runs, isinstance(model, ProbabilisticSamModel))
-        if len(chosen) < len(dataset):
-            content |= {"max_slices": args.max_slices, "slice_selection": SELECTION}
+        content = {"model": args.model, "dataset": args.dataset, "truth": truth} | summarize_sampling(args)
+        if args.level == "nodule":
+            content |= {"noise": args.noise} | summarize_volumes(patients, runs, left_out)
+        else:
+            content |= summarize_runs(args, patients, runs, isinstance(model, ProbabilisticSamModel))
+        content |= selection if is_part else {}
         content |= origin | {
             "device": str(device),
             "num_processes": state.num_processes,
@@ -221,10 +318,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             "seconds": round(time.monotonic() - started, 1),
         }
         write_json(args.output, content)
-        print(format_table(content["results"]))
+        print(format_table(content["results"], NODULE_METRICS if args.level == "nodule" else METRICS))
         print(
-            f"wrote {args.output}: {len(patients):,} slices of {content['num_patients']} patients, {args.split}, "
-            f"prompt {args.prompt}, {args.num_samples} samples, seed {content['seed']}"
+            f"wrote {args.output}: {len(patients):,} {args.level}s of {content['num_patients']} patients, "
+            f"{args.split}, prompt {args.prompt}, {args.num_samples} samples, seed {content['seed']}"
         )
     state.destroy_process_group()
 

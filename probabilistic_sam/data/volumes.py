@@ -4,7 +4,9 @@ A nodule is all slices with the same `patient_id`, `scan_id` and `nodule_id`, in
 only when they are asked for.
 """
 
+import math
 from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +41,9 @@ class NoduleSlices:
     slice_distance_mm: float
     pixel_spacing_mm: float
 
+    def __str__(self) -> str:
+        return f"{self.patient_id} scan {self.scan_id} nodule {self.nodule_id}"
+
     @property
     def voxel_mm3(self) -> float:
         """Volume of a voxel: the area of a pixel times the distance of the slices."""
@@ -56,7 +61,7 @@ def group_nodules(dataset: datasets.Dataset) -> tuple[list[NoduleSlices], int]:
         spacing or crop of a slice is unknown.
 
     Raises:
-        UserError: slices of a nodule at one position, or with different spacing or crops.
+        UserError: slices of a nodule at one position, with different spacing or crops, or without a positive volume.
     """
     groups: dict[tuple, list[tuple[int, dict[str, Any]]]] = defaultdict(list)
     columns = dataset.select_columns([*_IDENTITY, *_GEOMETRY, "slice_thickness_mm"])
@@ -83,7 +88,13 @@ def group_nodules(dataset: datasets.Dataset) -> tuple[list[NoduleSlices], int]:
         rows, first = tuple(position for position, _ in slices), slices[0][1]
         identity = {name: first[name] for name in _IDENTITY}
         spacing = first["pixel_spacing_mm"]
-        nodules.append(NoduleSlices(**identity, rows=rows, slice_distance_mm=distance, pixel_spacing_mm=spacing))
+        nodule = NoduleSlices(**identity, rows=rows, slice_distance_mm=distance, pixel_spacing_mm=spacing)
+        if not (spacing > 0 and 0 < nodule.voxel_mm3 < math.inf):
+            raise UserError(
+                f"{where}: pixel_spacing_mm is {spacing:g}, the distance of its slices {distance:g} mm; accepted: "
+                "positive numbers"
+            )
+        nodules.append(nodule)
     return nodules, left_out
 
 
@@ -93,13 +104,16 @@ def nodule_masks(dataset: datasets.Dataset, nodule: NoduleSlices) -> np.ndarray:
     Raises:
         UserError: slices with different numbers of readers or sizes.
     """
-    rows = dataset.select_columns(["masks", "patient_id"]).select(nodule.rows)
+    return stack_masks(nodule, dataset.select_columns(["masks", "patient_id"]).select(nodule.rows))
+
+
+def stack_masks(nodule: NoduleSlices, rows: Iterable[Mapping[str, Any]]) -> np.ndarray:
+    """`nodule_masks` of the nodule's rows in order of z, for where the dataset is not at hand."""
     slices = [decode_masks(row) for row in rows]
     shapes = sorted({masks.shape for masks in slices})
     if len(shapes) > 1:
         raise UserError(
-            f"{nodule.patient_id} scan {nodule.scan_id} nodule {nodule.nodule_id}: masks of shapes {shapes[0]} and "
-            f"{shapes[1]}; accepted: the same readers and size on all slices"
+            f"{nodule}: masks of shapes {shapes[0]} and {shapes[1]}; accepted: the same readers and size on all slices"
         )
     return np.stack(slices, axis=1)
 

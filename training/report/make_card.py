@@ -22,10 +22,13 @@ from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamProcessor
 from probabilistic_sam.errors import UserError, run
 from probabilistic_sam.hub.model_card import (
     COLUMNS,
+    NODULE_PROTOCOL,
+    NODULE_TABLE,
     TAGS,
     breakdown_section,
     conditions,
     eval_results,
+    mean_with_interval,
     render_card,
     results_section,
 )
@@ -67,6 +70,16 @@ USES = {  # of the shipped weights
     "reader_box": "`reader_box`: the scored reader's own box (leaks the answer)",
 }
 SAMPLES_100 = "samples_100"
+NODULES = {  # stem and column of results files of --level nodule (stem_16.json, stem_100.json) -> row
+    ("nodule_shared", "samples"): "**shared noise**: a sample is one reader",
+    ("nodule_independent", "samples"): "independent noise per slice",
+    ("nodule_shared", "mean_mask"): "mean mask: a single volume",
+    ("nodule_deterministic_sam", "samples"): "SAM, fine-tuned, jittered boxes",
+    ("nodule_sam_as_it_is", "samples"): "MobileSAM, not fine-tuned, jittered boxes",
+    ("nodule_ellipse", "samples"): "no image: ellipses of random size",
+    ("nodule_oracle_majority", "samples"): "oracle: majority vote of the readers",
+}
+NODULE_SAMPLES = {"ged_3d": 16, "volume_crps": 100, "coverage_90": 100, "volume_error": 100}  # of each column
 SHOWN = {  # (column, metric) -> column title of the tables that compare models
     ("all", "ged"): "GED `all` ↓", ("shape", "ged"): "GED `shape` ↓", ("all", "hm_iou"): "HM-IoU ↑",
     ("all", "ece"): "ECE ↓", ("all", "empty_correlation"): "correlation of empty masks ↑",
@@ -282,17 +295,63 @@ def uses_section(results: dict[str, dict]) -> str:
     return text
 
 
+def nodules_section(results: dict[str, dict]) -> str:
+    """Volumes of whole nodules, or nothing without results of the shipped weights.
+
+    Raises:
+        UserError: the files differ in nodules or conditions.
+    """
+    numbers = sorted(set(NODULE_SAMPLES.values()))
+    stems = dict.fromkeys(f"{stem}_{number}" for stem, _ in NODULES for number in numbers)
+    used = {stem: results[stem] for stem in stems if stem in results}
+    if f"nodule_shared_{numbers[-1]}" not in used:
+        return ""
+    for name in ("num_nodules", "num_left_out", "split", "truth", "prompt", "sampling"):
+        if len(values := {str(row[name]) for row in used.values()}) > 1:
+            raise UserError(f"nodule results differ in {name}: {sorted(values)}; accepted: one value for all files")
+    lines = []
+    for (stem, column), title in NODULES.items():
+        files = [used.get(f"{stem}_{number}") for number in NODULE_SAMPLES.values()]
+        if any(files):
+            cells = zip(files, NODULE_SAMPLES, strict=True)
+            lines.append(
+                [
+                    title,
+                    *(mean_with_interval(file["results"][column][metric]) if file else "" for file, metric in cells),
+                ]
+            )
+    titles = [f"{NODULE_TABLE[metric]} (N = {number})" for metric, number in NODULE_SAMPLES.items()]
+    result = used[f"nodule_shared_{numbers[-1]}"]
+    others = {"the mean mask": result["results"]["mean_mask"]}
+    if independent := used.get(f"nodule_independent_{NODULE_SAMPLES['volume_crps']}"):
+        others["independent noise"] = independent["results"]["samples"]
+    ours = result["results"]["samples"]["volume_crps"]["mean"]
+    changes = [f"{ours / other['volume_crps']['mean'] - 1:+.0%} against {name}" for name, other in others.items()]
+    left_out = f"; {result['num_left_out']} nodules of unknown geometry are left out" * bool(result["num_left_out"])
+    return (
+        f"Whole nodules as volumes: {result['num_nodules']:,} nodules ({result['num_slices']:,} slices) of "
+        f"{result['num_patients']} patients, prompt `{result['prompt']}`, truth `{result['truth']}`{left_out}. In "
+        f"brackets, 95 % intervals from a bootstrap over patients.\n\n{table(titles, lines)}\n\n"
+        f"Change in volume CRPS with shared noise: {', '.join(changes)}.\n\n{NODULE_PROTOCOL}\n\n"
+        "![Volumes of nodules and coverage](figures/volumes.png)\n"
+        "*Sampled volumes (median, 90 % interval) and those of the readers, and coverage by nominal level.*\n\n"
+        f"Source: the files `{CARD}/results/nodule_*.json`; that of the figure was written by\n\n"
+        f"```\n{result['command']}\n```"
+    )
+
+
 def all_results(results: dict[str, dict]) -> str:
     """The results section of the card."""
     name = f"{CARD}/results/validation.json"
     sections = [
         results_section(results["validation"], name),
         comparison_section(results),
+        nodules_section(results),
         uses_section(results),
         ablation_section(results),
         breakdown_section(results["validation"], name),
     ]
-    return "\n\n".join(sections)
+    return "\n\n".join(filter(None, sections))
 
 
 def card(result: dict, section: str, training: str, example: dict) -> ModelCard:

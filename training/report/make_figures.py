@@ -3,7 +3,8 @@
     python training/report/make_figures.py --model M --dataset phantom --results RESULTS --output figures
 
 The gallery and the traversal show slices of the dataset; the figures in the repository use a phantom build, whose
-pixels may be published. Calibration and GED come from results files of training/evaluate.py.
+pixels may be published. Calibration, GED and volumes come from results files of training/evaluate.py; volumes.png is
+plotted if there is nodule_shared_100.json.
 """
 
 import argparse
@@ -27,10 +28,12 @@ from probabilistic_sam.plotting import (
     sample_number_figure,
     save_figure,
     traversal_figure,
+    volume_figure,
 )
 
 PROMPT = "union_box"
 NUM_SAMPLES = 16
+NODULES = "nodule_shared_100"
 SHOWN = 4  # panels per row of the gallery; rows of the traversal
 SAMPLING = {"together": "sampled together", "independent": "sampled independently"}
 STEPS = (-2.0, -1.0, 0.0, 1.0, 2.0)  # standard deviations of the prior
@@ -120,12 +123,20 @@ def sample_numbers(results: dict[str, dict]) -> dict[str, list[tuple[int, float,
     main = results["validation"]
     curves: dict[str, list[tuple[int, float, float, float]]] = defaultdict(list)
     for result in results.values():
+        if result.get("level") == "nodule":
+            continue
         if all(result[name] == main[name] for name in ("model", "prompt", "split", "num_slices")):
             for column in ("all", "shape"):
                 entry = result["results"][column]["ged"]
                 point = (result["num_samples"], entry["mean"], *entry["ci95"])
                 curves[f"{column}, {SAMPLING[result['sampling']]}"].append(point)
     return dict(curves)
+
+
+def plot_volumes(result: dict, path: Path) -> None:
+    """Plot the volumes of a results file of --level nodule."""
+    title = f"{result['num_nodules']:,} {result['split']} nodules, prompt {result['prompt']}"
+    save_figure(volume_figure(result["nodules"], result["quantile_levels"], title), path)
 
 
 @torch.no_grad()
@@ -151,7 +162,10 @@ def main() -> None:
     figure = calibration_figure(np.array(calibration["pixels"]), np.array(calibration["emptiness"]), title)
     save_figure(figure, arguments.output / "calibration.png")
     save_figure(sample_number_figure(sample_numbers(results)), arguments.output / "sample_number.png")
-    print(f"wrote {arguments.output}: gallery.png, traversal.png, calibration.png, sample_number.png")
+    if NODULES in results:
+        plot_volumes(results[NODULES], arguments.output / "volumes.png")
+    volumes = ", volumes.png" if NODULES in results else ""
+    print(f"wrote {arguments.output}: gallery.png, traversal.png, calibration.png, sample_number.png{volumes}")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ MAX_SLICES = 100  # of one nodule; some minutes on two processor cores
 KEPT_SECONDS = 3600
 START = "### Open a scan, drag a box around the nodule, and set its first and last slice"
 CONTRASTS = {"lung": (-1350.0, 150.0), "soft tissue": (-160.0, 240.0), "whole range": None}  # HU, black and white
-UNITS = {"volume_mm3": ("volume", "mm³", ",.0f"), "longest_diameter_mm": ("longest diameter in a slice", "mm", ".1f")}
+UNITS = {"volume_mm3": ("volume", "mm³", ",.0f"), "longest_diameter_mm": ("longest diameter", "mm", ".1f")}
 
 
 @dataclass(frozen=True)
@@ -257,10 +257,10 @@ def add_scan_tab(model: ProbabilisticSamModel, processor: ProbabilisticSamProces
             with gr.Row():
                 with gr.Column(min_width=150):
                     first = gr.Number(None, label="First slice", precision=0, minimum=0, elem_id="scan-first")
-                    first_here = gr.Button("First: the slice shown", size="sm", elem_id="scan-first-here")
+                    first_here = gr.Button("Set to the slice shown", size="sm", elem_id="scan-first-here")
                 with gr.Column(min_width=150):
                     last = gr.Number(None, label="Last slice", precision=0, minimum=0, elem_id="scan-last")
-                    last_here = gr.Button("Last: the slice shown", size="sm", elem_id="scan-last-here")
+                    last_here = gr.Button("Set to the slice shown", size="sm", elem_id="scan-last-here")
             with gr.Row():
                 number = gr.Slider(1, MAX_SAMPLES, 16, step=1, label="Number of samples", elem_id="scan-number")
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="scan-seed")

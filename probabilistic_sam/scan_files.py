@@ -7,7 +7,6 @@ from the headers of the input.
 
 import gzip
 import json
-import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,6 @@ SUMMARY_COLUMNS = (
     "presence",
     *(f"{name}{kind}_{level}" for name in MEASURES for kind in ("_given_presence", "") for level in COLUMN_LEVELS),
 )
-TITLE_WIDTH = 110  # letters of a line above the figure
 LARGEST_MM = 30.0  # nodules of LIDC-IDRI
 
 
@@ -344,7 +342,7 @@ def write_figure(path: Path, scan: Scan, sampled: SampledScan, result: dict[str,
     names = [f"slice {item['index']}, z {item['centre_mm_lps'][2]:.5g} mm" for item in result["slices"]]
     x1, y1, x2, y2 = sampled.box
     box = (x1 - left, y1 - top, x2 - left, y2 - top)
-    title = textwrap.fill(result_line(result), TITLE_WIDTH)
+    title = result_line(result).replace("; longest", "\nlongest")
     figure = scan_figure(slices, sampled.masks, sampled.mean, sampled.volumes_mm3, names, box, title)
     save_figure(figure, path)
 

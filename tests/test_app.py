@@ -227,7 +227,7 @@ SCAN_BOX = {"box": [40, 36, 80, 76]}
 def scan_zip(tmp_path_factory):
     """A series of three slices of a lesion, zipped between other files."""
     folder = tmp_path_factory.mktemp("series")
-    write_series(folder / "Roe_Jane", np.stack([lesion().astype(int) * 5 - 1000] * 3))
+    write_series(folder / "Roe_Jane", np.stack([lesion().astype(int) * 5 - 1000 + 20 * index for index in range(3)]))
     (folder / "notes.txt").write_text("hello")
     return shutil.make_archive(str(tmp_path_factory.mktemp("zip") / "scan"), "zip", folder)
 
@@ -256,7 +256,7 @@ def test_a_scan_is_shown_turned_and_sampled_as_by_the_command(scan_page, scan_zi
     assert (canvas.props["width"], canvas.props["height"], canvas.value) == (128, 128, {})
     assert canvas.props["ratio"] == pytest.approx(0.8 / 0.7)  # pixels are not square
     assert (index.value, index.maximum, contrast, first, last, series.visible) == (1, 2, "lung", None, None, False)
-    hu = lesion().astype(int) * 5.0 - 1000
+    hu = lesion().astype(int) * 5.0 - 960
     expected = np.clip((hu + 1350) / 1500 * 255, 0, 255)
     np.testing.assert_allclose(picture_of(app_scan.show_slice(opened, 2, "lung")), expected, atol=1)
     with pytest.raises(UserError, match="outside the scan of 3"):
@@ -442,6 +442,8 @@ def browser(tmp_path):
 class Page:
     """Actions of a user on the page."""
 
+    canvas = "#canvas"
+
     def __init__(self, driver, url, downloads):
         self.driver, self.downloads = driver, downloads
         driver.get(url)
@@ -449,48 +451,53 @@ class Page:
     def find(self, selector):
         return self.driver.find_element("css selector", selector)
 
-    def upload(self, path):
-        until(lambda: self.find("#slice input[type=file]")).send_keys(str(path))
+    def upload(self, path, place="#slice"):
+        until(lambda: self.find(f"{place} input[type=file]")).send_keys(str(path))
+
+    def arrow(self, slider, to):
+        """Move a slider with the arrow keys, left and right."""
+        until(lambda: self.find(f"{slider} input[type=range]").is_displayed())
+        element = self.find(f"{slider} input[type=range]")
+        for _ in range(64):
+            now = int(element.get_property("value"))
+            if now == to:
+                return
+            element.send_keys("\ue012" if now > to else "\ue014")
 
     def words(self):
-        return self.find("#canvas .words").text
+        return self.find(f"{self.canvas} .words").text
 
     def actions(self):
         from selenium.webdriver.common.action_chains import ActionChains
 
         def settled():  # Gradio renders again for each property that changes
-            before = self.find("#canvas svg")
+            before = self.find(f"{self.canvas} svg")
             time.sleep(0.3)
-            return before == self.find("#canvas svg")
+            return before == self.find(f"{self.canvas} svg")
 
         until(settled)
         return ActionChains(self.driver)
 
     def offset(self, x, y):
         """Screen pixels from the centre of the slice (128 x 128 pixels) to its point (x, y)."""
-        rect = self.find("#canvas svg").rect
+        rect = self.find(f"{self.canvas} svg").rect
         return round((x / 128 - 0.5) * rect["width"]), round((y / 128 - 0.5) * rect["height"])
 
     def drag(self, x1, y1, x2, y2):
         actions = self.actions()
         (left, top), (right, bottom) = self.offset(x1, y1), self.offset(x2, y2)
-        actions.move_to_element_with_offset(self.find("#canvas svg"), left, top).click_and_hold()
+        actions.move_to_element_with_offset(self.find(f"{self.canvas} svg"), left, top).click_and_hold()
         half = (right - left) // 2, (bottom - top) // 2
         actions.move_by_offset(*half).move_by_offset(right - left - half[0], bottom - top - half[1])
         actions.release().perform()
 
     def click(self, x, y):
         actions = self.actions()
-        actions.move_to_element_with_offset(self.find("#canvas svg"), *self.offset(x, y)).click().perform()
+        actions.move_to_element_with_offset(self.find(f"{self.canvas} svg"), *self.offset(x, y)).click().perform()
 
     def sample(self, num_samples):
         """Set the slider, press the button, wait for the gallery, and return result and masks from the zip."""
-        slider = self.find("#number input[type=range]")
-        for _ in range(64):
-            now = int(slider.get_property("value"))
-            if now == num_samples:
-                break
-            slider.send_keys("\ue012" if now > num_samples else "\ue014")  # arrow keys, left and right
+        self.arrow("#number", num_samples)
         before = self.gallery()
         self.find("#sample").click()
         until(lambda: len(self.gallery()) == num_samples and not self.gallery() & before)
@@ -577,6 +584,40 @@ def test_a_user_makes_mistakes_and_then_clicks_points(page, server, image_path, 
     result, masks = page.sample(3)
     assert np.ravel(result["prompt"]["points"]).tolist() == pytest.approx([58, 56, 63, 54], abs=0.5)
     assert masks.shape == (3, 128, 128)
+    assert "Traceback" not in server.log.read_text()
+
+
+@pytest.mark.slow
+def test_a_user_measures_a_nodule_of_a_scan(page, server, scan_zip):
+    page.canvas = "#scan-canvas"
+    until(lambda: page.driver.find_element("xpath", "//button[@role='tab'][contains(., 'Scan')]")).click()
+    page.upload(scan_zip, "#scan-file")
+    until(lambda: "128 x 128 px" in page.words())
+    until(lambda: page.find("#scan-slice input[type=range]").get_property("value") == "1")  # the middle
+    before = page.find("#scan-canvas img").get_property("src")
+    for slider, button, shown in ((0, "first", "0"), (2, "last", "2")):
+        page.arrow("#scan-slice", slider)
+        page.find(f"#scan-{button}-here").click()
+        until(lambda button=button, shown=shown: page.find(f"#scan-{button} input").get_property("value") == shown)
+    until(lambda: page.find("#scan-canvas img").get_property("src") != before)
+    page.find("#scan-sample").click()
+    until(lambda: "no box yet; drag a box" in page.find("body").text)
+
+    page.click(42, 38)
+    until(lambda: page.words().startswith("Corner "))
+    page.click(78, 74)
+    until(lambda: page.words().startswith("Box "))
+    box = [int(value) for value in page.words().removeprefix("Box ").split(":")[0].split(", ")]
+    assert box == pytest.approx([42, 38, 78, 74], abs=1)
+    page.arrow("#scan-number", 3)
+    page.find("#scan-sample").click()
+    until(lambda: page.find("#scan-figure img").get_property("naturalWidth") > 500)
+    page.find("#scan-download").click()
+    with zipfile.ZipFile(until(lambda: next(page.downloads.glob("*.zip"), None))) as file:
+        result = json.loads(file.read("result.json"))
+        assert {"probability.nii.gz", "levels.dcm", "figure.png"} <= set(file.namelist())
+    assert result["prompt"]["box"] == box and result["prompt"]["slices"] == [0, 2] and result["num_samples"] == 3
+    assert f"{result['presence'] * 100:.0f} % of readers would outline it" in page.find("#scan-line").text
     assert "Traceback" not in server.log.read_text()
 
 

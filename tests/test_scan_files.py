@@ -270,6 +270,10 @@ def test_a_table_and_patient_coordinates(series, tiny_dir, tmp_path):
         (["--box", 1, 1, 9, 9, "--slices", 0, 1, "--box-mm", 0, 0, 0, 1, 1, 1], "one kind of prompt"),
         (["--box", 1, 1, 9, 999, "--slices", 0, 1], "reaches outside the image of 128 x 128"),
         (["--box", 1, 1, 9, 9, "--slices", 0, 3], "outside the scan of 3"),
+        (
+            ["--box", 1, 1, 9, 9, "--slices", 0, 1, "--runtime", "onnx"],
+            "only torch samples; accepted: .* without --run",
+        ),
         (["--box", 1, 1, 9, 9, "--slices", 0, 1, "--point", 3, 3], "is a scan; accepted: the command without --point"),
         (["--box", 1, 1, 9, 9, "--box", 1, 1, 9, 9], "2 boxes in a scan"),
         (["--box", 1, 1, 9, 9, "--slices", 0, 1, "--series", "9"], "no series 9"),

@@ -58,9 +58,7 @@ def segment_in_scan(arguments: argparse.Namespace, options: Options) -> None:
         ) from error
     check_options(arguments, IMAGE_OPTIONS, f"{arguments.image} is a scan")
     if arguments.runtime != "torch":
-        raise UserError(
-            f"{arguments.image} is a scan, which only torch samples; accepted: the command without --runtime"
-        )
+        raise UserError(f"{arguments.image} is a scan, sampled with torch only; accepted: no --runtime")
     if len(arguments.box) > 1:
         raise UserError(f"{len(arguments.box)} boxes in a scan; accepted: one, or a table with --prompts")
     box = arguments.box[0] if arguments.box else None
@@ -127,9 +125,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "Report the presence (the share of readers who would annotate) and the area that these would outline. "
         "A prompt is a box, points, a rough mask, or several of them together. Coordinates are pixels of the image, "
         "measured at the pixels' edges: x from 0 to the width, y from 0 to the height. In a scan, each sample is one "
-        "reader through all slices, and the results are the presence of the nodule, its volume and its longest diameter "
-        "with intervals. The model has "
-        "seen only slices that some reader annotated, so it cannot tell where a nodule ends: choose the range of "
+        "reader through all slices, and the results are presence, volume and longest diameter of the nodule with "
+        "intervals. The model has seen only slices that some reader annotated, so it cannot tell where a nodule ends: choose the range of "
         "slices by eye. It was trained on CT with the pixel spacing and slice thickness of LIDC-IDRI. For research "
         "only.",
     )
@@ -198,7 +195,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     command.add_argument(
         "--runtime", choices=RUNTIMES, default="torch",
-        help="onnx runs the model's onnx/ files with onnxruntime on the CPU, for boxes or points in images; default torch",
+        help="onnx runs the model's onnx/ files with onnxruntime on the CPU, not in scans or with masks; default torch",
     )  # fmt: skip
 
     command = commands.add_parser(

@@ -272,7 +272,7 @@ def test_a_table_and_patient_coordinates(series, tiny_dir, tmp_path):
         (["--box", 1, 1, 9, 9, "--slices", 0, 3], "outside the scan of 3"),
         (
             ["--box", 1, 1, 9, 9, "--slices", 0, 1, "--runtime", "onnx"],
-            "only torch samples; accepted: .* without --run",
+            "with torch only; accepted: no --runtime",
         ),
         (["--box", 1, 1, 9, 9, "--slices", 0, 1, "--point", 3, 3], "is a scan; accepted: the command without --point"),
         (["--box", 1, 1, 9, 9, "--box", 1, 1, 9, 9], "2 boxes in a scan"),

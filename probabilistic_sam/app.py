@@ -34,7 +34,12 @@ STYLE = """
 #gallery, #gallery .grid-wrap { min-height: 0; max-height: none; height: auto; overflow: visible; }
 #gallery .caption-label { font-size: 12px; max-width: 100%; padding: 2px 6px; }
 .canvas { padding: 0; }
-@media (max-width: 700px) { #scan-figure { overflow-x: auto; } #scan-figure img { width: 900px; max-width: none; } }
+#scan-line th { word-break: normal; }
+@media (max-width: 700px) {
+  #scan-figure { overflow-x: auto; }
+  #scan-figure * { justify-content: flex-start !important; }
+  #scan-figure img { width: 900px; max-width: none; }
+}
 footer { display: none !important; }
 """
 

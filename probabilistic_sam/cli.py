@@ -126,8 +126,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "A prompt is a box, points, a rough mask, or several of them together. Coordinates are pixels of the image, "
         "measured at the pixels' edges: x from 0 to the width, y from 0 to the height. In a scan, each sample is one "
         "reader through all slices, and the results are presence, volume and longest diameter of the nodule with "
-        "intervals. The model has seen only slices that some reader annotated, so it cannot tell where a nodule ends: choose the range of "
-        "slices by eye. It was trained on CT with the pixel spacing and slice thickness of LIDC-IDRI. For research "
+        "intervals. The model has seen only slices that some reader annotated, so it cannot tell where a nodule ends: "
+        "choose the range of slices by eye. It was trained on CT with the pixel spacing and slice thickness of LIDC-IDRI. For research "
         "only.",
     )
     command.set_defaults(run=segment)
@@ -195,7 +195,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     command.add_argument(
         "--runtime", choices=RUNTIMES, default="torch",
-        help="onnx runs the model's onnx/ files with onnxruntime on the CPU, not in scans or with masks; default torch",
+        help="onnx runs the model's onnx/ files with onnxruntime on the CPU, not for scans or masks; default torch",
     )  # fmt: skip
 
     command = commands.add_parser(

@@ -330,7 +330,7 @@ def scan_figure(
         low, median, high = np.quantile(volumes, [0.05, 0.5, 0.95])
         axes.axvline(median, color="0.2", linewidth=1, linestyle="--", label=f"median {median:,.0f} mm$^3$")
         axes.axvspan(low, high, color="0.92", zorder=0, label=f"90 % of the samples: {low:,.0f} to {high:,.0f} mm$^3$")
-        axes.legend(frameon=False, loc="best", fontsize=9)
+        axes.legend(framealpha=1, edgecolor="0.7", loc="best", fontsize=9)
     else:
         _note(axes, "too few readers would outline a nodule")
     axes.set(xlabel="volume if outlined (mm$^3$)", ylabel="samples", xlim=(0, None))

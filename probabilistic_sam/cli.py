@@ -57,6 +57,8 @@ def segment_in_scan(arguments: argparse.Namespace, options: Options) -> None:
             f"scans need {error.name}, which is not installed; accepted: pip install 'probabilistic-sam[scan]'"
         ) from error
     check_options(arguments, IMAGE_OPTIONS, f"{arguments.image} is a scan")
+    if arguments.runtime != "torch":
+        raise UserError(f"{arguments.image} is a scan, sampled with torch only; accepted: no --runtime")
     if len(arguments.box) > 1:
         raise UserError(f"{len(arguments.box)} boxes in a scan; accepted: one, or a table with --prompts")
     box = arguments.box[0] if arguments.box else None
@@ -123,10 +125,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "Report the presence (the share of readers who would annotate) and the area that these would outline. "
         "A prompt is a box, points, a rough mask, or several of them together. Coordinates are pixels of the image, "
         "measured at the pixels' edges: x from 0 to the width, y from 0 to the height. In a scan, each sample is one "
-        "reader through all slices, and the results are volume and longest diameter with intervals. The model has "
-        "seen only slices that some reader annotated, so it cannot tell where a nodule ends: choose the range of "
-        "slices by eye. It was trained on CT with the pixel spacing and slice thickness of LIDC-IDRI. For research "
-        "only.",
+        "reader through all slices, and the results are presence, volume and longest diameter of the nodule with "
+        "intervals. The model has seen only slices that some reader annotated, so it cannot tell where a nodule ends: "
+        "choose the range of slices by eye. It was trained on CT with the pixel spacing and slice thickness of "
+        "LIDC-IDRI. For research only.",
     )
     command.set_defaults(run=segment)
     command.add_argument(
@@ -161,7 +163,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     scan = command.add_argument_group("scan")
     scan.add_argument(
         "--slices", type=whole_number(0, 100_000), nargs=2, metavar=("FIRST", "LAST"),
-        help="range of slices that the nodule reaches, from 0 at the feet, both included",
+        help="first and last slice of the nodule, counted from 0 at the feet, both included",
     )  # fmt: skip
     scan.add_argument(
         "--box-mm", type=number, nargs=6, metavar=("X1", "Y1", "Z1", "X2", "Y2", "Z2"),
@@ -171,7 +173,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     scan.add_argument(
         "--format", nargs="+", choices=SCAN_FORMATS, metavar="F",
         help=f"files to write beside result.json: {', '.join(SCAN_FORMATS)}; DICOM SEG of DICOM scans only; default: "
-        "all but dicom-seg-samples",
+        "all that the scan allows, but not dicom-seg-samples",
     )  # fmt: skip
     command.add_argument(
         "--output", required=True, metavar="DIR", help="folder for the result: new, empty, or with an earlier result"
@@ -193,7 +195,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     command.add_argument(
         "--runtime", choices=RUNTIMES, default="torch",
-        help="onnx runs the model's onnx/ files with onnxruntime on the CPU, for boxes or points; default torch",
+        help="onnx runs the model's onnx/ files with onnxruntime on the CPU, not for scans or masks; default torch",
     )  # fmt: skip
 
     command = commands.add_parser(

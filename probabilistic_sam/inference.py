@@ -222,11 +222,11 @@ def sample_image(
     )  # fmt: skip
 
 
-def area_summary(areas: np.ndarray, scale: float = 1.0) -> dict[str, Any] | None:
-    """Return mean, quantiles and all areas, times `scale` (mm^2 per pixel), for JSON; None for no areas."""
-    if not len(areas):
+def value_summary(values: np.ndarray, scale: float = 1.0) -> dict[str, Any] | None:
+    """Return mean, quantiles and all values, times `scale` (such as mm^2 per pixel), for JSON; None for no values."""
+    if not len(values):
         return None
-    values = np.asarray(areas) * scale
+    values = np.asarray(values) * scale
     quantiles = {str(level): round(float(np.quantile(values, level)), 4) for level in QUANTILES}
     return {"mean": round(float(values.mean()), 4), "quantiles": quantiles, "samples": values.round(4).tolist()}
 
@@ -321,14 +321,14 @@ def write_result(
         "seed": sampled.seed,
         "threshold": sampled.threshold,
         "presence": sampled.presence,
-        "area_px_given_presence": area_summary(outlined),
+        "area_px_given_presence": value_summary(outlined),
         "empty_share": sampled.empty_share,
-        "area_px": area_summary(sampled.areas),
+        "area_px": value_summary(sampled.areas),
     }
     if pixel_spacing is not None:
         result["pixel_spacing_mm"] = pixel_spacing
-        result["area_mm2_given_presence"] = area_summary(outlined, pixel_spacing**2)
-        result["area_mm2"] = area_summary(sampled.areas, pixel_spacing**2)
+        result["area_mm2_given_presence"] = value_summary(outlined, pixel_spacing**2)
+        result["area_mm2"] = value_summary(sampled.areas, pixel_spacing**2)
     result["files"] = {
         "outlines/sample-*.png": "one mask per sample given presence, 1 bit",
         "masks/sample-*.png": "one mask per sample, 1 bit",

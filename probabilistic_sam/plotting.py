@@ -19,7 +19,7 @@ from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import Stroke, withStroke
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from .errors import UserError
 from .files import replaced_files
@@ -290,7 +290,7 @@ def scan_figure(
         volumes: (N,) in mm^3.
         names: of the slices.
         box: x1, y1, x2, y2 at pixel edges.
-        title: line above the panels.
+        title: one or two lines above the panels.
 
     Raises:
         UserError: arrays whose shapes do not fit together.
@@ -299,7 +299,7 @@ def scan_figure(
         shapes = f"slices {slices.shape}, masks {masks.shape}, mean {mean.shape} and {len(names)} names"
         raise UserError(f"{shapes} to plot; accepted: (K, H, W), (N, K, H, W), (K, H, W) and K names")
     chosen = np.unique(np.linspace(0, len(slices) - 1, SLICES_SHOWN).round().astype(int))
-    gap, top, bar, below = 0.1, 0.7, 0.55, 2.4
+    gap, top, bar, below = 0.1, 0.9, 0.55, 2.4
     panel = (WIDTH_INCHES - 2 * MARGIN - bar - (SLICES_SHOWN - 1) * gap) / SLICES_SHOWN
     line = panel + 0.45
     figure = Figure(figsize=(WIDTH_INCHES, top + panel + line + below), dpi=DPI, facecolor="white")
@@ -315,7 +315,7 @@ def scan_figure(
             _plot_outline(axes, mask, SAMPLE_COLOR, 1.0, alpha=alpha)
         _plot_prompt(axes, box, None, faint=True)
         empty = int((~masks[:, index].any(axis=(1, 2))).sum())
-        _caption(axes, f"{empty} of {len(masks)} samples empty")
+        _caption(axes, f"{empty} of {len(masks)} samples empty" if len(masks) else "no samples")
         axes = _add_axes(figure, left, top + line, panel, "mean probability" if column == 0 else "", size=9)
         plotted = _show(axes, mean[index], zoom, cmap="viridis", vmin=0, vmax=1)
         _plot_outline(axes, mean[index] > 0.5, "white", 1.3)
@@ -329,11 +329,12 @@ def scan_figure(
         axes.hist(volumes, bins=list(np.linspace(0, 1.05 * max(volumes.max(), 1e-6), 31)), color=SAMPLE_COLOR)
         low, median, high = np.quantile(volumes, [0.05, 0.5, 0.95])
         axes.axvline(median, color="0.2", linewidth=1, linestyle="--", label=f"median {median:,.0f} mm$^3$")
-        axes.axvspan(
-            low, high, color="0.5", alpha=0.15, label=f"90 % of the samples: {low:,.0f} to {high:,.0f} mm$^3$"
-        )
-        axes.legend(frameon=False, loc="best", fontsize=9)
-    axes.set(xlabel="volume (mm$^3$)", ylabel="samples", xlim=(0, None))
+        axes.axvspan(low, high, color="0.92", zorder=0, label=f"90 % of the samples: {low:,.0f} to {high:,.0f} mm$^3$")
+        axes.legend(framealpha=1, edgecolor="0.7", loc="best", fontsize=9)
+    else:
+        _note(axes, "too few readers would outline a nodule")
+    axes.set(xlabel="volume if outlined (mm$^3$)", ylabel="samples", xlim=(0, None))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)
     return figure

@@ -21,8 +21,9 @@ from pydicom.sr.codedict import codes
 
 from . import __version__
 from .errors import UserError
+from .inference import presence_words, value_summary
 from .plotting import save_figure, scan_figure
-from .processing_probabilistic_sam import binary_entropy
+from .processing_probabilistic_sam import QUANTILES, binary_entropy
 from .scan_sampling import SampledScan
 from .scans import Scan, box_in_patient, one_line_errors
 
@@ -33,7 +34,18 @@ NIFTI_FILES = ("probability.nii.gz", "entropy.nii.gz", "samples.nii.gz")
 SEG_FILES = ("probability.dcm", "levels.dcm", "samples.dcm")
 SCAN_RESULT_FILES = (*NIFTI_FILES, *SEG_FILES, "figure.png", "result.json")
 SERIES_NUMBER = 9000
-QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+MEASURES = ("volume_mm3", "longest_diameter_mm")  # in result.json, each also with `_given_presence`
+COLUMN_LEVELS = {"median": "0.5", "q05": "0.05", "q95": "0.95"}  # in summary.csv and in result.json
+SUMMARY_COLUMNS = (
+    "presence",
+    *(f"{name}{kind}_{level}" for name in MEASURES for kind in ("_given_presence", "") for level in COLUMN_LEVELS),
+)
+LARGEST_MM = 30.0  # nodules of LIDC-IDRI
+
+
+def default_formats(scan: Scan) -> list[str]:
+    """All formats that a scan allows, except the samples as DICOM SEG."""
+    return ["nifti", "dicom-seg", "png"] if scan.headers else ["nifti", "png"]
 
 
 def check_formats(formats: Sequence[str], scan: Scan, num_slices: int, num_samples: int) -> None:
@@ -91,10 +103,9 @@ def scan_result(scan: Scan, sampled: SampledScan, model: str) -> dict[str, Any]:
     uids = ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID")
     return {
         "presence": round(sampled.presence, 6),
-        "volume_mm3": summary(sampled.volumes_mm3, sampled.presence),
-        "longest_diameter_mm": summary(sampled.diameters_mm, sampled.presence),
+        **measures(sampled.volumes_mm3, sampled.diameters_mm, sampled.presence),
         "prompt": {
-            "box_px": list(sampled.box),
+            "box": list(sampled.box),
             "slices": [first, last],
             "box_mm_lps": [round(value, 4) for value in box_in_patient(scan, sampled.box, first, last)],
         },
@@ -103,7 +114,7 @@ def scan_result(scan: Scan, sampled: SampledScan, model: str) -> dict[str, Any]:
                 "index": index,
                 "centre_mm_lps": slice_centre(scan, index),
                 "sop_instance_uid": slice_uid(scan, index),
-                "empty_share": round(float(share), 6),
+                "empty_share": round(float(share), 6) if len(sampled.masks) else None,
             }
             for index, share in zip(range(first, last + 1), sampled.empty_shares, strict=True)
         ],
@@ -115,7 +126,7 @@ def scan_result(scan: Scan, sampled: SampledScan, model: str) -> dict[str, Any]:
             "affine_lps": scan.geometry.affine.round(6).tolist(),
             **{name: str(header.get(name) or "") or None for name in uids if header is not None},
         },
-        "warnings": scan.warnings,
+        "warnings": [*scan.warnings, *box_warnings(scan, sampled.box)],
         "model": model,
         "num_samples": len(sampled.masks),
         "seed": sampled.seed,
@@ -127,29 +138,45 @@ def scan_result(scan: Scan, sampled: SampledScan, model: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def summary(values: np.ndarray, presence: float) -> dict[str, Any]:
-    """Median and intervals of the samples given presence and of all readers, and the samples.
+def measures(volumes: np.ndarray, diameters: np.ndarray, presence: float) -> dict[str, Any]:
+    """Volume and longest diameter, given presence and of all readers, as `area_px` of an image.
 
-    Of all readers a share of 1 - presence has the value 0.
+    Args:
+        volumes: of the samples given presence (N,), in mm^3.
+        diameters: the same in mm.
+        presence: share of the readers who outline the nodule.
+    """
+    pairs = list(zip(MEASURES, (volumes, diameters), strict=True))
+    given = {f"{name}_given_presence": value_summary(values) for name, values in pairs}
+    return given | {name: all_readers_summary(values, presence) for name, values in pairs}
+
+
+def all_readers_summary(values: np.ndarray, presence: float) -> dict[str, Any]:
+    """Mean and quantiles of all readers, of whom a share of 1 - presence has the value 0.
+
+    Args:
+        values: of readers who outline the nodule. Without them the mean is None.
+        presence: their share.
     """
     absent = 1 - presence
 
-    def of_all(level: float) -> float:
+    def quantile(level: float) -> float:
         if level <= absent or not len(values):
             return 0.0
         return float(np.quantile(values, min(1.0, (level - absent) / presence)))
 
-    given = [float(np.quantile(values, level)) if len(values) else 0.0 for level in QUANTILES]
     return {
-        "given_presence": intervals(given) | {"samples": [round(float(value), 4) for value in values]},
-        "all_readers": intervals([of_all(level) for level in QUANTILES]),
+        "mean": round(float(presence * values.mean()), 4) if len(values) else None,
+        "quantiles": {str(level): round(quantile(level), 4) for level in QUANTILES},
     }
 
 
-def intervals(quantiles: Sequence[float]) -> dict[str, Any]:
-    """Median and intervals from the quantiles at the levels `QUANTILES`."""
-    q05, q25, q50, q75, q95 = (round(value, 4) for value in quantiles)
-    return {"median": q50, "interval_50": [q25, q75], "interval_90": [q05, q95]}
+def box_warnings(scan: Scan, box: Sequence[float]) -> list[str]:
+    """What the user should know about a box in pixels."""
+    width, height = (box[2] - box[0]) * scan.spacing_mm[2], (box[3] - box[1]) * scan.spacing_mm[1]
+    if max(width, height) <= LARGEST_MM:
+        return []
+    return [f"the box is {width:.0f} x {height:.0f} mm; the shipped weights know nodules of up to {LARGEST_MM:.0f} mm"]
 
 
 def slice_centre(scan: Scan, index: int) -> list[float]:
@@ -177,17 +204,16 @@ def write_nifti_files(folder: Path, scan: Scan, sampled: SampledScan) -> dict[st
     """Write probability, entropy and samples on the grid of the scan; returns what each file holds."""
     entropy = binary_entropy(torch.from_numpy(sampled.mean)).numpy()
     probability_file, entropy_file, samples_file = NIFTI_FILES
-    for name, values, kind in (
-        (probability_file, [sampled.mean], np.float32),
-        (entropy_file, [entropy], np.float32),
-        (samples_file, sampled.masks, np.uint8),
-    ):
-        write_nifti(folder / name, scan, values, sampled, kind)
-    return {
+    write_nifti(folder / probability_file, scan, [sampled.mean], sampled, np.float32)
+    write_nifti(folder / entropy_file, scan, [entropy], sampled, np.float32)
+    files = {
         probability_file: "share of the readers who outline the nodule that include a voxel",
         entropy_file: "entropy of that probability in bits",
-        samples_file: "masks of the samples along the last axis, 0 or 1",
     }
+    if len(sampled.masks):
+        write_nifti(folder / samples_file, scan, sampled.masks, sampled, np.uint8)
+        files[samples_file] = "masks of the samples along the last axis, 0 or 1"
+    return files
 
 
 def write_nifti(
@@ -300,6 +326,7 @@ def segments(
         device_serial_number="none",
         content_label=label,
         content_description="For research only, not for diagnosis",
+        omit_empty_frames=bool(full.any()),
         series_description="Probabilistic SAM, research only",
     )
 
@@ -315,29 +342,29 @@ def write_figure(path: Path, scan: Scan, sampled: SampledScan, result: dict[str,
     names = [f"slice {item['index']}, z {item['centre_mm_lps'][2]:.5g} mm" for item in result["slices"]]
     x1, y1, x2, y2 = sampled.box
     box = (x1 - left, y1 - top, x2 - left, y2 - top)
-    figure = scan_figure(slices, sampled.masks, sampled.mean, sampled.volumes_mm3, names, box, result_line(result))
+    title = result_line(result).replace("; longest", "\nlongest")
+    figure = scan_figure(slices, sampled.masks, sampled.mean, sampled.volumes_mm3, names, box, title)
     save_figure(figure, path)
 
 
 def result_line(result: dict[str, Any]) -> str:
-    """Presence and volume of a result in one line."""
-    volume = result["volume_mm3"]["given_presence"]
-    low, high = volume["interval_90"]
+    """Presence, volume and longest diameter of a result in one line."""
+    volume, diameter = (result[f"{name}_given_presence"] for name in MEASURES)
+    if volume is None:
+        return f"{presence_words(result['presence'])}; too few readers would outline a nodule to say how large"
+    levels = ("0.5", "0.05", "0.95")
     return (
-        f"{result['presence']:.0%} of readers would outline it; volume if outlined: median {volume['median']:,.0f} "
-        f"mm3 (90 %: {low:,.0f} to {high:,.0f})"
+        "{}; volume if outlined: median {:,.0f} mm3 (90 % interval {:,.0f} to {:,.0f}); "
+        "longest diameter: median {:.1f} mm ({:.1f} to {:.1f})"
+    ).format(
+        presence_words(result["presence"]),
+        *(item["quantiles"][level] for item in (volume, diameter) for level in levels),
     )
 
 
 def summary_row(result: dict[str, Any]) -> Iterable[object]:
-    """Presence, volume and diameter of a result, each with a 90 % interval: cells of `SUMMARY_COLUMNS`."""
+    """Cells of `SUMMARY_COLUMNS`; those given presence stay empty where there are no outlines."""
     yield result["presence"]
-    for name in ("volume_mm3", "longest_diameter_mm"):
-        given = result[name]["given_presence"]
-        yield from (given["median"], *given["interval_90"])
-
-
-SUMMARY_COLUMNS = (
-    "presence", "volume_mm3_median", "volume_mm3_q05", "volume_mm3_q95", "diameter_mm_median", "diameter_mm_q05",
-    "diameter_mm_q95",
-)  # fmt: skip
+    for name in MEASURES:
+        for values in (result[f"{name}_given_presence"], result[name]):
+            yield from (values["quantiles"][level] if values else "" for level in COLUMN_LEVELS.values())

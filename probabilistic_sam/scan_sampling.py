@@ -26,7 +26,7 @@ from scipy.spatial.distance import pdist
 
 from .errors import UserError
 from .inference import check_prompt
-from .processing_probabilistic_sam import ProbabilisticSamProcessor
+from .processing_probabilistic_sam import MIN_PRESENCE, ProbabilisticSamProcessor
 from .scans import Scan, check_slices
 from .shared_noise import shared_samples
 
@@ -78,7 +78,9 @@ class SampledScan:
 
     @property
     def empty_shares(self) -> np.ndarray:
-        """Share of samples that are empty in each slice (K,)."""
+        """Share of samples that are empty in each slice (K,); NaN without samples."""
+        if not len(self.masks):
+            return np.full(self.masks.shape[1], np.nan)
         return (~self.masks.any(axis=(2, 3))).mean(axis=0)
 
 
@@ -106,9 +108,10 @@ def sample_scan(
         num_samples: N.
         seed: of the noise.
         threshold: probability above which a voxel belongs to a mask.
-        given_presence: sample readers who outline the nodule. False samples all readers, of whom a share of
-            1 - presence is empty. A model without presence has fewer than N samples given presence: those that are
-            not empty.
+        given_presence: sample readers who outline the nodule; none if the presence is below 1 %, because the model
+            cannot have learnt what so few readers would outline. A model without presence has fewer than N samples
+            given presence: those that are not empty. False samples all readers, of whom a share of 1 - presence is
+            empty.
 
     Raises:
         UserError: box or slices outside the scan, too many samples, or logits that are not finite.
@@ -147,9 +150,11 @@ def sample_scan(
     if presence is None:
         outlined = masks.any(axis=(1, 2, 3))
         presence = float(outlined.mean())
-        if given_presence:
+        if given_presence and outlined.any():
             masks = masks[outlined]
-            mean = masks.mean(axis=0, dtype=np.float32) if len(masks) else np.zeros_like(mean)
+            mean = masks.mean(axis=0, dtype=np.float32)
+    if given_presence and presence < MIN_PRESENCE:
+        masks, mean = masks[:0], np.zeros_like(mean)
     x1, y1, x2, y2 = (float(value) for value in box)
     return SampledScan(
         masks, mean, presence, given_presence, (x1, y1, x2, y2), (first, last), (top, left), scan.spacing_mm, seed,

@@ -48,10 +48,23 @@ AXIAL = "HPL"  # slices to the head, rows to the back, columns to the left
 NOT_SCANS = ("SEG", "RTSTRUCT", "RTDOSE", "SR", "PR", "KO", "REG")  # modalities without slices to annotate
 SHOWN_SERIES = 8
 ACCEPTED = "accepted: a folder or zip with a DICOM series, a multi-frame DICOM file, .nii or .nii.gz"
-_TAGS = ["SeriesInstanceUID", "Modality", "NumberOfFrames", "Rows", "Columns"]
+_TAGS = ["SeriesInstanceUID", "Modality", "NumberOfFrames", "Rows", "Columns", "SeriesDescription"]
 _SAME = ("Rows", "Columns", "Modality", "FrameOfReferenceUID", "SOPClassUID")
 
 Bounds = tuple[slice, slice, slice]
+
+
+class SeveralSeries(UserError):
+    """A folder or zip holds several series, and none of them was chosen.
+
+    Args:
+        message: one line.
+        series: words about each series by its UID.
+    """
+
+    def __init__(self, message: str, series: dict[str, str]):
+        super().__init__(message)
+        self.series = series
 
 
 @dataclass(frozen=True)
@@ -237,11 +250,11 @@ def read_series(paths: Sequence[Path], name: Path, series: str | None) -> Scan:
     if not found:
         raise UserError(f"{name} holds no DICOM images among {len(paths)} files; {ACCEPTED}")
     if series is None and len(found) > 1 or series is not None and series not in found:
-        listed = [f"{uid} ({files[0][1]['Modality']}, {len(files)} files)" for uid, files in sorted(found.items())]
-        more = f" and {len(listed) - SHOWN_SERIES} more" if len(listed) > SHOWN_SERIES else ""
+        words = {uid: series_words(files) for uid, files in sorted(found.items())}
+        listed = [f"{uid} ({text})" for uid, text in words.items()][:SHOWN_SERIES]
+        more = f" and {len(words) - SHOWN_SERIES} more" if len(words) > SHOWN_SERIES else ""
         what = f"{len(found)} series" if series is None else f"no series {series}"
-        shown = ", ".join(listed[:SHOWN_SERIES])
-        raise UserError(f"{name} holds {what}; accepted: --series with one of {shown}{more}")
+        raise SeveralSeries(f"{name} holds {what}; accepted: --series with one of {', '.join(listed)}{more}", words)
     files = found[series or next(iter(found))]
     frames = [whole(header["NumberOfFrames"], 1) for _, header in files]
     pixels = sum(
@@ -260,6 +273,14 @@ def read_series(paths: Sequence[Path], name: Path, series: str | None) -> Scan:
         if len(files) > 1:
             raise UserError(f"the series has {len(files)} multi-frame files; accepted: one")
         return multi_frame(files[0][0])
+
+
+def series_words(files: Sequence[tuple[Path, dict[str, Any]]]) -> str:
+    """Modality, number of files and description of a series."""
+    header = files[0][1]
+    count = f"{len(files)} file{'s' if len(files) > 1 else ''}"
+    description = "".join(letter for letter in str(header["SeriesDescription"] or "") if letter.isprintable())
+    return ", ".join(filter(None, [str(header["Modality"] or "unknown")[:16], count, description[:64]]))
 
 
 def single_frames(paths: Sequence[Path]) -> Scan:

@@ -18,7 +18,9 @@ from .inference import check_prompt, load_model
 from .scan_files import (
     SCAN_RESULT_FILES,
     SUMMARY_COLUMNS,
+    box_warnings,
     check_formats,
+    default_formats,
     result_line,
     summary_row,
     write_scan_result,
@@ -74,7 +76,7 @@ def segment_scan(
     """
     with open_scan(path, series) as scan:
         nodules = find_nodules(scan, box, slices, box_mm, table)
-        formats = formats or (["nifti", "dicom-seg", "png"] if scan.headers else ["nifti", "png"])
+        formats = formats or default_formats(scan)
         lines = [f"warning: {warning}" for warning in scan.warnings]
         for nodule in nodules:
             check_nodule(scan, nodule, formats, options.num_samples)
@@ -92,7 +94,8 @@ def segment_scan(
                 )  # fmt: skip
                 (folder / name).mkdir(exist_ok=True)
                 result = write_scan_result(folder / name, scan, sampled, formats, options.model)
-                lines += [prompt_line(scan, nodule), f"wrote {Path(output) / name}: {result_line(result)}"]
+                lines += [prompt_line(scan, nodule), *(f"warning: {text}" for text in box_warnings(scan, nodule.box))]
+                lines.append(f"wrote {Path(output) / name}: {result_line(result)}; {files_words(result)}")
                 results.append(result)
             if table is not None:
                 write_summary(folder / "summary.csv", nodules, results)
@@ -174,8 +177,13 @@ def prompt_line(scan: Scan, nodule: Nodule) -> str:
     )
 
 
+def files_words(result: dict[str, Any]) -> str:
+    """The files to look at first."""
+    return "see figure.png, result.json" if "figure.png" in result["files"] else "see result.json"
+
+
 def write_summary(path: Path, nodules: Sequence[Nodule], results: Sequence[dict[str, Any]]) -> None:
-    """Write one row per nodule: its prompt, presence, volume and diameter."""
+    """Write one row per nodule: its prompt, presence, volume and longest diameter."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("nodule", *COLUMNS, *SUMMARY_COLUMNS))

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 import zipfile
@@ -16,15 +17,19 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from dicom_files import write_slice
 from PIL import Image
+from small_scans import write_series
 from tiny import SIZE, tiny_model
 
 from probabilistic_sam import ProbabilisticSamProcessor, inference
 from probabilistic_sam.errors import UserError
+from probabilistic_sam.segment import Options
+from probabilistic_sam.segment_scan import segment_scan
 
 gradio = pytest.importorskip("gradio", reason="the page needs gradio, extra [app]")
-from probabilistic_sam import app  # noqa: E402
+from probabilistic_sam import app, app_scan  # noqa: E402
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
@@ -213,6 +218,148 @@ def test_a_used_port_is_one_line(monkeypatch, tmp_path):
             app.serve(None, None, "tiny", taken.getsockname()[1])
 
 
+# -------------------------------------------------------------------------------------------------------------- scans
+
+SCAN_BOX = {"box": [40, 36, 80, 76]}
+
+
+@pytest.fixture(scope="module")
+def scan_zip(tmp_path_factory):
+    """A series of three slices of a lesion, zipped between other files."""
+    folder = tmp_path_factory.mktemp("series")
+    write_series(folder / "Roe_Jane", np.stack([lesion().astype(int) * 5 - 1000 + 20 * index for index in range(3)]))
+    (folder / "notes.txt").write_text("hello")
+    return shutil.make_archive(str(tmp_path_factory.mktemp("zip") / "scan"), "zip", folder)
+
+
+@pytest.fixture
+def scan_page(tmp_path, monkeypatch):
+    """`app_scan` with a function that opens and samples; everything that it wrote must be gone after `close`."""
+    for name in ("kept", "unpacked"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "kept"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "unpacked"))
+    model, processor = tiny_model(), ProbabilisticSamProcessor(image_size=SIZE, crop_size=64)
+
+    def run(opened, prompt=SCAN_BOX, first=0, last=2, num_samples=3, seed=0):
+        return app_scan.sample_nodule(model, processor, "tiny", opened, prompt, first, last, num_samples, seed)
+
+    return run
+
+
+def picture_of(url):
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))))
+
+
+def test_a_scan_is_shown_turned_and_sampled_as_by_the_command(scan_page, scan_zip, tmp_path):
+    opened, series, canvas, contrast, index, first, last, *_ = app_scan.show_scan(None, scan_zip)
+    assert (canvas.props["width"], canvas.props["height"], canvas.value) == (128, 128, {})
+    assert canvas.props["ratio"] == pytest.approx(0.8 / 0.7)  # pixels are not square
+    assert (index.value, index.maximum, contrast, first, last, series.visible) == (1, 2, "lung", None, None, False)
+    hu = lesion().astype(int) * 5.0 - 960
+    expected = np.clip((hu + 1350) / 1500 * 255, 0, 255)
+    np.testing.assert_allclose(picture_of(app_scan.show_slice(opened, 2, "lung")), expected, atol=1)
+    with pytest.raises(UserError, match="outside the scan of 3"):
+        app_scan.show_slice(opened, 3, "lung")
+
+    line, _, words, figure, archive = scan_page(opened)
+    with zipfile.ZipFile(archive) as file:
+        names, result = set(file.namelist()), json.loads(file.read("result.json"))
+    command = tmp_path / "command"
+    model, processor = tiny_model(), ProbabilisticSamProcessor(image_size=SIZE, crop_size=64)
+    (tmp_path / "tiny").mkdir()
+    model.save_pretrained(tmp_path / "tiny")
+    processor.save_pretrained(tmp_path / "tiny")
+    options = Options(str(tmp_path / "tiny"), torch.device("cpu"), 3, 0, 0.5, None)
+    lines = segment_scan(scan_zip, SCAN_BOX["box"], (0, 2), None, None, None, None, str(command), options)
+    assert names == {path.name for path in command.iterdir()} >= {"levels.dcm", "samples.nii.gz", "figure.png"}
+    expected = json.loads((command / "result.json").read_text())
+    assert result | {"model": ""} == expected | {"model": ""}
+    assert words.splitlines()[0] == lines[0] and figure.shape[2] == 3
+    low, median, high = (result["volume_mm3_given_presence"]["quantiles"][level] for level in ("0.05", "0.5", "0.95"))
+    assert f"| volume | {median:,.0f} mm³ | {low:,.0f} to {high:,.0f} mm³ |" in line
+    assert line.startswith(f"### {result['presence'] * 100:.0f} % of readers would outline it")
+
+    assert len(list((tmp_path / "unpacked").iterdir())) == 1  # the slices of the zip
+    nothing = app_scan.show_scan(opened, None)
+    assert nothing[0] is None and not list((tmp_path / "unpacked").iterdir())
+    assert os.listdir(Path(archive).parent) == ["nodule.zip"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"opened": None}, "no scan yet; drop a file"),
+        ({"prompt": {}}, "no box yet"),
+        ({"prompt": {"corner": [3, 4]}}, "no box yet"),
+        ({"prompt": {"points": [[3, 4]]}}, "no box yet"),
+        ({"prompt": {"box": [1, 2, "a", 4]}}, "four finite numbers"),
+        ({"prompt": {"box": [1, 2, 130, 140]}}, "outside the image of 128 x 128"),
+        ({"first": None}, "no range of slices yet"),
+        ({"last": 1.5}, "no range of slices yet"),
+        ({"last": 3}, "outside the scan of 3; accepted|reach outside the scan of 3"),
+        ({"first": 2, "last": 1}, "turned around"),
+        ({"last": 100}, "are 101; accepted: at most 100 here"),
+        ({"num_samples": 65}, "from 1 to 64"),
+        ({"seed": -1}, "the seed is -1"),
+    ],
+)
+def test_prompts_that_do_not_fit_a_scan_are_refused(scan_page, scan_zip, changes, message):
+    opened, *_ = app_scan.show_scan(None, scan_zip)
+    try:
+        with pytest.raises(UserError, match=message):
+            scan_page(**{"opened": opened, **changes})
+    finally:
+        opened.close()
+
+
+def test_one_of_several_series_is_chosen(scan_page, tmp_path, monkeypatch):
+    write_series(tmp_path / "in" / "a", np.zeros((3, 8, 9), int), "1.2.3.1")
+    write_series(tmp_path / "in" / "b", np.zeros((4, 8, 9), int), "1.2.3.2", SeriesDescription="Lung 1.0")
+    path = shutil.make_archive(str(tmp_path / "two"), "zip", tmp_path / "in")
+    opened, series, canvas, *_, line, _ = app_scan.show_scan(None, path)
+    assert opened is None and canvas.props["src"] == "" and line == "### This file holds 2 series: choose one"
+    assert series.visible and series.choices == [
+        ("CT, 3 files (1.2.3.1)", "1.2.3.1"), ("CT, 4 files, Lung 1.0 (1.2.3.2)", "1.2.3.2"),
+    ]  # fmt: skip
+    opened, *_ = app_scan.show_scan(None, path, series="1.2.3.2")
+    assert opened.scan.shape == (4, 8, 9)
+    opened.close()
+
+    warnings = []
+    monkeypatch.setattr(app_scan.gr, "Warning", lambda text, **_: warnings.append(text))
+    (tmp_path / "notes.nii").write_text("hello")
+    opened, *_ = app_scan.show_scan(None, str(tmp_path / "notes.nii"))
+    assert opened is None and warnings[0].startswith("notes.nii cannot be read") and str(tmp_path) not in warnings[0]
+    assert not list((tmp_path / "unpacked").iterdir())
+    with pytest.raises(UserError, match="^two.zip is a scan, not one slice; open it in the tab Scan$"):
+        app.open_file(path)
+
+
+def test_the_example_of_a_scan_carries_its_box_and_slices(scan_page, tmp_path):
+    path, prompt = app_scan.write_example(tmp_path)
+    opened, _, canvas, _, index, first, last, *_ = app_scan.show_scan(None, path, prompt)
+    assert canvas.value == {"box": prompt["box"]} and (first, last) == (0, opened.scan.shape[0] - 1)
+    x1, y1, x2, y2 = prompt["box"]
+    values = opened.scan.read(index.value, index.value)[0]
+    inside = np.median(values[(y1 + y2) // 2 - 2 : (y1 + y2) // 2 + 2, (x1 + x2) // 2 - 2 : (x1 + x2) // 2 + 2])
+    assert inside > -300 > np.median(values[y1:y2, x1 - 8 : x1])  # soft tissue in the middle, lung beside it
+    opened.close()
+
+
+def test_without_the_extra_the_tab_says_how_to_install_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    monkeypatch.setattr(app, "write_examples", lambda folder: [])
+    monkeypatch.delitem(sys.modules, "probabilistic_sam.app_scan")
+    monkeypatch.setitem(sys.modules, "nibabel", None)
+    texts = [
+        block.value for block in app.build(None, None, "tiny").blocks.values() if isinstance(block, gradio.Markdown)
+    ]
+    assert any(
+        "Scans need nibabel, which is not installed: `pip install 'probabilistic-sam[scan]'`" in text for text in texts
+    )
+
+
 # ----------------------------------------------------------------------------------------------------------- browser
 
 # The command in a process that prints each address outside this computer that it contacts
@@ -295,6 +442,8 @@ def browser(tmp_path):
 class Page:
     """Actions of a user on the page."""
 
+    canvas = "#canvas"
+
     def __init__(self, driver, url, downloads):
         self.driver, self.downloads = driver, downloads
         driver.get(url)
@@ -302,48 +451,53 @@ class Page:
     def find(self, selector):
         return self.driver.find_element("css selector", selector)
 
-    def upload(self, path):
-        until(lambda: self.find("#slice input[type=file]")).send_keys(str(path))
+    def upload(self, path, place="#slice"):
+        until(lambda: self.find(f"{place} input[type=file]")).send_keys(str(path))
+
+    def arrow(self, slider, to):
+        """Move a slider with the arrow keys, left and right."""
+        until(lambda: self.find(f"{slider} input[type=range]").is_displayed())
+        element = self.find(f"{slider} input[type=range]")
+        for _ in range(64):
+            now = int(element.get_property("value"))
+            if now == to:
+                return
+            element.send_keys("\ue012" if now > to else "\ue014")
 
     def words(self):
-        return self.find("#canvas .words").text
+        return self.find(f"{self.canvas} .words").text
 
     def actions(self):
         from selenium.webdriver.common.action_chains import ActionChains
 
         def settled():  # Gradio renders again for each property that changes
-            before = self.find("#canvas svg")
+            before = self.find(f"{self.canvas} svg")
             time.sleep(0.3)
-            return before == self.find("#canvas svg")
+            return before == self.find(f"{self.canvas} svg")
 
         until(settled)
         return ActionChains(self.driver)
 
     def offset(self, x, y):
         """Screen pixels from the centre of the slice (128 x 128 pixels) to its point (x, y)."""
-        rect = self.find("#canvas svg").rect
+        rect = self.find(f"{self.canvas} svg").rect
         return round((x / 128 - 0.5) * rect["width"]), round((y / 128 - 0.5) * rect["height"])
 
     def drag(self, x1, y1, x2, y2):
         actions = self.actions()
         (left, top), (right, bottom) = self.offset(x1, y1), self.offset(x2, y2)
-        actions.move_to_element_with_offset(self.find("#canvas svg"), left, top).click_and_hold()
+        actions.move_to_element_with_offset(self.find(f"{self.canvas} svg"), left, top).click_and_hold()
         half = (right - left) // 2, (bottom - top) // 2
         actions.move_by_offset(*half).move_by_offset(right - left - half[0], bottom - top - half[1])
         actions.release().perform()
 
     def click(self, x, y):
         actions = self.actions()
-        actions.move_to_element_with_offset(self.find("#canvas svg"), *self.offset(x, y)).click().perform()
+        actions.move_to_element_with_offset(self.find(f"{self.canvas} svg"), *self.offset(x, y)).click().perform()
 
     def sample(self, num_samples):
         """Set the slider, press the button, wait for the gallery, and return result and masks from the zip."""
-        slider = self.find("#number input[type=range]")
-        for _ in range(64):
-            now = int(slider.get_property("value"))
-            if now == num_samples:
-                break
-            slider.send_keys("\ue012" if now > num_samples else "\ue014")  # arrow keys, left and right
+        self.arrow("#number", num_samples)
         before = self.gallery()
         self.find("#sample").click()
         until(lambda: len(self.gallery()) == num_samples and not self.gallery() & before)
@@ -430,6 +584,40 @@ def test_a_user_makes_mistakes_and_then_clicks_points(page, server, image_path, 
     result, masks = page.sample(3)
     assert np.ravel(result["prompt"]["points"]).tolist() == pytest.approx([58, 56, 63, 54], abs=0.5)
     assert masks.shape == (3, 128, 128)
+    assert "Traceback" not in server.log.read_text()
+
+
+@pytest.mark.slow
+def test_a_user_measures_a_nodule_of_a_scan(page, server, scan_zip):
+    page.canvas = "#scan-canvas"
+    until(lambda: page.driver.find_element("xpath", "//button[@role='tab'][contains(., 'Scan')]")).click()
+    page.upload(scan_zip, "#scan-file")
+    until(lambda: "128 x 128 px" in page.words())
+    until(lambda: page.find("#scan-slice input[type=range]").get_property("value") == "1")  # the middle
+    before = page.find("#scan-canvas img").get_property("src")
+    for slider, button, shown in ((0, "first", "0"), (2, "last", "2")):
+        page.arrow("#scan-slice", slider)
+        page.find(f"#scan-{button}-here").click()
+        until(lambda button=button, shown=shown: page.find(f"#scan-{button} input").get_property("value") == shown)
+    until(lambda: page.find("#scan-canvas img").get_property("src") != before)
+    page.find("#scan-sample").click()
+    until(lambda: "no box yet; drag a box" in page.find("body").text)
+
+    page.click(42, 38)
+    until(lambda: page.words().startswith("Corner "))
+    page.click(78, 74)
+    until(lambda: page.words().startswith("Box "))
+    box = [int(value) for value in page.words().removeprefix("Box ").split(":")[0].split(", ")]
+    assert box == pytest.approx([42, 38, 78, 74], abs=1)
+    page.arrow("#scan-number", 3)
+    page.find("#scan-sample").click()
+    until(lambda: page.find("#scan-figure img").get_property("naturalWidth") > 500)
+    page.find("#scan-download").click()
+    with zipfile.ZipFile(until(lambda: next(page.downloads.glob("*.zip"), None))) as file:
+        result = json.loads(file.read("result.json"))
+        assert {"probability.nii.gz", "levels.dcm", "figure.png"} <= set(file.namelist())
+    assert result["prompt"]["box"] == box and result["prompt"]["slices"] == [0, 2] and result["num_samples"] == 3
+    assert f"{result['presence'] * 100:.0f} % of readers would outline it" in page.find("#scan-line").text
     assert "Traceback" not in server.log.read_text()
 
 

@@ -432,7 +432,7 @@ def table(tmp_path):
 
 def test_a_table_equals_single_calls(run_segment, table, tmp_path, capsys, monkeypatch):
     loaded, load_model = [], segment.load_model
-    monkeypatch.setattr(segment, "load_model", lambda name: loaded.append(name) or load_model(name))
+    monkeypatch.setattr(segment, "load_model", lambda name, **given: loaded.append(name) or load_model(name, **given))
     out = run_segment("--num-samples", 3, "--seed", 2, image=None, prompt=("--prompts", table))
     assert len(loaded) == 1
     assert capsys.readouterr().out == (

@@ -122,7 +122,7 @@ def test_a_series_comes_back_with_its_geometry(tmp_path):
         ]
     assert set(result["files"]) == {path.name for path in (tmp_path / "out").iterdir()} - {"result.json"}
     volumes = sampled.masks.sum((1, 2, 3)) * STEP * SPACING[0] * SPACING[1]
-    np.testing.assert_allclose(result["volume_mm3"]["given_presence"]["samples"], volumes, atol=1e-4)
+    np.testing.assert_allclose(result["volume_mm3_given_presence"]["samples"], volumes, atol=1e-4)
     assert result["presence"] == 0.75 and result["scan"]["SeriesInstanceUID"] == "1.2.3.1"
     # The name of the patient is in the same field of DICOM only
     for path in (tmp_path / "out").iterdir():
@@ -229,9 +229,11 @@ def test_the_command_writes_a_nodule_of_the_shipped_model(series, tmp_path, caps
         "box 52 50 78 80 on slices 0 to 2 of 0 to 2: patient x 21.2 to 42.0, y 4.6 to 25.6, z 100"
     )
     result = json.loads((out / "result.json").read_text())
-    assert f"{result['presence']:.0%} of readers would outline it" in wrote
+    median = result["volume_mm3_given_presence"]["quantiles"]["0.5"]
+    assert f"presence {result['presence'] * 100:.0f} %; volume if outlined: median {median:,.0f} mm3 (90 %" in wrote
+    assert "; longest diameter: median " in wrote and wrote.endswith("; see figure.png, result.json")
     volumes = np.asarray(nibabel.load(out / NIFTI_FILES[2]).dataobj).sum((0, 1, 2)) * STEP * SPACING[0] * SPACING[1]
-    np.testing.assert_allclose(result["volume_mm3"]["given_presence"]["samples"], volumes, atol=1e-3)
+    np.testing.assert_allclose(result["volume_mm3_given_presence"]["samples"], volumes, atol=1e-3)
     assert volumes.min() > 0 and len({item["empty_share"] for item in result["slices"]}) == 1
     assert all("Roe" not in path.read_bytes().decode("latin1") for path in out.iterdir() if path.suffix != ".dcm")
 
@@ -250,13 +252,14 @@ def test_a_table_and_patient_coordinates(series, tiny_dir, tmp_path):
     cli.main([str(word) for word in ["segment", series, "--prompts", tmp_path / "nodules.csv",
                                      "--output", tmp_path / "table", *common]])  # fmt: skip
     rows = list(csv.DictReader((tmp_path / "table" / "summary.csv").open()))
-    assert [row["first"] for row in rows] == ["0", "1"] and float(rows[0]["volume_mm3_median"]) > 0
+    assert [row["first"] for row in rows] == ["0", "1"] and float(rows[0]["volume_mm3_given_presence_median"]) > 0
+    assert float(rows[0]["longest_diameter_mm_q95"]) >= 0
     result = json.loads((tmp_path / "table" / "nodule-0" / "result.json").read_text())
     cli.main([str(word) for word in ["segment", series, "--box-mm", *result["prompt"]["box_mm_lps"],
                                      "--output", tmp_path / "mm", *common]])  # fmt: skip
     again = json.loads((tmp_path / "mm" / "result.json").read_text())
-    assert again["prompt"]["box_px"] == pytest.approx([52, 50, 78, 80]) and again["prompt"]["slices"] == [0, 1]
-    assert again["volume_mm3"] == result["volume_mm3"]
+    assert again["prompt"]["box"] == pytest.approx([52, 50, 78, 80]) and again["prompt"]["slices"] == [0, 1]
+    assert again["volume_mm3_given_presence"] == result["volume_mm3_given_presence"]
 
 
 @pytest.mark.parametrize(
@@ -267,6 +270,10 @@ def test_a_table_and_patient_coordinates(series, tiny_dir, tmp_path):
         (["--box", 1, 1, 9, 9, "--slices", 0, 1, "--box-mm", 0, 0, 0, 1, 1, 1], "one kind of prompt"),
         (["--box", 1, 1, 9, 999, "--slices", 0, 1], "reaches outside the image of 128 x 128"),
         (["--box", 1, 1, 9, 9, "--slices", 0, 3], "outside the scan of 3"),
+        (
+            ["--box", 1, 1, 9, 9, "--slices", 0, 1, "--runtime", "onnx"],
+            "with torch only; accepted: no --runtime",
+        ),
         (["--box", 1, 1, 9, 9, "--slices", 0, 1, "--point", 3, 3], "is a scan; accepted: the command without --point"),
         (["--box", 1, 1, 9, 9, "--box", 1, 1, 9, 9], "2 boxes in a scan"),
         (["--box", 1, 1, 9, 9, "--slices", 0, 1, "--series", "9"], "no series 9"),

@@ -10,7 +10,7 @@ from tiny import SIZE, tiny_model
 from probabilistic_sam import ProbabilisticSamProcessor, scan_sampling
 from probabilistic_sam.baselines.ellipse import EllipseConfig, EllipseModel
 from probabilistic_sam.errors import UserError
-from probabilistic_sam.scan_files import summary
+from probabilistic_sam.scan_files import FORMATS, measures, result_line, summary_row, write_scan_result
 from probabilistic_sam.scan_sampling import SampledScan, longest_diameter, sample_scan
 from probabilistic_sam.scans import open_scan
 
@@ -129,9 +129,24 @@ def test_longest_diameter_is_between_points_of_the_outline():
 
 
 def test_quantiles_of_all_readers_count_those_who_do_not_outline_the_nodule_as_zero():
-    volumes = np.linspace(0, 100, 101)
-    result = summary(volumes, presence=0.5)
-    assert result["given_presence"]["median"] == 50
-    assert result["given_presence"]["interval_90"] == [5, 95]
+    result = measures(np.linspace(0, 100, 101), np.full(101, 8.0), presence=0.5)
+    given = result["volume_mm3_given_presence"]
+    assert given["mean"] == 50 and given["quantiles"] == {"0.05": 5, "0.25": 25, "0.5": 50, "0.75": 75, "0.95": 95}
+    assert given["samples"] == list(range(101))
     # Half of the readers are at 0; the level .75 of all is the median of the others, .95 their level .9
-    assert result["all_readers"] == {"median": 0, "interval_50": [0, 50], "interval_90": [0, 90]}
+    every = {"0.05": 0, "0.25": 0, "0.5": 0, "0.75": 50, "0.95": 90}
+    assert result["volume_mm3"] == {"mean": 25, "quantiles": every}
+    assert result["longest_diameter_mm_given_presence"]["quantiles"]["0.05"] == 8
+    assert result["longest_diameter_mm"]["quantiles"] == {"0.05": 0, "0.25": 0, "0.5": 0, "0.75": 8, "0.95": 8}
+
+
+def test_below_a_presence_of_one_percent_no_extent_is_reported(scan, processor, tmp_path):
+    sampled = sample_scan(with_presence(-20), processor, scan, BOX, (0, 2), 4)
+    assert sampled.presence < 0.01 and sampled.masks.shape == (0, 3, 24, 24) and not sampled.mean.any()
+    (tmp_path / "out").mkdir()
+    result = write_scan_result(tmp_path / "out", scan, sampled, FORMATS, "model")
+    assert result["volume_mm3_given_presence"] is result["longest_diameter_mm_given_presence"] is None
+    assert result["volume_mm3"]["mean"] is None and result["volume_mm3"]["quantiles"]["0.95"] == 0
+    assert result_line(result) == "presence below 1 %; too few readers would outline a nodule to say how large"
+    assert set(result["files"]) == {path.name for path in (tmp_path / "out").iterdir()} - {"result.json"}
+    assert not any("samples" in name for name in result["files"]) and "" in summary_row(result)

@@ -13,7 +13,7 @@ from small_scans import ORIGIN, SHAPE, SPACING, STEP, hounsfield, write_nifti, w
 from probabilistic_sam import scans
 from probabilistic_sam.errors import UserError
 from probabilistic_sam.images import is_scan
-from probabilistic_sam.scans import box_in_patient, box_in_pixels, open_scan
+from probabilistic_sam.scans import SeveralSeries, box_in_patient, box_in_pixels, open_scan
 
 RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # between LPS and RAS
 
@@ -68,10 +68,11 @@ def test_axial_slices_are_found_in_a_coronal_series(tmp_path):
 
 def test_several_series_are_listed_and_one_is_chosen(tmp_path):
     write_series(tmp_path / "a", hounsfield((3, 8, 9)), "1.2.3.1")
-    write_series(tmp_path / "b", hounsfield((4, 8, 9)), "1.2.3.2")
+    write_series(tmp_path / "b", hounsfield((4, 8, 9)), "1.2.3.2", SeriesDescription="Lung 1.0")
     write_series(tmp_path / "seg", hounsfield((4, 8, 9)), "1.2.3.3", Modality="SEG")
-    with pytest.raises(UserError, match=r"2 series; accepted: --series with one of 1.2.3.1 \(CT, 3 files\), 1.2.3.2"):
+    with pytest.raises(SeveralSeries, match=r"2 series; accepted: --series with one of 1.2.3.1 \(CT, 3 ") as caught:
         open_scan(tmp_path).__enter__()
+    assert caught.value.series == {"1.2.3.1": "CT, 3 files", "1.2.3.2": "CT, 4 files, Lung 1.0"}
     with pytest.raises(UserError, match="no series 7"):
         open_scan(tmp_path, "7").__enter__()
     with open_scan(tmp_path, "1.2.3.2") as scan:

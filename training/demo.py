@@ -21,13 +21,13 @@ from probabilistic_sam.errors import run
 from probabilistic_sam.files import replaced_directory
 from probabilistic_sam.inference import (
     MAX_SAMPLES,
-    area_summary,
     choose_device,
     find_model,
     load_model,
     presence_words,
     quiet_transformers,
     sample_image,
+    value_summary,
     write_masks,
 )
 from probabilistic_sam.metrics.functional import ged
@@ -80,10 +80,10 @@ def write_nodule(
         "readers_area_px": readers.sum(axis=(1, 2)).tolist(),
         **distance._asdict(),
         "presence": sampled.presence,
-        "area_px_given_presence": area_summary(sampled.outlines.sum(axis=(1, 2))),
+        "area_px_given_presence": value_summary(sampled.outlines.sum(axis=(1, 2))),
         "empty_share": sampled.empty_share,
-        "area_px": area_summary(sampled.areas),
-        "area_mm2": area_summary(sampled.areas, row["pixel_spacing_mm"] ** 2),
+        "area_px": value_summary(sampled.areas),
+        "area_mm2": value_summary(sampled.areas, row["pixel_spacing_mm"] ** 2),
     }
 
 

@@ -189,11 +189,11 @@ def test_readme_has_five_rows_and_four_metrics(result):
         assert part in last
 
 
-def test_readme_is_filled_between_its_markers():
+def test_a_page_is_filled_between_its_markers():
     begin, end = "<!-- results:begin (training/report/make_card.py) -->", "<!-- results:end -->"
-    assert make_card.fill_readme(f"a\n{begin}\nold\n{end}\nb\n", "new") == f"a\n{begin}\nnew\n{end}\nb\n"
+    assert make_card.fill_page(f"a\n{begin}\nold\n{end}\nb\n", "new") == f"a\n{begin}\nnew\n{end}\nb\n"
     with pytest.raises(make_card.UserError, match="README.md lacks the markers"):
-        make_card.fill_readme("no markers", "new")
+        make_card.fill_page("no markers", "new")
 
 
 def test_costs_have_one_line_per_comparison():
@@ -271,7 +271,9 @@ def test_check_passes_for_the_project_and_fails_for_an_outdated_text(monkeypatch
     make_card.main()
     assert capsys.readouterr().out.splitlines() == [
         f"{name} is up to date"
-        for name in ("model_cards/psam-lidc/README.md", "README.md", "training/results/README.md")
+        for name in (
+            "model_cards/psam-lidc/README.md", "README.md", "training/results/README.md", "training/README.md",
+        )  # fmt: skip
     ]
     outdated = make_card.costs_page
     monkeypatch.setattr(make_card, "costs_page", lambda *results: outdated(*results) + "changed")

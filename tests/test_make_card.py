@@ -272,7 +272,10 @@ def test_check_passes_for_the_project_and_fails_for_an_outdated_text(monkeypatch
     assert capsys.readouterr().out.splitlines() == [
         f"{name} is up to date"
         for name in (
-            "model_cards/psam-lidc/README.md", "README.md", "training/results/README.md", "training/README.md",
+            "model_cards/psam-lidc/README.md",
+            "README.md",
+            "training/results/README.md",
+            "training/README.md",
         )  # fmt: skip
     ]
     outdated = make_card.costs_page

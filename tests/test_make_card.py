@@ -248,6 +248,42 @@ def test_rows_on_a_gpu_are_marked_until_they_are_run():
     assert "20 alternating repeats on one Card, PyTorch 2.13.0, CUDA 13.0." in "\n".join(lines)
 
 
+def test_onnx_section_has_masks_sizes_and_times():
+    parity = {"different_pixels": 2e-5, "iou": 0.99951, "smallest_iou": 0.9, "ged_difference": -1e-4}
+    result = {
+        "parity": {"float32": {"box": parity | {"meets_target": True}, "point": parity | {"meets_target": False}}},
+        "bytes": {"float32": {"vision_encoder": 25_940_000, "box_decoder": 20_610_000}},
+        "seconds": {"encode_s": {"torch": 0.3, "float32": 0.1}, "decode_16_samples_s": {"torch": 0.27, "float32": 0}},
+        "num_slices": 50, "split": "validation", "num_samples": 16, "prompt": "union_box", "repeats": 20, "threads": 2,
+        "cpus": 2, "load_at_start": 0.1, "commit": "abc", "command": "python training/report/bench_onnx.py",
+    }  # fmt: skip
+    lines = make_card.onnx_section(result).splitlines()
+    assert "| float32, box | 2.0e-05 | 0.9995 | -0.0001 | yes |" in lines
+    assert "| float32, point | 2.0e-05 | 0.9995 | -0.0001 | no |" in lines
+    assert "|  | vision encoder, MB | box decoder, MB |" in lines and "| float32 | 25.9 | 20.6 |" in lines
+    assert "|  | encode, s | decode 16 samples, s |" in lines and "| torch | 0.300 | 0.270 |" in lines
+    assert (
+        "50 validation slices, 16 samples per slice" in "".join(lines)
+        and "python training/report/bench_onnx.py" in lines
+    )
+
+
+def test_page_of_costs_has_an_onnx_section_only_with_its_results(monkeypatch):
+    for name in ("build_section", "cost_section", "onnx_section"):
+        monkeypatch.setattr(make_card, name, lambda _: "numbers")
+    assert "## ONNX\n\nnumbers\n" in make_card.costs_page({}, {}, None, {"num_slices": 50})
+    assert "ONNX" not in make_card.costs_page({}, {}, None, None)
+
+
+def test_gallery_of_the_card_shows_its_figures(result):
+    card = make_card.card(result, "", "", {"image": "phantom-1.png", "box": [1, 2, 3, 4]})
+    assert card.data.widget[0] == {
+        "text": "phantom-1.png, box [1, 2, 3, 4]: readers, samples, mean and entropy", "output": {"url": "demo.png"},
+    }  # fmt: skip
+    folder = ROOT / "model_cards" / "psam-lidc"
+    assert all((folder / item["output"]["url"]).is_file() for item in card.data.widget) and "<Gallery />" in card.text
+
+
 def test_exported_weights_are_half_precision_and_load_as_float32(tmp_path):
     from tiny import tiny_model
 

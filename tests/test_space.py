@@ -20,12 +20,12 @@ from dicom_files import write_slice
 from loopback_hub import LoopbackHub
 from PIL import Image
 from space_server import SpaceServer
-from tiny import SIZE, load_script, tiny_model, tiny_vit_parts
+from tiny import load_script
 
-from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamProcessor
 from probabilistic_sam.errors import UserError
 from probabilistic_sam.hub import space
 from probabilistic_sam.images import load_slice
+from probabilistic_sam.inference import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, MODEL = ROOT / "model_cards" / "psam-lidc-space", ROOT / "model_cards" / "psam-lidc"
@@ -141,28 +141,15 @@ def test_either_a_model_or_the_space_is_pushed(arguments, monkeypatch):
 # ------------------------------------------------------------------------------------------------------------ browser
 
 
-def export(model, processor, folder, graphs):
-    """Write a model as the page loads it: two settings files and graphs in float32."""
-    onnx_export = pytest.importorskip("probabilistic_sam.onnx_export", reason="needs the ONNX export")
-    onnx = pytest.importorskip("onnx", reason="the export needs onnx, extra [onnx]")
-    (folder / "onnx").mkdir()
-    model.config.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    for graph in graphs:
-        onnx.save(onnx_export.trace(model, graph), folder / "onnx" / f"{graph}.onnx")
+@pytest.fixture(scope="module")
+def shipped():
+    """The model of the page and its processor."""
+    return load_model(MODEL)
 
 
 @pytest.fixture(scope="module")
-def tiny():
-    """A model with each kind of layer of the shipped architecture, and its processor."""
-    parts = tiny_vit_parts()
-    parts["mask_decoder_config"]["num_hidden_layers"] = 1
-    return tiny_model(lambda: parts, detail_num_blocks=1), ProbabilisticSamProcessor(SIZE, 24)
-
-
-@pytest.fixture(scope="module")
-def page(tiny, tmp_path_factory):
-    """The staged Space and the tiny model in Chromium, without a network outside this machine."""
+def page(exported, tmp_path_factory):
+    """The staged Space and the shipped model in Chromium, without a network outside this machine."""
     if not (CHROMIUM and DRIVER):
         pytest.skip("needs chromium and chromedriver: apt-get install chromium chromium-driver")
     webdriver = pytest.importorskip("selenium.webdriver")
@@ -171,9 +158,7 @@ def page(tiny, tmp_path_factory):
         space.stage_space(PAGE, folder / "staged", "org/psam-lidc")
     except UserError as error:
         pytest.skip(f"needs npm and its registry: {error}")
-    for name in ("more", "model"):
-        (folder / name).mkdir()
-    export(*tiny, folder / "model", ("vision_encoder", "box_decoder", "point_decoder"))
+    (folder / "more").mkdir()
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
     for argument in (
@@ -184,7 +169,7 @@ def page(tiny, tmp_path_factory):
     several = {"profile.default_content_setting_values.automatic_downloads": 1}
     options.add_experimental_option("prefs", {"download.default_directory": str(folder)} | several)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    with SpaceServer(folder / "more", folder / "staged", folder / "model") as server:
+    with SpaceServer(folder / "more", folder / "staged", exported) as server:
         driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
         try:
             driver.set_script_timeout(100)
@@ -249,15 +234,17 @@ class Page:
 
 @torch.no_grad()
 def in_pytorch(model, processor, noise, box=None, points=None, labels=None):
-    """Masks, mean and presence for a prompt of the first phantom and noise (S, L)."""
+    """Masks, mean, presence and areas given presence for a prompt of the first phantom and noise (S, L)."""
     prompt = {"input_boxes": [[box]]} if box else {"input_points": [[points]], "input_labels": [[labels]]}
     inputs = processor(images=PHANTOM, **prompt)
     windows, sizes = inputs.pop("windows"), inputs.pop("original_sizes")
     prior = model(**inputs)
     latents = prior.prior_mean[:, :, None] + prior.prior_log_std.exp()[:, :, None] * torch.from_numpy(noise)
-    result = processor.post_process_samples(model(**inputs, latents=latents).pred_masks, windows, sizes)[0]
-    presence = torch.special.ndtr(prior.prior_mean[0, 0, 0]).item()
-    return SimpleNamespace(masks=result["masks"].numpy(), mean=result["mean"].numpy(), presence=presence)
+    output = model(**inputs, latents=latents)
+    given = {"outline_masks": output.outline_masks, "presence": output.presence}
+    (result,) = processor.post_process_samples(output.pred_masks, windows, sizes, **given)
+    arrays = {name: result[name].numpy() for name in ("masks", "mean", "areas_given_presence")}
+    return SimpleNamespace(**arrays, presence=result["presence"])
 
 
 def noise_of(samples, size):
@@ -287,9 +274,10 @@ def check_masks(page, model, processor, **prompt):
     expected = in_pytorch(model, processor, noise, **prompt)
     result = page.sample(**prompt, noise=noise.tolist())
     assert overlap(result.masks, expected.masks).min() >= 0.99
-    assert expected.masks[1].any() and not expected.masks[0].any() and result.areasIfPresent[0] > 0
+    assert expected.masks[1].any() and not expected.masks[0].any() and result.areasGivenPresence[0] > 0
     assert result.areas == result.masks.sum((1, 2)).tolist()
-    pairs = zip(result.areas, result.areasIfPresent, strict=True)
+    assert result.areasGivenPresence == pytest.approx(expected.areas_given_presence, rel=0.01, abs=1)
+    pairs = zip(result.areas, result.areasGivenPresence, strict=True)
     assert all(area == if_present for area, if_present in pairs if area)
     assert np.abs(result.mean - expected.mean).max() < 1e-3
     assert result.presence == pytest.approx(expected.presence, abs=1e-3)
@@ -298,8 +286,18 @@ def check_masks(page, model, processor, **prompt):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("prompt", [{"box": BOX}, POINTS, {"box": [1, 2, 30.5, 20.25]}])
-def test_masks_equal_pytorchs_for_the_same_noise(page, tiny, prompt):
-    check_masks(page, *tiny, **prompt)
+def test_masks_equal_pytorchs_for_the_same_noise(page, shipped, prompt):
+    check_masks(page, *shipped, **prompt)
+
+
+@pytest.mark.slow
+def test_areas_given_presence_are_of_outlines_unless_presence_is_below_one_percent(page):
+    summarise = """(await import('./processing.js')).summarise(
+        [[-30, -30, -30, -30], [5, 5, -5, -5]], [[5, 5, 5, 5], [5, 5, -5, -5]], a[0],
+        {x: 0, y: 0, side: 2}, {width: 2, height: 2})"""
+    often, rarely = (page.run(summarise, presence) for presence in (0.01, 0.0099))
+    assert often["areas"] == rarely["areas"] == [0, 2]
+    assert often["areasGivenPresence"] == [4, 2] and rarely["areasGivenPresence"] == []
 
 
 @pytest.mark.slow
@@ -309,8 +307,8 @@ def test_same_seed_gives_same_masks_and_evenly_spread_noise(page):
     levels = torch.special.ndtr(torch.from_numpy(ordered)) * 200
     assert (levels.floor() == torch.arange(200)[:, None]).all()  # one sample per interval, in each coordinate
     first, again, other = (page.sample(box=BOX, numSamples=2, seed=seed) for seed in (1, 1, 2))
-    assert np.array_equal(first.masks, again.masks) and first.areasIfPresent == again.areasIfPresent
-    assert first.areasIfPresent != other.areasIfPresent
+    assert np.array_equal(first.masks, again.masks) and first.areasGivenPresence == again.areasGivenPresence
+    assert first.areasGivenPresence != other.areasGivenPresence
 
 
 @pytest.mark.slow
@@ -452,15 +450,19 @@ def test_cancelled_sampling_leaves_the_page_ready(page):
 
 
 @pytest.mark.slow
-def test_another_model_replaces_the_kept_one_and_samples_offline(page):
-    """The shipped model takes the place of the tiny one. Runs last because it stops the server."""
-    shipped = ProbabilisticSamModel.from_pretrained(MODEL), ProbabilisticSamProcessor.from_pretrained(MODEL)
-    (page.folder / "shipped").mkdir()
-    export(*shipped, page.folder / "shipped", ("vision_encoder", "box_decoder"))
-    page.server.folders = (page.folder / "more", page.folder / "staged", page.folder / "shipped")
+def test_another_model_replaces_the_kept_one_and_samples_offline(page, shipped, exported):
+    """Graphs with int8 weights take the place of those in float32. Runs last because it stops the server."""
+    other = page.folder / "other"
+    (other / "onnx").mkdir(parents=True)
+    for graph in ("vision_encoder", "box_decoder"):
+        shutil.copyfile(exported / "onnx" / f"{graph}_quantized.onnx", other / "onnx" / f"{graph}.onnx")
+    full = page.sample(box=BOX, numSamples=2)
+    page.server.folders = (page.folder / "more", other, *page.server.folders)
     page.reload()
-    check_masks(page, *shipped, box=BOX)
+    int8 = page.sample(box=BOX, numSamples=2)
+    assert int8.presence != full.presence and int8.presence == pytest.approx(full.presence, abs=0.05)
     page.server.shutdown()
     page.server.server_close()
     page.reload()
-    check_masks(page, *shipped, box=BOX)
+    offline = page.sample(box=BOX, numSamples=2)
+    assert offline.presence == int8.presence and np.array_equal(offline.masks, int8.masks)

@@ -57,10 +57,11 @@ def test_staged_run_has_weights_code_and_examples_but_no_training_files(run, tmp
     stage_model(run, tmp_path / "staged", "alice/eyes")
     assert files(tmp_path / "staged") == {
         "README.md", "LICENSE", "config.json", "model.safetensors", "processor_config.json", "handler.py",
-        "requirements.txt", *(path.name for path in MODULES),
+        "requirements.txt", "notebook.ipynb", *(path.name for path in MODULES),
         *(f"examples/{name}" for name in ("examples.json", "phantom-1.png", "phantom-2.png", "phantom-3.png")),
     }  # fmt: skip
     staged = tmp_path / "staged"
+    assert 'MODEL = \\"alice/eyes\\"' in (staged / "notebook.ipynb").read_text()
     assert (staged / "model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
     config = json.loads((staged / "config.json").read_text())
     assert config.pop("auto_map") == {

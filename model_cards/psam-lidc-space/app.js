@@ -370,10 +370,12 @@ function showResult() {
 
 /** Numbers, maps and gallery; again when the pixel side, the level or the width of the page changes. */
 function paintResult() {
-  const { areas, areasIfPresent, presence } = result;
-  find("presence").textContent = `${(presence * 100).toFixed(0)} %`;
-  const quantiles = areaQuantiles(areasIfPresent);
-  find("median").textContent = inWords(quantiles["0.5"]);
+  const { areas, areasGivenPresence, presence } = result;
+  const rare = !areasGivenPresence.length;
+  const quantiles = rare ? null : areaQuantiles(areasGivenPresence);
+  find("presence").textContent = rare ? "below 1 %" : `${(presence * 100).toFixed(0)} %`;
+  find("median").textContent = rare ? "unknown" : inWords(quantiles["0.5"]);
+  find("quantiles").hidden = rare;
   find("empty").textContent = `${areas.filter((area) => !area).length} of ${areas.length}`;
   const cells = (kind, texts) => texts.map((text, index) => {
     const cell = document.createElement(index ? kind : "th");
@@ -381,8 +383,10 @@ function paintResult() {
     cell.textContent = text;
     return cell;
   });
-  find("levels").replaceChildren(...cells("th", ["Quantile", ...Object.keys(quantiles).map((level) => `${level * 100} %`)]));
-  find("areas").replaceChildren(...cells("td", [`Area, ${unit()}`, ...Object.values(quantiles).map(rounded)]));
+  if (!rare) {
+    find("levels").replaceChildren(...cells("th", ["Quantile", ...Object.keys(quantiles).map((level) => `${level * 100} %`)]));
+    find("areas").replaceChildren(...cells("td", [`Area, ${unit()}`, ...Object.values(quantiles).map(rounded)]));
+  }
   paintMean();
   paintMap("entropy", result.entropy, MAGMA);
   [...find("gallery").children].forEach((button, index) => {
@@ -441,10 +445,10 @@ async function saveMasks() {
 
 /** The numbers, with the names of result.json of the package where they mean the same. */
 function numbers() {
-  const { areas, areasIfPresent, presence, seconds, device, numSamples, seed, window } = result;
-  const summary = (values, scale) => ({
+  const { areas, areasGivenPresence, presence, seconds, device, numSamples, seed, window } = result;
+  const summary = (values, scale) => values.length ? ({
     mean: (values.reduce((a, b) => a + b, 0) / values.length) * scale, quantiles: areaQuantiles(values, scale), samples: values.map((area) => area * scale),
-  });
+  }) : null;
   const pick = (label) => result.prompt.points.filter((_, index) => result.prompt.labels[index] === label);
   const content = {
     image: image.name,
@@ -458,11 +462,11 @@ function numbers() {
     presence,
     empty_share: areas.filter((area) => !area).length / areas.length,
     area_px: summary(areas, 1),
-    area_px_given_presence: summary(areasIfPresent, 1),
+    area_px_given_presence: summary(areasGivenPresence, 1),
   };
   if (spacing()) {
     const scale = spacing() ** 2;
-    Object.assign(content, { pixel_spacing_mm: spacing(), area_mm2: summary(areas, scale), area_mm2_given_presence: summary(areasIfPresent, scale) });
+    Object.assign(content, { pixel_spacing_mm: spacing(), area_mm2: summary(areas, scale), area_mm2_given_presence: summary(areasGivenPresence, scale) });
   }
   return { ...content, noise: "Latin hypercube, mulberry32", device, seconds };
 }

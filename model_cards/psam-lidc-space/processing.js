@@ -5,7 +5,7 @@ const IMAGENET_MEAN = [123.675, 116.28, 103.53];
 const IMAGENET_STD = [58.395, 57.12, 57.375];
 const PROMPT_SHARE = 0.75; // largest extent of a prompt relative to the side of its window
 const PADDING_LABEL = -10; // of points that the model ignores
-const OUTSIDE_LOGIT = -30; // of empty masks, and of pixels outside the window
+const MIN_PRESENCE = 0.01; // below it, the model cannot have learnt what so few readers would outline
 const QUANTILES = [0.05, 0.25, 0.5, 0.75, 0.95];
 export const MAX_POINTS = 32;
 
@@ -146,34 +146,45 @@ export function quantile(sorted, level) {
 /**
  * Masks and summaries in the region of a window inside the image.
  *
- * @param logits one Float32Array (g, g) per sample, decoded as if every sample were present
- * @param present whether the presence of each sample exceeds 0; other masks are empty
- * @returns `{region, masks, outlines, mean, meanOutline, entropy, areas, areasIfPresent}`: `masks` of 0 and 1 and the
- *   maps in the region, areas in pixels, outlines as segments `[x1, y1, x2, y2, ...]` in image pixels
+ * @param maskLogits one Float32Array (h, h) per sample
+ * @param outlineLogits the same samples given presence
+ * @param presence share of readers who annotate
+ * @returns `{region, masks, outlines, mean, meanOutline, entropy, areas, areasGivenPresence}`: `masks` of 0 and 1 and
+ *   the maps in the region, areas in pixels, outlines as segments `[x1, y1, x2, y2, ...]` in image pixels.
+ *   `areasGivenPresence` is empty if the presence is less than 1 %
  */
-export function summarise(logits, present, window, image) {
+export function summarise(maskLogits, outlineLogits, presence, window, image) {
   const region = regionOf(window, image);
   const count = region.width * region.height;
   const mean = new Float32Array(count);
-  const [masks, outlines, areas, areasIfPresent] = [[], [], [], []];
-  logits.forEach((values, sample) => {
-    const resized = resize(values, Math.sqrt(values.length), window.side);
-    const field = new Float32Array(count);
-    for (let row = 0; row < region.height; row++) {
-      const start = (region.top - window.y + row) * window.side + region.left - window.x;
-      field.set(resized.subarray(start, start + region.width), row * region.width);
-    }
-    const area = field.reduce((sum, value) => sum + (value > 0), 0);
-    areasIfPresent.push(area);
-    areas.push(present[sample] ? area : 0);
-    masks.push(Uint8Array.from(field, (value) => Number(present[sample] && value > 0)));
-    outlines.push(present[sample] ? outline(field, region, 0) : new Float32Array(0));
-    field.forEach((value, index) => {
-      mean[index] += 1 / (1 + Math.exp(present[sample] ? -value : -OUTSIDE_LOGIT)) / logits.length;
-    });
-  });
+  const areaOf = (field) => field.reduce((sum, value) => sum + (value > 0), 0);
+  const fields = maskLogits.map((values) => inRegion(values, window, region));
+  for (const field of fields) {
+    field.forEach((value, index) => { mean[index] += 1 / (1 + Math.exp(-value)) / fields.length; });
+  }
+  const areasGivenPresence = presence < MIN_PRESENCE ? [] : outlineLogits.map((values) => areaOf(inRegion(values, window, region)));
   const entropy = mean.map((p) => (p <= 0 || p >= 1 ? 0 : -(p * Math.log2(p) + (1 - p) * Math.log2(1 - p))));
-  return { region, masks, outlines, mean, meanOutline: outline(mean, region, 0.5), entropy, areas, areasIfPresent };
+  return {
+    region,
+    masks: fields.map((field) => Uint8Array.from(field, (value) => Number(value > 0))),
+    outlines: fields.map((field) => outline(field, region, 0)),
+    mean,
+    meanOutline: outline(mean, region, 0.5),
+    entropy,
+    areas: fields.map(areaOf),
+    areasGivenPresence,
+  };
+}
+
+/** Logits (h, h) resized to their window, the part in a region. */
+function inRegion(logits, window, region) {
+  const resized = resize(logits, Math.sqrt(logits.length), window.side);
+  const field = new Float32Array(region.width * region.height);
+  for (let row = 0; row < region.height; row++) {
+    const start = (region.top - window.y + row) * window.side + region.left - window.x;
+    field.set(resized.subarray(start, start + region.width), row * region.width);
+  }
+  return field;
 }
 
 /** Quantiles of areas by level, as in result.json of the package. */

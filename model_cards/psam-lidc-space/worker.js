@@ -9,7 +9,6 @@
 import { pixelValues, promptInWindow, spreadNoise, summarise, windowOf } from "./processing.js";
 
 const VENDOR = new URL("vendor/", import.meta.url).href;
-const ALWAYS_PRESENT = 1e4; // noise of the presence coordinate: decode every sample's outline, also of empty ones
 const SAMPLES_PER_CALL = 4; // progress and cancelling happen between calls of the decoder
 const MAX_MASK_VALUES = 2 ** 28; // samples x pixels of the window
 const MAX_THREADS = 4;
@@ -75,24 +74,27 @@ async function run({ id, repository, useGpu, image, prompt, numSamples, seed, no
   const latent = config.latent_dim;
   const values = noise ?? spreadNoise(numSamples, latent, seed);
   const shared = { image_embeddings: encoded.image_embeddings, ...promptTensors(ort, promptInWindow(prompt, window, size)) };
-  const logits = [];
-  let prior;
+  const [masks, outlines] = [[], []]; // logits of the samples, and of the same samples given presence
+  let presence;
   for (let first = 0; first < numSamples; first += SAMPLES_PER_CALL) {
     await check();
     progress("Sampling", first, numSamples);
     const count = Math.min(SAMPLES_PER_CALL, numSamples - first);
     const part = values.slice(first * latent, (first + count) * latent);
-    for (let index = 0; index < count; index++) part[index * latent] = ALWAYS_PRESENT;
     const output = await decoder.run({ ...shared, noise: new ort.Tensor("float32", part, [1, 1, count, latent]) });
-    const masks = await output.pred_masks.getData();
-    const area = masks.length / count;
-    for (let index = 0; index < count; index++) logits.push(Float32Array.from(masks.subarray(index * area, (index + 1) * area)));
-    prior ??= { mean: output.prior_mean.data[0], std: Math.exp(output.prior_log_std.data[0]), presence: output.presence.data[0] };
+    masks.push(...perSample(await output.pred_masks.getData(), count));
+    outlines.push(...perSample(await output.outline_masks.getData(), count));
+    [presence] = await output.presence.getData();
   }
-  if (!logits.every((sample) => sample.every(Number.isFinite))) throw new Error("the model's logits are not finite");
-  const present = logits.map((_, sample) => prior.mean + prior.std * values[sample * latent] > 0);
+  if (![...masks, ...outlines, [presence]].every((sample) => sample.every(Number.isFinite))) throw new Error("the model's logits are not finite");
   const seconds = { encoder: (ready - started) / 1000, samples: (performance.now() - ready) / 1000 };
-  return { ...summarise(logits, present, window, image), window, presence: prior.presence, noise: values, seconds, device };
+  return { ...summarise(masks, outlines, presence, window, image), window, presence, noise: values, seconds, device };
+}
+
+/** Copies of the parts of an output, one per sample. */
+function perSample(values, count) {
+  const length = values.length / count;
+  return Array.from({ length: count }, (_, index) => values.slice(index * length, (index + 1) * length));
 }
 
 /** Tensors of a prompt in pixels of the model's input. */

@@ -1,7 +1,8 @@
 """Stage the folder of a model as it goes to the Hub: weights, configuration, remote code, handler, examples, card.
 
 The remote code is copied from the package when a model is staged. The files that are the same for every model
-(`handler.py`, `requirements.txt`, `LICENSE` and the example images) are package data beside this module.
+(`handler.py`, `requirements.txt`, `LICENSE`, `notebook.ipynb` and the example images) are package data beside this
+module. The notebook loads the model by its name.
 """
 
 import os
@@ -22,7 +23,8 @@ from .push import check_repo_name, push_folder
 PACKAGE_DATA = Path(__file__).resolve().parent
 EXAMPLES = PACKAGE_DATA / "examples"
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-OF_EVERY_MODEL = ("handler.py", "requirements.txt", "LICENSE", "examples/*")
+NOTEBOOK = "notebook.ipynb"  # the Hub offers it for Colab and Kaggle
+OF_EVERY_MODEL = ("handler.py", "requirements.txt", "LICENSE", NOTEBOOK, "examples/*")
 ONNX_EXAMPLE = "onnx_example.py"  # only with the files of training/export_onnx.py
 OF_THE_MODEL = (*WEIGHTS, "*.png", "figures/*.png", "results/*.json", *(f"onnx/{file}" for file in ONNX_FILES))
 # Deleted by a push that does not bring them: shards, modules and results of earlier weights
@@ -63,6 +65,8 @@ def stage_model(source: str | os.PathLike[str], output: str | os.PathLike[str], 
         else:
             card = run_card(source, name, read_json(EXAMPLES / "examples.json")["images"][0])
         (folder / "README.md").write_text(card.content, encoding="utf-8")
+        notebook = (folder / NOTEBOOK).read_text(encoding="utf-8")
+        (folder / NOTEBOOK).write_text(notebook.replace(HUB_NAME, name), encoding="utf-8")
 
 
 def push_model(source: str | os.PathLike[str], name: str, private: bool = False, revision: str | None = None) -> str:

@@ -401,8 +401,9 @@ function paintResult() {
 /** Map of the mean with its .5 line, or with the sample under the pointer, which on a phone is out of sight otherwise. */
 function paintMean() {
   const { context, unit } = paintMap("mean", result.mean, VIRIDIS);
-  if (shown === null) strokeSegments(context, result.meanOutline, COLOURS.half, 2 * unit);
-  else strokeSegments(context, result.outlines[shown], COLOURS.shown, 2 * unit);
+  const [segments, colour] = shown === null ? [result.meanOutline, COLOURS.half] : [result.outlines[shown], COLOURS.shown];
+  strokeSegments(context, segments, "#000", 4 * unit); // an edge, without which yellow is lost on yellow
+  strokeSegments(context, segments, colour, 2 * unit);
 }
 
 function paintMap(id, values, colours) {

@@ -33,7 +33,8 @@ pixel_values = ((grey - mean) / std)[None]
 
 # Latin hypercube noise: in each coordinate one sample lies in each of N intervals of equal probability
 encoder, decoder = (onnxruntime.InferenceSession(folder / f"onnx/{n}.onnx") for n in ("vision_encoder", "box_decoder"))
-num_samples, latent_dim = 16, decoder.get_outputs()[1].shape[-1]
+num_samples = 16
+(latent_dim,) = [item.shape[-1] for item in decoder.get_inputs() if item.name == "noise"]
 random = np.random.default_rng(0)
 order = random.permuted(np.tile(np.arange(num_samples)[:, None], latent_dim), axis=0)
 noise = np.vectorize(NormalDist().inv_cdf)((order + random.uniform(1e-9, 1 - 1e-9, order.shape)) / num_samples)
@@ -41,7 +42,7 @@ noise = np.vectorize(NormalDist().inv_cdf)((order + random.uniform(1e-9, 1 - 1e-
 (embeddings,) = encoder.run(None, {"pixel_values": pixel_values})
 boxes = ((box - [x, y, x, y]) * size / side).astype(np.float32)[None, None]
 inputs = {"image_embeddings": embeddings, "input_boxes": boxes, "noise": noise.astype(np.float32)[None, None]}
-logits, _, _, presence = decoder.run(None, inputs)
+logits, presence = decoder.run(["pred_masks", "presence"], inputs)
 
 # Back to the image: 0 is a probability of one half
 masks = np.zeros((num_samples, *image.shape), dtype=bool)

@@ -5,7 +5,9 @@ import gzip
 import importlib.util
 import io
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -444,11 +446,13 @@ def test_killed_build_resumes_and_gives_the_same_files(source, tmp_path_factory,
     parts = tmp_path / "killed.parts"
     arguments = [*chosen, "--num-proc", 2, "--output", tmp_path / "killed"]
     command = [sys.executable, SCRIPT, *arguments]
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
     while len(list(parts.glob("*.arrow"))) < 2:
         assert process.poll() is None
         time.sleep(0.01)
-    process.kill()
+    os.killpg(process.pid, signal.SIGKILL)  # the build's own processes too, which could finish further parts
     process.wait()
     assert not (tmp_path / "killed").exists()
     kept = {path: path.stat().st_mtime_ns for path in parts.glob("*.arrow")}

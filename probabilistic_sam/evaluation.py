@@ -179,23 +179,6 @@ def evaluate_dataset(
     return gather(scored, seeds)
 
 
-def evaluate_rows(
-    model: Any,
-    processor: Any,
-    rows: Sequence[Mapping[str, Any]],
-    prompt: str,
-    num_samples: int,
-    seeds: Sequence[int],
-    device: torch.device | str = "cpu",
-    independent: bool = False,
-) -> list[list[dict]]:
-    """For each row of one batch and each seed what `evaluate_dataset` returns, with the same arguments."""
-    sampling = Sampling(prompt, num_samples, seeds, independent)
-    options = prepare_options(model, processor, prompt)
-    batch = collate(range(len(rows)), [prepare_row(row, *options) for row in rows])
-    return collect(score_batch(model, processor, encode(model, batch, device), sampling, InThisProcess()))
-
-
 # --------------------------------------------------------------------------------------------------------------- input
 
 

@@ -35,7 +35,6 @@ SUMMARY_COLUMNS = (
     "row", *COLUMNS, "presence", *(f"area_given_presence_{level}" for level in LEVELS),
     *(f"area_{level}" for level in LEVELS), "area_unit", "empty_share",
 )  # fmt: skip
-ACCEPTED_TABLE = f"accepted: a CSV file in UTF-8 with the columns {','.join(COLUMNS)}"
 MAX_BOXES = 100
 MAX_ROWS = 10_000
 MAX_TABLE_BYTES = 2**24
@@ -150,52 +149,68 @@ def read_table(path: str) -> list[Request]:
     Paths of images are relative to the folder of the table. The first row gets the folder `row-0`.
 
     Raises:
-        UserError: no such table, other columns, too many rows, or a row without an image and four finite numbers.
+        UserError: see `table_rows`; or a row without an image and four finite numbers.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise UserError(f"no table at {path}; {ACCEPTED_TABLE}")
-    try:
-        if file.stat().st_size > MAX_TABLE_BYTES:
-            raise UserError(f"table {path} has more than {MAX_TABLE_BYTES >> 20} MiB; {ACCEPTED_TABLE}")
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"table {path} cannot be read ({error}); {ACCEPTED_TABLE}") from error
-    reader = csv.reader(io.StringIO(text), strict=True)
     requests: list[Request] = []
-    try:
-        header = [cell.strip() for cell in next(reader, [])]
-        if sorted(header) != sorted(COLUMNS):
-            raise UserError(f"table {path} has the columns {','.join(header)[:80] or '(none)'}; {ACCEPTED_TABLE}")
-        for cells in reader:
-            if not cells:
-                continue
-            if len(requests) == MAX_ROWS:
-                raise UserError(f"table {path} has more than {MAX_ROWS} rows; accepted: at most {MAX_ROWS}")
-            place = f"{path}, line {reader.line_num}: "
-            if len(cells) != len(header):
-                raise UserError(f"{place}{len(cells)} cells; accepted: {len(header)}, one per column")
-            row = dict(zip(header, (cell.strip() for cell in cells), strict=True))
-            if not row["image"]:
-                raise UserError(f"{place}no image; accepted: a path relative to the folder of the table")
-            box = [_number(row[column], f"{place}{column} is ") for column in COLUMNS[1:]]
-            requests.append(
-                Request(
-                    str(file.parent / row["image"]),
-                    {"box": box},
-                    folder=f"row-{len(requests)}",
-                    place=place,
-                    cells=tuple(row[column] for column in COLUMNS),
-                )  # fmt: skip
+    for place, row in table_rows(path, COLUMNS, MAX_ROWS):
+        if not row["image"]:
+            raise UserError(f"{place}no image; accepted: a path relative to the folder of the table")
+        requests.append(
+            Request(
+                str(Path(path).parent / row["image"]),
+                {"box": [finite_number(row[column], f"{place}{column} is ") for column in COLUMNS[1:]]},
+                folder=f"row-{len(requests)}",
+                place=place,
+                cells=tuple(row[column] for column in COLUMNS),
             )
-    except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: {error}; {ACCEPTED_TABLE}") from error
-    if not requests:
-        raise UserError(f"table {path} has no rows; {ACCEPTED_TABLE}")
+        )
     return requests
 
 
-def _number(text: str, place: str) -> float:
+def table_rows(path: str, columns: Sequence[str], most: int) -> Iterator[tuple[str, dict[str, str]]]:
+    """The rows of a CSV file: the start of error messages about a row, and its cells by column.
+
+    Args:
+        path: of the file, in UTF-8.
+        columns: that it must have, in any order.
+        most: rows.
+
+    Raises:
+        UserError: no such table, too large, other columns, no rows or too many, or a row of another length.
+    """
+    file, accepted = Path(path), f"accepted: a CSV file in UTF-8 with the columns {','.join(columns)}"
+    if not file.is_file():
+        raise UserError(f"no table at {path}; {accepted}")
+    try:
+        if file.stat().st_size > MAX_TABLE_BYTES:
+            raise UserError(f"table {path} has more than {MAX_TABLE_BYTES >> 20} MiB; {accepted}")
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"table {path} cannot be read ({error}); {accepted}") from error
+    reader = csv.reader(io.StringIO(text), strict=True)
+    count = 0
+    try:
+        header = [cell.strip() for cell in next(reader, [])]
+        if sorted(header) != sorted(columns):
+            raise UserError(f"table {path} has the columns {','.join(header)[:80] or '(none)'}; {accepted}")
+        for cells in reader:
+            if not cells:
+                continue
+            if count == most:
+                raise UserError(f"table {path} has more than {most} rows; accepted: at most {most}")
+            place = f"{path}, line {reader.line_num}: "
+            if len(cells) != len(header):
+                raise UserError(f"{place}{len(cells)} cells; accepted: {len(header)}, one per column")
+            yield place, dict(zip(header, (cell.strip() for cell in cells), strict=True))
+            count += 1
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: {error}; {accepted}") from error
+    if not count:
+        raise UserError(f"table {path} has no rows; {accepted}")
+
+
+def finite_number(text: str, place: str) -> float:
+    """The number in a cell; `place` starts the message of the `UserError` if there is none."""
     try:
         value = float(text)
     except ValueError:

@@ -4,7 +4,6 @@ Everything is checked before the model is loaded, and the output folder is writt
 """
 
 import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +26,9 @@ from .scan_files import (
 )
 from .scan_sampling import sample_scan
 from .scans import Scan, box_in_patient, box_in_pixels, check_slices, open_scan
-from .segment import MAX_TABLE_BYTES, Options
+from .segment import Options, finite_number, table_rows
 
 COLUMNS = ("x1", "y1", "x2", "y2", "first", "last")
-ACCEPTED_TABLE = f"accepted: a CSV file in UTF-8 with the columns {','.join(COLUMNS)}"
 MAX_NODULES = 1_000
 
 
@@ -126,34 +124,15 @@ def read_nodules(path: str) -> list[Nodule]:
     """Read a CSV file with the columns x1, y1, x2, y2, first, last in any order, one nodule per row.
 
     Raises:
-        UserError: no such table, other columns, too many rows, or a row without four numbers and two whole numbers.
+        UserError: see `table_rows`; or a row without four finite numbers and two whole numbers.
     """
-    file = Path(path)
-    try:
-        if file.stat().st_size > MAX_TABLE_BYTES:
-            raise UserError(f"table {path} has more than {MAX_TABLE_BYTES >> 20} MiB; {ACCEPTED_TABLE}")
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"table {path} cannot be read ({error}); {ACCEPTED_TABLE}") from error
-    reader = csv.DictReader(io.StringIO(text), strict=True, skipinitialspace=True)
     nodules: list[Nodule] = []
-    try:
-        if sorted(reader.fieldnames or []) != sorted(COLUMNS):
-            found = ",".join(reader.fieldnames or [])[:80]
-            raise UserError(f"table {path} has the columns {found or '(none)'}; {ACCEPTED_TABLE}")
-        for row in reader:
-            place = f"{path}, line {reader.line_num}: "
-            if len(nodules) == MAX_NODULES:
-                raise UserError(f"table {path} has more than {MAX_NODULES} rows; accepted: at most {MAX_NODULES}")
-            try:
-                box = [float(row[name]) for name in COLUMNS[:4]]
-                nodules.append(Nodule(box, int(row["first"]), int(row["last"]), place))
-            except (TypeError, ValueError) as error:
-                raise UserError(f"{place}{error}; accepted: numbers, and whole numbers for first and last") from error
-    except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: {error}; {ACCEPTED_TABLE}") from error
-    if not nodules:
-        raise UserError(f"table {path} has no rows; {ACCEPTED_TABLE}")
+    for place, row in table_rows(path, COLUMNS, MAX_NODULES):
+        box = [finite_number(row[column], f"{place}{column} is ") for column in COLUMNS[:4]]
+        try:
+            nodules.append(Nodule(box, int(row["first"]), int(row["last"]), place))
+        except ValueError as error:
+            raise UserError(f"{place}{error}; accepted: whole numbers for first and last") from error
     return nodules
 
 

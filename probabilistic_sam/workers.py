@@ -39,10 +39,15 @@ def read_ahead(items: Iterable, count: int) -> Iterator:
         yield waiting.popleft()
 
 
+def usable_cores(local_processes: int) -> int:
+    """Cores for each of the processes of a run on this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // local_processes)
+
+
 def default_workers(device: torch.device | str, num_tasks: int) -> tuple[int, str]:
     """The number of workers for the tasks of this process, and the reason for it."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores = max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # set by launchers
+    cores = usable_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # set by launchers
     if num_tasks < FEW_TASKS:
         return 0, f"only {num_tasks} slices"
     if torch.device(device).type == "cpu":

@@ -12,9 +12,9 @@ import io
 import json
 import resource
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
+from loopback_server import LoopbackServer
 from PIL import Image
 
 
@@ -26,22 +26,10 @@ def load_handler(folder, model=None):
     return module.EndpointHandler(str(model or folder))
 
 
-class EndpointServer(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 32
-
+class EndpointServer(LoopbackServer):
     def __init__(self, handler):
-        super().__init__(("127.0.0.1", 0), Request)
-        self.url = f"http://127.0.0.1:{self.server_port}"
+        super().__init__(Request)
         self.handler = handler
-
-    def __enter__(self):
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.shutdown()
-        self.server_close()
 
 
 class Request(BaseHTTPRequestHandler):

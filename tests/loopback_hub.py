@@ -14,10 +14,12 @@ import re
 import socket
 import threading
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from loopback_server import LoopbackServer
 
 RESET, LOST = 0, -1  # instead of a status: the connection ends before or after the request is served
 LFS_SUFFIXES = (".parquet", ".safetensors", ".bin", ".png")
@@ -58,27 +60,16 @@ class Repo:
         return {path: file.content for path, file in self.commits[self.branches.get(revision, revision)].items()}
 
 
-class LoopbackHub(ThreadingHTTPServer):
+class LoopbackHub(LoopbackServer):
     """`fails` maps the end of a request's path to the error status to answer, or to RESET or LOST."""
 
-    daemon_threads = True
-
     def __init__(self, fails: dict[str, int] | None = None):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}"
+        super().__init__(Handler)
         self.fails = fails or {}
         self.repos: dict[tuple[str, str], Repo] = {}
         self.blobs: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []  # method and path of every request
         self.lock = threading.Lock()
-
-    def __enter__(self):
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.shutdown()
-        self.server_close()
 
     def environment(self, home: Path) -> dict[str, str]:
         """Environment of a client of this server whose caches are below `home`."""

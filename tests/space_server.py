@@ -2,10 +2,11 @@
 
 import hashlib
 import mimetypes
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from urllib.parse import urlsplit
+
+from loopback_server import LoopbackServer
 
 ISOLATED = {
     "Cross-Origin-Embedder-Policy": "require-corp",
@@ -16,25 +17,14 @@ mimetypes.add_type("text/javascript", ".mjs")
 mimetypes.add_type("application/wasm", ".wasm")
 
 
-class SpaceServer(ThreadingHTTPServer):
+class SpaceServer(LoopbackServer):
     """Serves files from the first of `folders` that holds them; `requests` lists method and path of every request."""
 
-    daemon_threads = True
-
     def __init__(self, *folders: Path, port: int = 0):
-        super().__init__(("127.0.0.1", port), Handler)
+        super().__init__(Handler, port)
         self.folders = folders
-        self.url = f"http://127.0.0.1:{self.server_port}/"
         self.requests: list[tuple[str, str]] = []
         self.tags: dict[Path, str] = {}
-
-    def __enter__(self):
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.shutdown()
-        self.server_close()
 
     def tag(self, path: Path) -> str:
         if path not in self.tags:

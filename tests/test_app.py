@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from chromium import start_chromium
 from dicom_files import write_slice
 from PIL import Image
 from small_scans import write_series
@@ -30,8 +31,6 @@ from probabilistic_sam.segment_scan import segment_scan
 
 gradio = pytest.importorskip("gradio", reason="the page needs gradio, extra [app]")
 from probabilistic_sam import app, app_scan  # noqa: E402
-
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
 
 def lesion(side=128):
@@ -420,21 +419,7 @@ def server(tmp_path_factory):
 
 @pytest.fixture
 def browser(tmp_path):
-    if not (CHROMIUM and DRIVER):
-        pytest.skip("needs chromium and chromedriver: apt-get install chromium chromium-driver")
-    webdriver = pytest.importorskip("selenium.webdriver")
-    (tmp_path / "downloads").mkdir()
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    # Chromium's background services are off, so that the log contains the page's requests only
-    for argument in (
-        "--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1400,1600",
-        "--disable-background-networking", "--disable-component-update", f"--user-data-dir={tmp_path / 'profile'}",
-    ):  # fmt: skip
-        options.add_argument(argument)
-    options.add_experimental_option("prefs", {"download.default_directory": str(tmp_path / "downloads")})
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    driver = start_chromium(tmp_path, "performance")
     yield driver
     driver.quit()
 

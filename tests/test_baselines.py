@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from tiny import GRID, SIZE, load_script, tiny_model, tiny_rows, tiny_vit_parts
+from tiny import GRID, SIZE, evaluate_rows, load_script, tiny_model, tiny_rows, tiny_vit_parts
 from transformers import AutoModel, AutoProcessor
 
 from probabilistic_sam import ProbabilisticSamProcessor, evaluation
@@ -499,7 +499,7 @@ def test_oracles_are_scored(workspace, tmp_path):
     row = next(row for row in load_split(workspace / "lidc", "validation") if row["num_nonempty"] < 4)
     annotated = decode_masks(row).any(axis=(1, 2))
     row["masks"] = [row["masks"][index] for index in (annotated.argmax(), annotated.argmin())]
-    ((scores,),) = evaluation.evaluate_rows(evaluation.Oracle("oracle:readers"), None, [row], "union_box", 3, (0,))
+    ((scores,),) = evaluate_rows(evaluation.Oracle("oracle:readers"), None, [row], "union_box", 3, (0,))
     generator = torch.Generator().manual_seed(row_seed(row, "samples 0 None"))
     share = (torch.randint(2, (3,), generator=generator) == 0).double().mean().item()
     assert scores["all"]["ged"] == pytest.approx(0.5 - 2 * share * (1 - share))

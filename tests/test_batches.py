@@ -182,7 +182,7 @@ def test_dataset_is_small_when_it_goes_to_a_worker(rows, processor, tmp_path):
         TrainingWindows(rows, processor, make_config()),
     ):
         sent = pickle.dumps(windows)
-        assert len(sent) < 50_000
+        assert len(sent) < 20_000  # about 15 kB name the columns, the casts and the files
         item, expected = pickle.loads(sent)[key], windows[key]
         assert all(torch.equal(value, item[name]) for name, value in expected.items())
 

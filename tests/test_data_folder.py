@@ -10,7 +10,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from deep_colour import rgb16_png, rgb16_tiff
-from tiny import load_script
+from tiny import evaluate_rows, load_script
 
 from probabilistic_sam import processing_probabilistic_sam
 from probabilistic_sam.data import split_of
@@ -57,7 +57,6 @@ def rows_of(root: Path, **options) -> dict[str, dict]:
 
 def test_rgb_rows_are_evaluated_like_grey_ones():
     from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamProcessor
-    from probabilistic_sam.evaluation import evaluate_rows
 
     weights = Path(__file__).resolve().parent.parent / "model_cards" / "psam-lidc"
     model, processor = (kind.from_pretrained(weights) for kind in (ProbabilisticSamModel, ProbabilisticSamProcessor))

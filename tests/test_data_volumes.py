@@ -6,9 +6,9 @@ import datasets
 import numpy as np
 import pytest
 
-from probabilistic_sam.data import NODULE_BOX, make_prompt, row_seed
+from probabilistic_sam.data import NODULE_BOX, make_prompt, nodule_prompt, row_seed
 from probabilistic_sam.data.format import FEATURES, encode_png, image_row
-from probabilistic_sam.data.volumes import group_nodules, nodule_box, nodule_masks, nodule_union
+from probabilistic_sam.data.volumes import group_nodules, stack_masks
 from probabilistic_sam.errors import UserError
 
 SIDE = 32
@@ -83,18 +83,18 @@ def test_masks_and_box_are_those_of_all_slices():
     high[1, 8:14, 5:9] = True
     dataset = make_dataset(make_slice(5, 2.0, high), make_slice(4, 1.0, low))
     (nodule,), _ = group_nodules(dataset)
-    masks = nodule_masks(dataset, nodule)
+    masks = stack_masks(nodule, dataset.select(nodule.rows))
     np.testing.assert_array_equal(masks, np.stack([low, high], axis=1))  # (readers, slices, H, W)
-    union = nodule_union(dataset, nodule)
-    np.testing.assert_array_equal(union, low[0] | high[1])
+    union = masks.any(axis=(0, 1))
 
     first = dataset[1]
+    assert nodule.rows == (1, 0)
     rng = np.random.default_rng(row_seed(first, NODULE_BOX))
-    box = nodule_box(dataset, nodule)
+    box = nodule_prompt(first, union)
     assert box == make_prompt(union[None], "union_box", rng)
     # Tight box x 5..12, y 4..14; a side moves by at most a tenth of the length + 1.5 px
     assert (np.abs(np.array(box["input_boxes"]) - [5, 4, 12, 14]) < [2.2, 2.5, 2.2, 2.5]).all()
-    assert box != nodule_box(make_dataset(make_slice(5, 2.0, high), make_slice(3, 1.0, low)), nodule)  # other seed
+    assert box != nodule_prompt(make_dataset(make_slice(3, 1.0, low))[0], union)  # other seed
 
 
 def test_different_numbers_of_readers_are_refused():
@@ -103,4 +103,4 @@ def test_different_numbers_of_readers_are_refused():
     with pytest.raises(
         UserError, match=r"masks of shapes \(2, 32, 32\) and \(3, 32, 32\); accepted: the same readers"
     ):
-        nodule_masks(dataset, nodule)
+        stack_masks(nodule, dataset.select(nodule.rows))

@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
 
-from tiny import load_script
+from tiny import evaluate_rows, load_script
 
 from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamProcessor, evaluation
 from probabilistic_sam.baselines import EllipseConfig, EllipseModel
@@ -207,12 +207,12 @@ def test_each_row_is_scored_with_its_own_readers(dataset):
     """A row of two and a row of four readers in one batch give the scores that each of them gives alone."""
     two, four = (dict(dataset[index]) for index in (0, 1))
     two["masks"] = two["masks"][:2]
-    scores = evaluation.evaluate_rows(StubModel(), StubProcessor(), [two, four], "union_box", 4, [0])
+    scores = evaluate_rows(StubModel(), StubProcessor(), [two, four], "union_box", 4, [0])
     for row, found in zip((two, four), scores, strict=True):
         masks = decode_masks(row)
         assert found[0]["all"]["readers_annotated"] == masks.any(axis=(1, 2)).sum()
         assert found[0]["all"]["empty_rate_readers"] == 1 - masks.any(axis=(1, 2)).mean()
-        alone = evaluation.evaluate_rows(StubModel(), StubProcessor(), [row], "union_box", 4, [0])[0]
+        alone = evaluate_rows(StubModel(), StubProcessor(), [row], "union_box", 4, [0])[0]
         assert found[0]["all"]["ged"] == alone[0]["all"]["ged"]
     assert scores[0][0]["four_readers"] is None
 
@@ -302,17 +302,17 @@ def test_samples_that_cannot_be_scored_are_refused(script, dataset):
 def test_latent_state_does_not_change_the_samples(script, model_dir, dataset):
     model, processor = ProbabilisticSamModel.from_pretrained(model_dir), ProbabilisticSamProcessor(32, 24)
     rows = [dataset[index] for index in range(2)]
-    (first, second), _ = evaluation.evaluate_rows(model.eval(), processor, rows, "union_box", 3, (0, 1))
+    (first, second), _ = evaluate_rows(model.eval(), processor, rows, "union_box", 3, (0, 1))
     assert "collapse" not in second  # only the noise of the reconstructions would differ
     state = first.pop("collapse")
     assert state["kl"].shape == state["posterior_mean"].shape == (4, 3)
     assert state["annotated"].tolist() == decode_masks(rows[0]).any(axis=(1, 2)).tolist()
     assert len(state["iou"]) == state["annotated"].sum()
 
-    (leaking,), _ = evaluation.evaluate_rows(model, processor, rows, "reader_box", 3, (0,))
+    (leaking,), _ = evaluate_rows(model, processor, rows, "reader_box", 3, (0,))
     assert "collapse" not in leaking
     del model.posterior
-    (alone, _), _ = evaluation.evaluate_rows(model, processor, rows, "union_box", 3, (0, 1))
+    (alone, _), _ = evaluate_rows(model, processor, rows, "union_box", 3, (0, 1))
     assert "collapse" not in alone
     assert alone["all"].pop("calibration").tolist() == first["all"].pop("calibration").tolist()
     assert alone["all"] == first["all"]
@@ -331,7 +331,7 @@ def test_latent_space_counts_masks_that_vanish_in_the_window(script, model_dir, 
     )  # fmt: skip
     model = ProbabilisticSamModel.from_pretrained(folder).eval()
     processor = ProbabilisticSamProcessor.from_pretrained(folder) if shipped else ProbabilisticSamProcessor(32, 24)
-    ((scores,),) = evaluation.evaluate_rows(model, processor, [row], "union_box", 2, (0,))
+    ((scores,),) = evaluate_rows(model, processor, [row], "union_box", 2, (0,))
     assert scores["collapse"]["annotated"].tolist() == [True, True, False] and len(scores["collapse"]["iou"]) == 2
     assert np.isfinite(scores["collapse"]["iou"]).all()
 

@@ -14,10 +14,10 @@ pytest.importorskip("accelerate")
 
 from tiny import load_script
 
-from probabilistic_sam.data import row_seed, split_of
+from probabilistic_sam.data import nodule_prompt, row_seed, split_of
 from probabilistic_sam.data.build import write_dataset
 from probabilistic_sam.data.format import FEATURES, encode_png, image_row, load_split
-from probabilistic_sam.data.volumes import group_nodules, nodule_box
+from probabilistic_sam.data.volumes import group_nodules, stack_masks
 from probabilistic_sam.errors import UserError
 from probabilistic_sam.evaluation import Oracle, Sampling
 from probabilistic_sam.evaluation_nodules import (
@@ -156,7 +156,11 @@ def test_prompts_are_one_box_or_one_per_slice(dataset):
     nodules, _ = group_nodules(dataset)
     model, single = Readers(), Readers()
     score(dataset, model)
-    expected = [nodule_box(dataset, nodule)["input_boxes"] for nodule in nodules for _ in nodule.rows]
+    expected = []
+    for nodule in nodules:
+        rows = [dataset[index] for index in nodule.rows]
+        box = nodule_prompt(rows[0], stack_masks(nodule, rows).any(axis=(0, 1)))["input_boxes"]
+        expected += [box] * len(rows)
     np.testing.assert_allclose(model.boxes, expected)
     score(dataset, single, prompt="union_box")
     assert len({tuple(box) for box in single.boxes}) == sum(SLICES)

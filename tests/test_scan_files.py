@@ -277,7 +277,7 @@ def test_a_table_and_patient_coordinates(series, tiny_dir, tmp_path):
         (["--box", 1, 1, 9, 9, "--slices", 0, 1, "--point", 3, 3], "is a scan; accepted: the command without --point"),
         (["--box", 1, 1, 9, 9, "--box", 1, 1, 9, 9], "2 boxes in a scan"),
         (["--box", 1, 1, 9, 9, "--slices", 0, 1, "--series", "9"], "no series 9"),
-        (["--prompts", "missing.csv"], "missing.csv cannot be read"),
+        (["--prompts", "missing.csv"], "no table at missing.csv"),
     ],
 )
 def test_bad_prompts_of_a_scan_are_one_line_and_write_nothing(series, tmp_path, words, message):
@@ -293,7 +293,9 @@ def test_bad_tables_name_the_line(series, tmp_path):
         ("a,b\n1,2\n", "has the columns a,b; accepted: a CSV file in UTF-8 with the columns x1,y1,x2,y2,first,last"),
         ("x1,y1,x2,y2,first,last\n", "no rows"),
         ("x1,y1,x2,y2,first,last\n1,1,9,9,0,1\n1,1,9,9,0,1.5\n", "line 3: .*whole numbers"),
-        ("x1,y1,x2,y2,first,last\n1,1,9,9,0\n", "line 2: "),
+        ("x1,y1,x2,y2,first,last\n1,1,9,9,0\n", "line 2: 5 cells; accepted: 6"),
+        ("x1,y1,x2,y2,first,last\n1,1,9,9,0,1,2\n", "line 2: 7 cells; accepted: 6"),
+        ("x1,y1,x2,y2,first,last\n1,1,nan,9,0,1\n", "line 2: x2 is 'nan'; accepted: a finite number"),
         ("x1,y1,x2,y2,first,last\n1,1,9,9,0,7\n", "line 2: slices 0 to 7 reach outside"),
     ):
         table.write_text(text)

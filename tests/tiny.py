@@ -23,6 +23,17 @@ def load_script(name):
     return module
 
 
+def evaluate_rows(model, processor, rows, prompt, num_samples, seeds):
+    """Scores of `evaluate_dataset` for one batch of rows: a list of rows, each with a list of seeds."""
+    from probabilistic_sam import evaluation
+    from probabilistic_sam.workers import InThisProcess
+
+    sampling, options = evaluation.Sampling(prompt, num_samples, seeds), (model, processor, prompt)
+    prepared = [evaluation.prepare_row(row, *evaluation.prepare_options(*options)) for row in rows]
+    batch = evaluation.encode(model, evaluation.collate(range(len(rows)), prepared), "cpu")
+    return evaluation.collect(evaluation.score_batch(model, processor, batch, sampling, InThisProcess()))
+
+
 def sam_parts(image_size=SIZE):
     """Sub-configurations of a SAM with a few thousand weights."""
     vision = {

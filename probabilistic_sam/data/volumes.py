@@ -15,7 +15,6 @@ import numpy as np
 
 from ..errors import UserError
 from .format import decode_masks
-from .prompts import nodule_prompt
 
 _IDENTITY = ("patient_id", "scan_id", "nodule_id")
 _GEOMETRY = ("z_mm", "pixel_spacing_mm", "crop_row", "crop_col")
@@ -98,17 +97,16 @@ def group_nodules(dataset: datasets.Dataset) -> tuple[list[NoduleSlices], int]:
     return nodules, left_out
 
 
-def nodule_masks(dataset: datasets.Dataset, nodule: NoduleSlices) -> np.ndarray:
+def stack_masks(nodule: NoduleSlices, rows: Iterable[Mapping[str, Any]]) -> np.ndarray:
     """Masks of all readers on all slices of a nodule: (readers, slices, H, W) bool. A reader keeps their index.
+
+    Args:
+        nodule: the nodule.
+        rows: its rows in order of z.
 
     Raises:
         UserError: slices with different numbers of readers or sizes.
     """
-    return stack_masks(nodule, dataset.select_columns(["masks", "patient_id"]).select(nodule.rows))
-
-
-def stack_masks(nodule: NoduleSlices, rows: Iterable[Mapping[str, Any]]) -> np.ndarray:
-    """`nodule_masks` of the nodule's rows in order of z, for where the dataset is not at hand."""
     slices = [decode_masks(row) for row in rows]
     shapes = sorted({masks.shape for masks in slices})
     if len(shapes) > 1:
@@ -116,16 +114,3 @@ def stack_masks(nodule: NoduleSlices, rows: Iterable[Mapping[str, Any]]) -> np.n
             f"{nodule}: masks of shapes {shapes[0]} and {shapes[1]}; accepted: the same readers and size on all slices"
         )
     return np.stack(slices, axis=1)
-
-
-def nodule_union(dataset: datasets.Dataset, nodule: NoduleSlices) -> np.ndarray:
-    """Union of the masks of all readers on all slices of a nodule: (H, W) bool.
-
-    The `union_box` of this mask, turned and shifted as the view of a slice is, is a `nodule_box` for training.
-    """
-    return np.asarray(nodule_masks(dataset, nodule).any(axis=(0, 1)))
-
-
-def nodule_box(dataset: datasets.Dataset, nodule: NoduleSlices) -> dict[str, list[float] | int]:
-    """The prompt `nodule_box` (see `nodule_prompt`), the same on each slice of the nodule."""
-    return nodule_prompt(dataset[nodule.rows[0]], nodule_union(dataset, nodule))

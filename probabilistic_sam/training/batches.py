@@ -4,7 +4,6 @@ Windows have different sides. A worker cuts a window and stretches its grey valu
 `collate` pads the windows of a batch to one side, and `resize_windows` resizes them together on the model's device.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -18,11 +17,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ..data.format import decode_image, decode_masks
 from ..errors import UserError
 from ..processing_probabilistic_sam import ProbabilisticSamProcessor
+from ..workers import MOST_WORKERS, usable_cores
 from .config import TrainingConfig
 from .embedding_cache import EmbeddingCache
 from .windows import View, turn_randomly, view_prompt, view_readers, view_window
-
-MOST_WORKERS = 16
 
 
 class WindowKey(NamedTuple):
@@ -251,9 +249,9 @@ def choose_workers(wanted: int, device: torch.device, local_processes: int) -> t
         return wanted, "num_workers of the configuration"
     if device.type == "cpu":
         return 0, "the model trains on the CPU, where workers would compete with it for the cores"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    number = max(1, min(MOST_WORKERS, cores // local_processes - 1))
-    return number, f"{cores} cores for {local_processes} processes, which keep one core each; at most {MOST_WORKERS}"
+    cores = usable_cores(local_processes)
+    reason = f"{cores} cores per process, which keeps one of them; at most {MOST_WORKERS}"
+    return max(1, min(MOST_WORKERS, cores - 1)), reason
 
 
 def next_batch(batches: Iterator[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -104,7 +104,8 @@ class TinyViTAttention(nn.Module):
         query, key, value = qkv.transpose(1, 2).split(self.head_dim, dim=-1)  # (windows, heads, length, head_dim)
         implementation = self.config._attn_implementation
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        bias = self.bias().to(query.dtype)
+        # With an axis for the windows, since PyTorch's fused attention on a CPU takes masks of 2 or 4 axes only
+        bias = self.bias().to(query.dtype)[None]
         context, weights = attend(self, query, key, value, attention_mask=bias, scaling=self.head_dim**-0.5)
         return self.proj(context.reshape(batch, length, width)), weights
 

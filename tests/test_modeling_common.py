@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from tiny import SIZE, sam_parts, tiny_inputs, tiny_labels, tiny_model, tiny_vit_parts
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel, SamConfig, SamModel, SamProcessor
 from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 
@@ -288,6 +289,12 @@ def test_the_vision_encoder_returns_hidden_states_and_attentions(parts, inputs):
 
 
 # ------------------------------------------------------------------------------------- attention and checkpointing
+
+
+def test_attention_of_the_encoder_takes_the_fused_kernel():
+    encoder = tiny_model(tiny_vit_parts).vision_encoder
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), torch.inference_mode():  # raises if the kernel refuses the mask
+        encoder(tiny_inputs()["pixel_values"])
 
 
 def test_eager_and_sdpa_attention_are_equal_and_can_be_chosen(tmp_path, model, inputs, latents):

@@ -173,6 +173,37 @@ def test_cached_windows_alternate_between_the_views(rows, processor, tmp_path):
         assert item["input_points"].shape == (2,) and "window" not in item
 
 
+def nodule_rows(*boxes):
+    """Slices of one nodule, each with one square (low, high) that two readers annotated."""
+    rows = some_rows(*((np.zeros((SIZE, SIZE), np.uint8), [square(low=low, high=high)] * 2) for low, high in boxes))
+    for name, value in {"scan_id": 1, "nodule_id": 2, "pixel_spacing_mm": 0.7, "crop_row": 5, "crop_col": 6}.items():
+        rows = rows.add_column(name, [value] * len(rows))
+    rows = rows.add_column("patient_id", ["LIDC-IDRI-0001"] * len(rows))
+    rows = rows.add_column("z_mm", [2.0 * number for number in range(len(rows))])
+    return rows.add_column("slice_thickness_mm", [2.0] * len(rows))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_nodule_box_covers_the_slices_of_the_nodule(processor, tmp_path, cached):
+    rows = nodule_rows((4, 8), (14, 20), (6, 12))
+    still = {"max_shift": 0.0, "max_zoom": 0.0, "max_gamma": 0.0, "symmetries": "none"}
+    config = make_config(prompts={"nodule_box": 1.0}, augmentation=still)
+    cache = EmbeddingCache(tiny_model(tiny_vit_parts), processor, rows, 1, 0, tmp_path, still) if cached else None
+    item = TrainingWindows(rows, processor, config, cache)[WindowKey(0, 0, (0,), "nodule_box")]
+    middle = 6 if cached else 12  # cached windows are cut around the slice's own masks, others around the nodule
+    x, y, side = processor.window(SIZE, SIZE, {"input_boxes": torch.tensor([[middle - 1.0] * 2 + [middle + 1.0] * 2])})
+    corners = item["input_boxes"].unflatten(0, (2, 2)) * side / SIZE + torch.tensor([x, y])
+    # Jitter of at most a tenth of the 16 px and 1.5 px
+    assert torch.allclose(corners, torch.tensor([[4.0, 4.0], [20.0, 20.0]]), atol=3.1)
+    assert corners[1, 0] - corners[0, 0] > 9 and len(item["labels"]) == 2  # the slice's own box has a side of 4
+    assert item["annotated"].tolist() == [True] * 2
+
+
+def test_nodule_box_needs_nodules(rows, processor):
+    with pytest.raises(UserError, match="no nodule of known geometry"):
+        TrainingWindows(rows, processor, make_config(prompts={"union_box": 0.5, "nodule_box": 0.5}))
+
+
 def test_dataset_is_small_when_it_goes_to_a_worker(rows, processor, tmp_path):
     cache = EmbeddingCache(tiny_model(tiny_vit_parts), processor, rows, 8, 0, tmp_path, make_config().augmentation)
     assert cache.embeddings.nbytes > 20_000

@@ -268,11 +268,18 @@ def test_onnx_section_has_masks_sizes_and_times():
     )
 
 
-def test_page_of_costs_has_an_onnx_section_only_with_its_results(monkeypatch):
-    for name in ("build_section", "cost_section", "onnx_section"):
-        monkeypatch.setattr(make_card, name, lambda _: "numbers")
-    assert "## ONNX\n\nnumbers\n" in make_card.costs_page({}, {}, None, {"num_slices": 50})
-    assert "ONNX" not in make_card.costs_page({}, {}, None, None)
+def test_space_section_has_times_and_megabytes():
+    result = {
+        "num_samples": 16, "device": "WebAssembly, 2 threads", "browser": "Chromium 1, headless",
+        "bytes": {"vendor/ort.wasm": 11_000_000, "onnx/vision_encoder.onnx": 25_150_000},
+        "seconds": {"first_mask": 3.0, "encoder": 0.5, "per_sample": 0.0214},
+        "ranges": {"first_mask": [2.9, 3.2], "encoder": [0.4, 0.6], "per_sample": [0.02, 0.03]},
+        "repeats": 5, "cpus": 2, "load_at_start": 0.1, "commit": "abc", "command": "python bench_space.py",
+    }  # fmt: skip
+    text = make_card.space_section(result)
+    assert "| first visit, from the click to one mask on the page | 3.000 | 2.900 to 3.200 |" in text.splitlines()
+    assert "| each sample, of 16 | 0.021 | 0.020 to 0.030 |" in text.splitlines()
+    assert "WebAssembly, 2 threads" in text and "needs 36.1 MB" in text
 
 
 def test_gallery_of_the_card_shows_its_figures(result):

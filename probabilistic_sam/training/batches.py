@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ..data import NODULE_BOX
 from ..data.format import decode_image, decode_masks
+from ..data.volumes import group_nodules
 from ..errors import UserError
 from ..processing_probabilistic_sam import ProbabilisticSamProcessor
 from ..workers import MOST_WORKERS, usable_cores
@@ -45,8 +47,11 @@ class TrainingWindows(Dataset[dict[str, torch.Tensor]]):
     Args:
         rows: of the split.
         processor: cuts the windows.
-        config: its `augmentation`.
+        config: its `augmentation`, and whether `nodule_box` is among its `prompts`.
         cache: of the rows' embeddings, whose views are then used; without it every view is new.
+
+    Raises:
+        UserError: `nodule_box` is among the prompts, but no slices of the split form a nodule.
     """
 
     def __init__(
@@ -59,6 +64,15 @@ class TrainingWindows(Dataset[dict[str, torch.Tensor]]):
         # The format "arrow" leaves images encoded; only what a window needs is decoded
         self.rows = rows.select_columns(["masks"] if cache else ["image", "masks"]).with_format("arrow")
         self.processor, self.augmentation, self.cache = processor, config.augmentation, cache
+        self.nodules: dict[int, tuple[int, ...]] = {}  # all rows of a row's nodule
+        if NODULE_BOX in config.prompts:
+            nodules, left_out = group_nodules(rows)
+            self.nodules = {row: nodule.rows for nodule in nodules for row in nodule.rows}
+            if not nodules:
+                raise UserError(
+                    f"prompts has {NODULE_BOX}, but the training split has no nodule of known geometry ({left_out} "
+                    "left out); accepted: rows with scan_id, nodule_id, z_mm, pixel_spacing_mm, crop_row and crop_col"
+                )
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -77,10 +91,13 @@ class TrainingWindows(Dataset[dict[str, torch.Tensor]]):
         masks, rng = decode_masks(row), np.random.default_rng(key.seed)
         if not masks.any():
             raise UserError(f"row {key.row} of the training split has no annotated pixel; accepted: at least one")
+        seen = masks  # by whoever gives the prompt; the last one covers the other slices of the nodule
+        if key.prompt == NODULE_BOX:
+            seen = np.concatenate([masks, self.nodule_mask(key.row, masks)[None]])
         if self.cache:
             number = (key.epoch + key.row) % max(self.cache.num_views, 1)
             view = self.cache.view(key.row, number, masks)
-            turned = view.turn(masks)
+            turned = view.turn(seen)
             image = {"image_embeddings": self.cache.embedding(key.row, number)}
         else:
             pixels = decode_image(row)
@@ -89,11 +106,18 @@ class TrainingWindows(Dataset[dict[str, torch.Tensor]]):
                     f"row {key.row} of the training split has an image of {pixels.shape[:2]} pixels and masks of "
                     f"{masks.shape[1:]}; accepted: one size"
                 )
-            view, turned = turn_randomly(masks, self.processor, rng, **self.augmentation)
+            view, turned = turn_randomly(seen, self.processor, rng, **self.augmentation)
             window = view_window(pixels, view, self.processor)
             image = {"window": self.processor.resize(window) if view.window[2] > self.processor.image_size else window}
         size, place = self.processor.image_size, View(0, False, view.window, 1.0)  # in the turned masks
-        return view_prompt(turned, place, key.prompt, rng, size) | view_readers(turned, place, size // 4) | image
+        prompt = view_prompt(turned, place, "union_box" if key.prompt == NODULE_BOX else key.prompt, rng, size)
+        return prompt | view_readers(turned[: len(masks)], place, size // 4) | image
+
+    def nodule_mask(self, row: int, masks: np.ndarray) -> np.ndarray:
+        """Union (H, W) of all readers' masks on all slices of a row's nodule; `masks` (R, H, W) are the row's own."""
+        others = [other for other in self.nodules.get(row, ()) if other != row]
+        unions = [decode_masks(item).any(axis=0) for item in self.rows[others].to_pylist()] if others else []
+        return np.any([masks.any(axis=0), *unions], axis=0)
 
 
 class StepSampler(Sampler[list[WindowKey]]):

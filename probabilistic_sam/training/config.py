@@ -14,12 +14,13 @@ from huggingface_hub.errors import StrictDataclassError
 from .. import ProbabilisticSamConfig, ProbabilisticSamModel
 from ..baselines import BASELINES, EllipseConfig
 from ..configuration_probabilistic_sam import RENAMED
+from ..data import NODULE_BOX
 from ..errors import UserError
 from .windows import ADDED_AUGMENTATION, SYMMETRIES
 
 MODELS = {item.config_class.model_type: item for item in (ProbabilisticSamModel, *BASELINES)}
 RANDOM = "random"  # base_model that is MobileSAM's architecture without its weights
-TRAINING_PROMPTS = ("union_box", "center_box", "center_point")
+TRAINING_PROMPTS = ("union_box", "center_box", "center_point", NODULE_BOX)
 AUGMENTATION: dict[str, Any] = {"max_shift": 6.0, "max_zoom": 0.15, "max_gamma": 0.25} | ADDED_AUGMENTATION
 LARGEST = {"max_shift": math.inf, "max_zoom": 2, "max_gamma": 2, "rotation": 180, "noise": 1, "contrast": 2}
 

@@ -282,6 +282,15 @@ def test_space_section_has_times_and_megabytes():
     assert "WebAssembly, 2 threads" in text and "needs 36.1 MB" in text
 
 
+def test_scan_section_has_times():
+    result = {
+        "num_slices": 10, "seconds": {"16 samples": 1.234}, "ranges": {"16 samples": [1.2, 1.3]}, "repeats": 5,
+        "threads": 2, "cpus": 2, "load_at_start": 0.1, "commit": "abc", "command": "python bench_scan.py",
+    }  # fmt: skip
+    text = make_card.scan_section(result)
+    assert "| 16 samples | 1.234 | 1.200 to 1.300 |" in text.splitlines() and "A nodule of 10 slices" in text
+
+
 def test_gallery_of_the_card_shows_its_figures(result):
     card = make_card.card(result, "", "", {"image": "phantom-1.png", "box": [1, 2, 3, 4]})
     assert card.data.widget[0] == {

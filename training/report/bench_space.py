@@ -100,7 +100,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Stage and serve the Space, visit it, write the results file."""
     args = parse_args(argv)
     origin, load = provenance(ROOT, ("onnxruntime",)), os.getloadavg()
-    visits, where = [], {}
+    visits: list[dict[str, float]] = []
+    where: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         stage_space(PAGE, folder / "staged", "org/psam-lidc")

@@ -279,7 +279,7 @@ def test_space_section_has_times_and_megabytes():
     text = make_card.space_section(result)
     assert "| first visit, from the click to one mask on the page | 3.000 | 2.900 to 3.200 |" in text.splitlines()
     assert "| each sample, of 16 | 0.021 | 0.020 to 0.030 |" in text.splitlines()
-    assert "WebAssembly, 2 threads" in text and "needs 36.1 MB" in text
+    assert "WebAssembly, 2 threads" in text and "loads 36.1 MB" in text
 
 
 def test_scan_section_has_times():

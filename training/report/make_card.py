@@ -575,8 +575,9 @@ def space_section(result: dict) -> str:
     return (
         f"{times_table(result, names)}\n\n"
         f"{result['repeats']} first visits with {result['browser']}, {result['device']}, on {result['cpus']} CPU "
-        f"cores; load average at the start {result['load_at_start']:g}. The first mask needs {megabytes:.1f} MB of "
-        "runtime and weights, which came from this machine; over a network their download is added once. Source: "
+        f"cores; load average at the start {result['load_at_start']:g}. Until the first mask the page loads "
+        f"{megabytes:.1f} MB of weights and WebAssembly, here from the same machine; over a network their download is "
+        "added once. Source: "
         f"`{COSTS}/space.json`, commit `{result['commit'][:12]}`, written by\n\n```\n{result['command']}\n```"
     )
 

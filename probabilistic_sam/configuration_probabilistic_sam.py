@@ -85,6 +85,7 @@ class ProbabilisticSamConfig(SamConfig):
     keys_to_ignore_at_inference = [
         "reconstruction_loss", "energy_distance", "kl_divergence", "reconstructed_masks", "iou_scores", "latents",
         "prior_mean", "prior_log_std", "posterior_mean", "posterior_log_std", "outline_masks", "presence",
+        "iou_loss",
     ]  # fmt: skip
 
     latent_dim: int = 9

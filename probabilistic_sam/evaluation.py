@@ -98,12 +98,14 @@ class WindowSamples(NamedTuple):
         rows, columns: the window's part of the image.
         bits: the masks (N, h, w), packed.
         probabilities: (N, h, w), float32.
+        iou_scores: (N,) of the model, or None.
     """
 
     rows: slice
     columns: slice
     bits: np.ndarray
     probabilities: np.ndarray
+    iou_scores: np.ndarray | None = None
 
 
 class ScoredRow(NamedTuple):
@@ -302,7 +304,7 @@ def score_batch(
         # A seed for each row and reader, so that results do not depend on batches or processes
         seeds = [row_seed(batch.rows[index].columns, f"samples {seed} {reader}") for index, reader in batch.owners]
         generators = [torch.Generator().manual_seed(value) for value in seeds]
-        samples = cut_samples(processor, sample_batch(model, batch.inputs, sampling, generators), batch)
+        samples = cut_samples(processor, *sample_batch(model, batch.inputs, sampling, generators), batch)
         states: list[dict[str, Any]] = [{} for _ in batch.rows]
         if has_latent_state(model, sampling.prompt) and number == 0:
             # After sampling, whose noise must not depend on it
@@ -321,11 +323,14 @@ def collect(futures: list[list[tuple[Future, dict[str, Any]]]]) -> list[list[dic
 @torch.inference_mode()
 def sample_batch(
     model: Any, inputs: Mapping[str, torch.Tensor], sampling: Sampling, generators: Sequence[torch.Generator]
-) -> torch.Tensor:
-    """Logits (W, 1, N, h, w) of the samples for W windows of one prompt each, with one generator each.
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Samples for W windows of one prompt each, with one generator each.
 
     Independent samples are those of N calls with one sample each. They are N copies of a window in one call, since
     the copies read their noise from its generator one after the other.
+
+    Returns:
+        Logits (W, 1, N, h, w), and IoU scores (W, 1, N) if the model has them.
 
     Raises:
         UserError: see `evaluate_dataset`.
@@ -338,27 +343,33 @@ def sample_batch(
                 **{name: value[part.to(value.device)] for name, value in inputs.items()},
                 num_samples=1,
                 generator=[generators[index] for index in part.tolist()],
-            ).pred_masks
+            )
             for part in copies
         ]
-        pred_masks = torch.cat(parts).unflatten(0, (-1, count)).flatten(1, 3)[:, None]
+        pred_masks = torch.cat([part.pred_masks for part in parts]).unflatten(0, (-1, count)).flatten(1, 3)[:, None]
+        scores = [score for part in parts if (score := part.get("iou_scores")) is not None]
+        iou_scores = torch.cat(scores).reshape(-1, 1, count) if scores else None
     else:
-        pred_masks = model.sample(**inputs, num_samples=count, generator=generators).pred_masks
+        output = model.sample(**inputs, num_samples=count, generator=generators)
+        pred_masks, iou_scores = output.pred_masks, output.get("iou_scores")
     if pred_masks.shape[2] != count:
         raise UserError(f"sample() returned {pred_masks.shape[2]} masks instead of {count}")
     if not torch.isfinite(pred_masks).all():
         raise UserError("sample() returned logits that are not finite; the model's training may have diverged")
-    return pred_masks
+    return pred_masks, iou_scores
 
 
 @torch.inference_mode()
-def cut_samples(processor: Any, pred_masks: torch.Tensor, batch: Batch) -> list[list[WindowSamples]]:
+def cut_samples(
+    processor: Any, pred_masks: torch.Tensor, iou_scores: torch.Tensor | None, batch: Batch
+) -> list[list[WindowSamples]]:
     """The samples of each row, by window, at the image's resolution."""
     result: list[list[WindowSamples]] = [[] for _ in batch.rows]
     parts = cut_windows(processor, pred_masks, *batch.places)
-    for (index, _), (rows, columns, logits) in zip(batch.owners, parts, strict=True):
+    scores = [None] * len(batch.owners) if iou_scores is None else iou_scores[:, 0].float().cpu().numpy()
+    for (index, _), (rows, columns, logits), score in zip(batch.owners, parts, scores, strict=True):
         bits = np.packbits((logits > 0).cpu().numpy())
-        result[index].append(WindowSamples(rows, columns, bits, logits.sigmoid().cpu().numpy()))
+        result[index].append(WindowSamples(rows, columns, bits, logits.sigmoid().cpu().numpy(), score))
     return result
 
 
@@ -439,7 +450,11 @@ def score_samples(
         probabilities.append(np.full(size, OUTSIDE_PROBABILITY, dtype=np.float32))
         probabilities[-1][:, window.rows, window.columns] = window.probabilities
     owners = np.repeat(np.arange(len(masks)), len(samples[0])) if by_reader else None
-    return slice_metrics(np.concatenate(samples), np.concatenate(probabilities), masks, owners, independent)
+    scores = [window.iou_scores for window in windows if window.iou_scores is not None]
+    iou_scores = np.concatenate(scores) if scores and not by_reader else None
+    return slice_metrics(
+        np.concatenate(samples), np.concatenate(probabilities), masks, owners, independent, iou_scores
+    )
 
 
 class Oracle:

@@ -235,7 +235,7 @@ def sample_nodules(
         generators = [generator for item in group for generator in slice_generators(item, seed, noise)]
         slices: list[SliceSamples] = []
         for part, inputs in parts:
-            pred_masks = sample_batch(model, inputs, sampling, generators[part])
+            pred_masks, _ = sample_batch(model, inputs, sampling, generators[part])
             for rows, columns, logits in cut_windows(processor, pred_masks, windows[part], sizes[part]):
                 bits = np.packbits((logits > 0).cpu().numpy())
                 mean = mean_mask(logits.sigmoid().mean(dim=0).cpu().numpy())

@@ -85,6 +85,25 @@ def soft_jaccard_distance(a: torch.Tensor, b: torch.Tensor, smooth: float = 1.0)
     return 1 - (total - gap + 2 * smooth) / (total + gap + 2 * smooth)
 
 
+@torch.no_grad()
+def mean_iou(logits: torch.Tensor, readers: torch.Tensor, is_reader: torch.Tensor) -> torch.Tensor:
+    """Mean IoU of each mask with the readers who count.
+
+    Args:
+        logits: (..., S, h, w) of the masks, which hold the pixels above 0.
+        readers: (..., R, h, w), 0 or 1.
+        is_reader: (..., R) bool, which readers count; their masks are not empty.
+
+    Returns:
+        (..., S), 0 where no reader counts.
+    """
+    masks, readers = (logits > 0).flatten(-2).to(readers.dtype), readers.flatten(-2)
+    overlap = masks @ readers.transpose(-2, -1)  # (..., S, R)
+    union = masks.sum(dim=-1)[..., :, None] + readers.sum(dim=-1)[..., None, :] - overlap
+    counts = is_reader[..., None, :].to(overlap.dtype)
+    return (overlap / union.clamp(min=1) * counts).sum(dim=-1) / counts.sum(dim=-1).clamp(min=1)
+
+
 def energy_distance(
     samples: torch.Tensor, is_sample: torch.Tensor, readers: torch.Tensor, is_reader: torch.Tensor
 ) -> torch.Tensor:

@@ -99,7 +99,8 @@ class ProbabilisticSamMaskDecoder(SamMaskDecoder):
         # Axes: y, x, then rows and columns of the two upscalings
         masks = masks.view(batch, prompts, grid, grid, 2, 2, 2, 2)
         masks = masks.permute(0, 1, 2, 4, 6, 3, 5, 7).reshape(batch, prompts, 4 * grid, 4 * grid)
-        return masks, self.iou_prediction_head(tokens[:, :, 0])[..., 0]
+        # Detached: the scores learn from the masks, not the masks from the scores
+        return masks, self.iou_prediction_head(tokens[:, :, 0].detach())[..., 0]
 
     @staticmethod
     def two_way_layer(layer, tokens, image, prompt_tokens, positions) -> tuple[torch.Tensor, torch.Tensor]:

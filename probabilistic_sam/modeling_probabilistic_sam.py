@@ -34,7 +34,7 @@ from transformers.models.sam.modeling_sam import SamPositionalEmbedding, SamProm
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_probabilistic_sam import ProbabilisticSamConfig, TinyViTVisionConfig
-from .loss_probabilistic_sam import dice_loss, energy_distance, latent_kl, masked_mean, summed_bce
+from .loss_probabilistic_sam import dice_loss, energy_distance, latent_kl, masked_mean, mean_iou, summed_bce
 from .modeling_mask_decoder import ProbabilisticSamMaskDecoder
 from .modeling_tiny_vit import TinyViTVisionEncoder
 
@@ -67,7 +67,7 @@ class ProbabilisticSamOutput(ModelOutput):
 
     Args:
         loss (`torch.Tensor`, a scalar): reconstruction + `kl_weight` KL of the outline + `presence_weight`
-            -log P(annotated or empty) + `energy_weight` energy distance.
+            -log P(annotated or empty) + `energy_weight` energy distance + IoU loss.
         reconstruction_loss (`torch.Tensor`, a scalar): weighted BCE (summed over pixels) and Dice loss of the readers
             who annotated, 0 for the others; the mean over all readers who are present.
         energy_distance (`torch.Tensor`, a scalar): soft energy distance between samples of the prior and the readers
@@ -78,8 +78,9 @@ class ProbabilisticSamOutput(ModelOutput):
             seen the labels.
         pred_masks (`torch.Tensor` of shape `(B, P, S, h, w)`): logits of samples of the prior, which has not seen the
             labels; None in training mode with labels.
-        iou_scores (`torch.Tensor` of shape `(B, P, S)`): output of SAM's IoU head for `pred_masks`. Meaningless once
-            the model has been trained: the head is frozen while its input changes. Do not rank masks by it.
+        iou_scores (`torch.Tensor` of shape `(B, P, S)`): for each sample, what SAM's IoU head expects to be the mean
+            IoU of its outline with those of the readers who annotate. Samples can be ranked by it. Weights that were
+            trained before version 0.3 have an untrained head, whose scores mean nothing.
         latents (`torch.Tensor` of shape `(B, P, S, L)`): of `pred_masks`.
         prior_mean, prior_log_std (`torch.Tensor` of shape `(B, P, L)`): of the Gaussian over z given image and prompt.
         posterior_mean, posterior_log_std (`torch.Tensor` of shape `(B, P, R, L)`): given one reader's mask as well.
@@ -91,6 +92,8 @@ class ProbabilisticSamOutput(ModelOutput):
             None whenever `pred_masks` is, and for models without presence.
         presence (`torch.Tensor` of shape `(B, P)`): P(annotated) = Phi(prior mean of z_0), the expected share of
             readers who annotate. Exists with `outline_masks`.
+        iou_loss (`torch.Tensor`, a scalar): squared error of the IoU scores of all masks that the loss decodes. Only
+            the IoU head learns from it.
     """
 
     loss: torch.Tensor | None = None
@@ -107,6 +110,7 @@ class ProbabilisticSamOutput(ModelOutput):
     posterior_log_std: torch.Tensor | None = None
     outline_masks: torch.Tensor | None = None
     presence: torch.Tensor | None = None
+    iou_loss: torch.Tensor | None = None
 
 
 # --------------------------------------------------------------------------------------------- pixels and prompt maps
@@ -532,7 +536,7 @@ class ProbabilisticSamModel(SamModel):
 
     `from_pretrained` also opens a plain `SamModel`; then only the detail and latent networks are new.
 
-    The prompt encoder, its positional matrix and the unused heads of the mask decoder are frozen in every new or
+    The prompt encoder, its positional matrix and the multimask heads of the mask decoder are frozen in every new or
     loaded model, because distributed training needs a gradient for every trainable weight.
 
     **Presence and extent are two answers.** `presence` of the output is the share of readers who would annotate,
@@ -592,10 +596,9 @@ class ProbabilisticSamModel(SamModel):
         return loaded
 
     def freeze_unused(self) -> None:
-        """Freeze the prompt encoder and the heads that the loss does not depend on: IoU and multimask heads."""
-        decoder = self.mask_decoder
-        unused = decoder.iou_prediction_head, decoder.output_hypernetworks_mlps[1:]
-        for module in (self.shared_image_embedding, self.prompt_encoder, *unused):
+        """Freeze the prompt encoder and the multimask heads, which the loss does not depend on."""
+        unused = self.mask_decoder.output_hypernetworks_mlps[1:]
+        for module in (self.shared_image_embedding, self.prompt_encoder, unused):
             module.requires_grad_(False)
 
     @torch.no_grad()
@@ -828,14 +831,17 @@ class ProbabilisticSamModel(SamModel):
         slot_log_std = torch.cat([log_std, prior_log_std[:, :, None].expand(-1, -1, extra, -1)], dim=2)
         noise = normal_noise(tuple(slot_mean.shape), generator, self.device)
         latents = slot_mean + torch.exp(slot_log_std) * noise
-        masks, _ = self.decode_outlines(embeddings, latents)  # given presence, which has its own, exact likelihood
+        # Given presence, which has its own, exact likelihood
+        masks, iou_scores = self.decode_outlines(embeddings, latents)
         logits, probabilities = masks[:, :, :count], masks.sigmoid()
 
         bce, dice = summed_bce(logits, targets), dice_loss(probabilities[:, :, :count], targets)
         reconstruction = masked_mean((config.bce_weight * bce + config.dice_weight * dice) * outlined, present)
         loss = reconstruction + config.kl_weight * masked_mean(kl[..., 1:].sum(dim=-1), present)
         loss = loss + config.presence_weight * masked_mean(kl[..., 0], present)
-        values = {}
+        squares = (iou_scores - mean_iou(masks, targets, outlined)) ** 2
+        iou_loss = masked_mean(squares, outlined.any(dim=-1, keepdim=True).expand_as(squares))
+        loss, values = loss + iou_loss, {"iou_loss": iou_loss}
         if extra:
             from_prior = torch.cat([present & ~outlined, outlined.new_ones(*outlined.shape[:2], extra)], dim=2)
             distances = energy_distance(probabilities.flatten(3), from_prior, targets.flatten(3), outlined)  # (B, P)

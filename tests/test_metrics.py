@@ -342,6 +342,21 @@ def test_unbiased_ged_is_for_independent_samples_of_one_prompt():
     assert results["four_readers"]["ged_unbiased"] == {"mean": None, "ci95": [None, None], "count": 0}
 
 
+def test_rank_correlation_of_scores_with_the_mean_iou():
+    samples = np.stack([A, B, EMPTY, C, square(2, 3)])  # mean IoU with A and B: 2 / 3, 2 / 3, -, 0, 12 / 20
+    readers = np.stack([A, EMPTY, B])
+    # Ranks of the IoU 3.5, 3.5, 1, 2; Spearman's is Pearson's correlation of the ranks
+    for scores, ranks in (([0.9, 0.8, 5.0, 0.1, 0.7], [4, 3, 1, 2]), ([0.1, 0.2, 0.0, 0.9, 0.5], [1, 2, 4, 3])):
+        expected = np.corrcoef(ranks, [3.5, 3.5, 1, 2])[0, 1]
+        assert functional.rank_correlation(np.array(scores), samples, readers) == pytest.approx(expected)
+    assert np.isnan(functional.rank_correlation(np.ones(5), samples, readers))
+    assert np.isnan(functional.rank_correlation(np.arange(3.0), np.stack([A, A, A]), readers))  # equal IoUs
+    assert np.isnan(functional.rank_correlation(np.arange(3.0), np.stack([A, B, EMPTY]), readers))
+    first = score([A, B, C], [A, EMPTY], iou_scores=np.array([0.9, 0.5, 0.1]))["all"]
+    without = score([A, B, C], [A, EMPTY])["all"]
+    assert first["rank_correlation"] == (pytest.approx(1), 1) and without["rank_correlation"] == (0, 0)
+
+
 def test_stray_pieces_are_counted_among_masks_that_are_not_empty():
     diagonal = square(2, 2) | square(6, 6)  # touch at a corner: one piece
     assert functional.count_pieces(np.stack([A | C, EMPTY, A, diagonal, A | C | square(2, 10)])).tolist() == [
@@ -405,7 +420,7 @@ def many_slices(count, seed=0):
         samples, readers = random_masks(4, seed + 2 * index), random_masks(4, seed + 2 * index + 1)
         readers[0, 0, 0] = True
         probabilities = np.clip(samples * 0.7 + rng.uniform(0, 0.3), 0, 1)
-        per_slice.append(slice_metrics(samples, probabilities, readers, independent=True))
+        per_slice.append(slice_metrics(samples, probabilities, readers, independent=True, iou_scores=rng.random(4)))
         patients.append(f"patient-{index // 3}")
     return per_slice, patients
 

@@ -18,6 +18,7 @@ from probabilistic_sam.loss_probabilistic_sam import (
     gaussian_kl,
     latent_kl,
     log_probability_of_presence,
+    mean_iou,
     soft_jaccard_distance,
 )
 from probabilistic_sam.modeling_probabilistic_sam import (
@@ -345,6 +346,42 @@ def test_kl_of_the_presence_is_that_of_the_truncated_normal_distribution():
             assert kl[index, 0, reader, 0].item() == pytest.approx(torch.trapezoid(integrand, z).item(), abs=1e-4)
 
 
+def test_mean_iou_is_that_of_the_readers_who_count():
+    logits = torch.tensor([[[1.0, 1.0], [-1.0, -1.0]], [[-1.0, -1.0], [-1.0, 0.0]]])  # two pixels, and none
+    readers = torch.tensor([[[1.0, 0.0], [0.0, 0.0]], [[0.0, 1.0], [1.0, 1.0]], [[1.0, 1.0], [1.0, 1.0]]])
+    counts = torch.tensor([True, True, False])
+    assert mean_iou(logits, readers, counts).tolist() == pytest.approx([(1 / 2 + 1 / 4) / 2, 0])
+    assert mean_iou(logits, readers, ~counts).tolist() == pytest.approx([1 / 2, 0])
+    assert mean_iou(logits, readers, counts & ~counts).tolist() == [0, 0]
+
+
+def test_only_the_iou_head_learns_from_the_iou_loss(inputs):
+    model = tiny_model(energy_weight=1.0)
+    labels = torch.zeros(2, 3, 2, 8, 8)
+    labels[:, :, 0, 2:5, 2:5] = 1
+    names, weights = zip(*((n, w) for n, w in model.named_parameters() if w.requires_grad), strict=True)
+    loss = model(**inputs, labels=labels).iou_loss
+    learning = {
+        name
+        for name, gradient in zip(names, torch.autograd.grad(loss, weights, allow_unused=True), strict=True)
+        if gradient is not None
+    }
+    assert learning and all(name.startswith("mask_decoder.iou_prediction_head.") for name in learning)
+
+
+def test_iou_loss_is_the_squared_error_of_the_scores_of_all_decoded_masks(inputs, monkeypatch):
+    model, decoded = tiny_model(energy_weight=1.0, num_energy_samples=3), []
+    decode = model.decode_outlines
+    monkeypatch.setattr(model, "decode_outlines", lambda *given: decoded.append(decode(*given)) or decoded[-1])
+    labels = torch.zeros(2, 3, 2, 8, 8)
+    labels[0, :, 0, 2:5, 2:5] = 1  # the second reader annotated nothing, and in image 1 nobody did
+    loss = model.train()(**inputs, labels=labels).iou_loss
+    ((masks, scores),) = decoded
+    masks, reader = masks[0] > 0, labels[0, :, :1] > 0
+    iou = (masks & reader).sum(dim=(-2, -1)) / (masks | reader).sum(dim=(-2, -1))
+    assert scores.shape == (2, 3, 5) and loss.item() == pytest.approx(((scores[0] - iou) ** 2).mean().item(), rel=1e-5)
+
+
 def test_loss_is_the_sum_of_its_documented_parts(inputs):
     labels = torch.zeros(2, 3, 2, 8, 8)
     labels[:, :, :, 2:5, 2:5] = 1
@@ -357,7 +394,7 @@ def test_loss_is_the_sum_of_its_documented_parts(inputs):
     assert output.reconstruction_loss.item() == pytest.approx((2 * bce + 4 * dice).mean().item(), rel=1e-5)
     kl = output.kl_divergence
     expected = output.reconstruction_loss + 0.5 * kl[..., 1:].sum(-1).mean() + 7 * kl[..., 0].mean()
-    expected = expected + 3 * output.energy_distance
+    expected = expected + 3 * output.energy_distance + output.iou_loss
     assert output.loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 

@@ -105,6 +105,7 @@ def test_an_absent_reader_takes_no_part(inputs):
     assert output.reconstruction_loss.item() == pytest.approx(reconstruction.item(), rel=1e-5)
     kl = output.kl_divergence
     expected = reconstruction + 0.5 * kl[..., 1:].sum() / 7 + 7 * kl[..., 0].sum() / 7 + 3 * output.energy_distance
+    expected = expected + output.iou_loss
     assert output.loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 

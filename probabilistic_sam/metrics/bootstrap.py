@@ -34,8 +34,8 @@ def summarize(per_slice: Sequence[dict], patient_ids: Sequence[str], seed: int =
     Returns:
         For each name of `COLUMNS` `{"count": slices, "num_patients": patients, metric: {"mean": x, "ci95": [lo, hi]}}`
         with every name of `METRICS`. A number that is not defined (no slice, a correlation without variance) is None.
-        Those of `RATIO_METRICS` also have `count`: slices with a value of `ged_unbiased`, or masks that are
-        not empty; the mean over runs.
+        Those of `RATIO_METRICS` also have `count`: slices with a value of `ged_unbiased` or `rank_correlation`, or
+        masks that are not empty; the mean over runs.
 
     Raises:
         ValueError: the two lists differ in length.

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.ndimage import distance_transform_edt, label
 from scipy.optimize import linear_sum_assignment
+from scipy.stats import spearmanr
 
 NUM_BINS = 10
 PACKED_SIZE = struct.Struct(">II")  # height and width, the header of a packed mask
@@ -394,6 +395,27 @@ def _standardized(values: np.ndarray) -> np.ndarray | None:
 def empty_rate(masks: np.ndarray) -> float:
     """Share of the masks (N, H, W) without any pixel."""
     return float(1 - nonempty(masks).mean())
+
+
+def rank_correlation(scores: np.ndarray, samples: np.ndarray, readers: np.ndarray) -> float:
+    """How well scores rank samples: Spearman's correlation with the mean IoU of a sample with the annotated masks.
+
+    Args:
+        scores: (N,) float.
+        samples: (N, H, W) bool; empty ones are left out.
+        readers: (M, H, W) bool; empty ones are left out.
+
+    Returns:
+        From -1 to 1; NaN if fewer than three samples are not empty, no mask is annotated, or all scores or all IoUs
+        are equal.
+    """
+    visible = nonempty(samples)
+    if visible.sum() < 3 or not readers.any():
+        return np.nan
+    quality = iou_matrix(samples[visible], readers[nonempty(readers)]).mean(axis=1)
+    if np.ptp(quality) == 0 or np.ptp(scores[visible]) == 0:
+        return np.nan
+    return float(spearmanr(scores[visible], quality).statistic)
 
 
 def count_pieces(masks: np.ndarray) -> np.ndarray:

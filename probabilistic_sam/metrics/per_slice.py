@@ -25,9 +25,9 @@ SLICE_METRICS = (
     "empty_rate_readers",
 )
 # Not defined for every slice: each is a pair of numbers, whose sums over slices are divided
-RATIO_METRICS = ("ged_unbiased", "stray_pieces", "stray_pieces_readers")
+RATIO_METRICS = ("ged_unbiased", "stray_pieces", "stray_pieces_readers", "rank_correlation")
 # The same in every column: of all samples and all readers
-OF_ALL_MASKS = ("empty_rate_samples", "empty_rate_readers", "stray_pieces", "stray_pieces_readers")
+OF_ALL_MASKS = ("empty_rate_samples", "empty_rate_readers", *RATIO_METRICS[1:])
 # Defined over many slices only
 POOLED_METRICS = ("ece", "empty_ece", "empty_correlation")
 METRICS = SLICE_METRICS + RATIO_METRICS + POOLED_METRICS
@@ -39,6 +39,7 @@ def slice_metrics(
     readers: np.ndarray,
     owners: np.ndarray | None = None,
     independent: bool = False,
+    iou_scores: np.ndarray | None = None,
 ) -> dict[str, dict[str, Any] | None]:
     """All metrics of one slice, in three columns.
 
@@ -48,8 +49,8 @@ def slice_metrics(
       all samples are empty, one empty mask of probability zero is scored: cross distance 1, sample diversity 0,
       HM-IoU 0, Dice 0.
 
-    The empty rates, stray pieces, `readers_annotated` and `reader_area` refer to all samples and all readers in every
-    column; for `shape` they say how much was left out.
+    The empty rates, stray pieces, the rank correlation, `readers_annotated` and `reader_area` refer to all samples and
+    all readers in every column; for `shape` they say how much was left out.
 
     Args:
         samples: (N, H, W) bool.
@@ -59,6 +60,7 @@ def slice_metrics(
             `dice_max_per_reader`, `dice_mean` and `iou_mean` then compare each reader only with the samples of their
             own box; the other metrics score the union of all samples. `shape` leaves out the samples of empty readers.
         independent: the samples are independent of each other and have one prompt, so `ged_unbiased` is defined.
+        iou_scores: (N,) float, by which the model ranks the samples, or None.
 
     Returns:
         For each name of `COLUMNS` None if the slice is not in the column, else a dictionary with
@@ -67,6 +69,7 @@ def slice_metrics(
         - a pair (numerator, denominator) for each name of `RATIO_METRICS`: `ged_unbiased` and 1, or (0, 0) where it is
           not defined; of the samples (`stray_pieces`) and of the readers (`stray_pieces_readers`) the number of masks
           with more than one piece, see `functional.count_pieces`, and of masks that are not empty;
+          `rank_correlation` and 1, see `functional.rank_correlation`, or (0, 0) where it is not defined;
         - `readers_annotated`, the number of annotated masks, and `reader_area`, their mean area in pixels;
         - `calibration`, the (3, bins) array of `functional.calibration_bins`.
 
@@ -91,6 +94,7 @@ def slice_metrics(
         "reader_area": float(readers.sum() / annotated.sum()),
         "stray_pieces": _stray_pieces(samples),
         "stray_pieces_readers": _stray_pieces(readers),
+        "rank_correlation": _rank_correlation(iou_scores, samples, readers),
     }
     columns["all"] = _score(samples, probabilities, readers, owners, region, independent) | whole
     if len(readers) >= 4 and annotated.all():
@@ -167,6 +171,12 @@ def _stray_pieces(masks: np.ndarray) -> tuple[int, int]:
     """How many masks have more than one piece, and how many are not empty."""
     pieces = functional.count_pieces(masks)
     return int((pieces > 1).sum()), int((pieces > 0).sum())
+
+
+def _rank_correlation(iou_scores: np.ndarray | None, samples: np.ndarray, readers: np.ndarray) -> tuple[float, int]:
+    """`functional.rank_correlation` and 1, or (0, 0) where it is not defined."""
+    value = np.nan if iou_scores is None else functional.rank_correlation(iou_scores, samples, readers)
+    return (value, 1) if np.isfinite(value) else (0.0, 0)
 
 
 def _reader_by_reader(samples: np.ndarray, probability: np.ndarray, readers: np.ndarray) -> dict[str, float]:

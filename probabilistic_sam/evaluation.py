@@ -347,11 +347,11 @@ def sample_batch(
             for part in copies
         ]
         pred_masks = torch.cat([part.pred_masks for part in parts]).unflatten(0, (-1, count)).flatten(1, 3)[:, None]
-        scores = [score for part in parts if (score := part.get("iou_scores")) is not None]
+        scores = [score for part in parts if (score := getattr(part, "iou_scores", None)) is not None]
         iou_scores = torch.cat(scores).reshape(-1, 1, count) if scores else None
     else:
         output = model.sample(**inputs, num_samples=count, generator=generators)
-        pred_masks, iou_scores = output.pred_masks, output.get("iou_scores")
+        pred_masks, iou_scores = output.pred_masks, getattr(output, "iou_scores", None)
     if pred_masks.shape[2] != count:
         raise UserError(f"sample() returned {pred_masks.shape[2]} masks instead of {count}")
     if not torch.isfinite(pred_masks).all():

@@ -12,6 +12,7 @@ const VENDOR = new URL("vendor/", import.meta.url).href;
 const SAMPLES_PER_CALL = 4; // progress and cancelling happen between calls of the decoder
 const MAX_MASK_VALUES = 2 ** 28; // samples x pixels of the window
 const MAX_THREADS = 4;
+const PROGRESS_MS = 100; // between two reports of a download; each lets messages in, which takes a browser some 5 ms
 
 const cancelled = new Set();
 let encoded = null; // {key, image_embeddings} of the last window
@@ -171,13 +172,15 @@ async function download(url, title, progress, check) {
   const answer = await request(url);
   const total = Number(answer.headers.get("content-length")) || undefined;
   const parts = [];
-  let done = 0;
+  let [done, reported] = [0, 0];
   const reader = answer.body.getReader();
   for (let part = await reader.read(); !part.done; part = await reader.read()) {
     parts.push(part.value);
     done += part.value.length;
+    if (performance.now() - reported < PROGRESS_MS) continue;
     progress(`Loading ${title}`, done, total);
     await check();
+    reported = performance.now();
   }
   return new Uint8Array(await new Blob(parts).arrayBuffer());
 }

@@ -150,6 +150,7 @@ def test_nodules_have_one_row_per_model_and_the_number_of_samples_of_each_metric
         and len(rows) == 3
     )
     assert "Change in volume CRPS with shared noise: -67% against the mean mask." in text  # 0.2 and 0.6
+    assert "hold 20% of the annotating readers' volumes. 88% would be right, so they are too narrow." in text
     worse = copy.deepcopy(nodules)
     worse["results"]["samples"]["volume_crps"] = entry(0.25)
     text = make_card.nodules_section(results | {"nodule_independent_100": worse})

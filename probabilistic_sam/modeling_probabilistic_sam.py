@@ -92,8 +92,8 @@ class ProbabilisticSamOutput(ModelOutput):
             None whenever `pred_masks` is, and for models without presence.
         presence (`torch.Tensor` of shape `(B, P)`): P(annotated) = Phi(prior mean of z_0), the expected share of
             readers who annotate. Exists with `outline_masks`.
-        iou_loss (`torch.Tensor`, a scalar): squared error of the IoU scores of all masks that the loss decodes. Only
-            the IoU head learns from it.
+        iou_loss (`torch.Tensor`, a scalar): squared error of the IoU scores of all masks that the loss decodes, 0
+            where no reader annotated. Only the IoU head learns from it.
     """
 
     loss: torch.Tensor | None = None
@@ -839,8 +839,11 @@ class ProbabilisticSamModel(SamModel):
         reconstruction = masked_mean((config.bce_weight * bce + config.dice_weight * dice) * outlined, present)
         loss = reconstruction + config.kl_weight * masked_mean(kl[..., 1:].sum(dim=-1), present)
         loss = loss + config.presence_weight * masked_mean(kl[..., 0], present)
+        # The mean over the masks of a prompt, which counts as often as it has readers who are present
         squares = (iou_scores - mean_iou(masks, targets, outlined)) ** 2
-        iou_loss = masked_mean(squares, outlined.any(dim=-1, keepdim=True).expand_as(squares))
+        decoded = torch.cat([present, present.new_ones(*present.shape[:2], extra)], dim=2)
+        squares = (squares * decoded).sum(dim=-1) / decoded.sum(dim=-1).clamp(min=1) * outlined.any(dim=-1)
+        iou_loss = masked_mean(squares[..., None].expand_as(present), present)
         loss, values = loss + iou_loss, {"iou_loss": iou_loss}
         if extra:
             from_prior = torch.cat([present & ~outlined, outlined.new_ones(*outlined.shape[:2], extra)], dim=2)

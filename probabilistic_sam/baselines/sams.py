@@ -83,6 +83,11 @@ class LatentFreeSamModel(DropoutSampling, SamVariant):  # type: ignore[misc]
         super().__init__(config)
         del self.prior, self.posterior, self.latent_proj
 
+    def freeze_unused(self) -> None:
+        """As in `ProbabilisticSamModel`, and the IoU head, on which this loss does not depend."""
+        super().freeze_unused()
+        self.mask_decoder.iou_prediction_head.requires_grad_(False)
+
     def move_prompts(
         self, num_samples: int, generator: torch.Generator | None, prompts: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:

@@ -185,7 +185,8 @@ def test_log_has_the_documented_lines(finished):
     assert [line["step"] for line in training] == [3, 6]
     for line in training:
         assert line.keys() == {
-            "step", "loss", "reconstruction_loss", "outline_kl", "presence_nll", "energy_distance", "grad_norm", "lr",
+            "step", "loss", "reconstruction_loss", "outline_kl", "presence_nll", "energy_distance", "iou_loss",
+            "grad_norm", "lr",
         }  # fmt: skip
     validation = [line for line in read_log(finished) if "loss" not in line]
     assert [line["step"] for line in validation] == [4, 8]

@@ -351,6 +351,7 @@ class Run:
                 "reconstruction_loss": output.reconstruction_loss,
                 **latent_values(output.kl_divergence, batch["annotated"], batch["reader_mask"], has_presence),
                 "energy_distance": output.energy_distance,
+                "iou_loss": output.iou_loss,
             }
         )
         return loss

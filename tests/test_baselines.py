@@ -407,8 +407,8 @@ def test_scripts_train_and_score(name, train, workspace, tmp_path):
         assert training.keys() - {"seconds"} == {"step", "loss", "reconstruction_loss", "grad_norm", "lr"} | (
             {
                 "probabilistic_unet": {"kl"},
-                "pixel_prior": {"outline_kl", "presence_nll"},
-                "prompt_free_prior": {"outline_kl", "presence_nll", "energy_distance"},
+                "pixel_prior": {"outline_kl", "presence_nll", "iou_loss"},
+                "prompt_free_prior": {"outline_kl", "presence_nll", "energy_distance", "iou_loss"},
             }.get(name, set())
         )
     content = evaluate(workspace, run, tmp_path / "results.json")

@@ -215,9 +215,9 @@ def test_a_hundred_samples_in_chunks_are_the_same(monkeypatch):
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_peak_memory_includes_freed_memory(script):
-    # 512 MiB, freed on return; the kernel may take back other pages of this process meanwhile
-    before, peak = script.peak_memory(lambda: torch.ones(128 * 2**20).sum())
-    assert 300 * 2**20 < peak - before < 700 * 2**20
+    # 64 MiB, freed on return; three times, since the kernel may take back other pages of this process meanwhile
+    measured = [script.peak_memory(lambda: torch.ones(16 * 2**20).sum()) for _ in range(3)]
+    assert 60 * 2**20 < max(peak - before for before, peak in measured) < 200 * 2**20
     before, peak = script.peak_memory(lambda: None)
     assert peak - before < 8 * 2**20
 

@@ -52,12 +52,13 @@ d = 1 - IoU (0 for two empty masks). HM-IoU is the IoU under the best balanced m
 is the correlation over slices between the shares of empty samples and of empty readers. With finitely many samples and
 readers, GED is above 0 even for a perfect model."""
 
-NODULE_PROTOCOL = """\
+RIGHT_COVERAGE = {100: 0.88, 16: 0.81}  # of the 90 % interval of so many samples, by a perfect model
+NODULE_PROTOCOL = f"""\
 A nodule is all slices that a reader annotated. `nodule_box` is one box for all slices: the bounding box of the union
 of all masks, moved as `union_box` is. GED in 3D counts voxels of the whole nodule. Volume CRPS compares the sampled
 volumes with that of each reader, relative to the mean volume of the readers who annotated. Coverage is the share of
 annotating readers whose volume lies between the 5 % and 95 % quantiles of the non-empty samples; a perfect model
-reaches 0.88 with 100 samples and 0.81 with 16. The error of the median is relative to the readers' mean. The mean mask
+reaches {RIGHT_COVERAGE[100]} with 100 samples and {RIGHT_COVERAGE[16]} with 16. The error of the median is relative to the readers' mean. The mean mask
 has the voxels whose mean probability exceeds 0.5."""
 
 CITATION = """\

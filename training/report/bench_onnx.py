@@ -128,8 +128,8 @@ def meets_target(precision: str, parity: Mapping[str, float]) -> bool:
     )
 
 
-def interleave(ways: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each of several functions that run in turns, after one warm-up turn."""
+def interleave(ways: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each turn of several functions that run in turns, after one warm-up turn."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(repeats + 1):
         for name, way in ways.items():
@@ -137,6 +137,11 @@ def interleave(ways: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str,
             way()
             if turn:
                 times[name].append(time.perf_counter() - started)
+    return times
+
+
+def medians(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """The median of each."""
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -153,9 +158,9 @@ def measure_times(models: Mapping[str, Any], features: Mapping[str, torch.Tensor
         return lambda: model.sample(image_embeddings=embeddings, input_boxes=boxes, num_samples=NUM_SAMPLES)
 
     return {
-        "encode_s": interleave({name: encode(model) for name, model in models.items()}, repeats),
-        f"decode_{NUM_SAMPLES}_samples_s": interleave(
-            {name: decode(model) for name, model in models.items()}, repeats
+        "encode_s": medians(interleave({name: encode(model) for name, model in models.items()}, repeats)),
+        f"decode_{NUM_SAMPLES}_samples_s": medians(
+            interleave({name: decode(model) for name, model in models.items()}, repeats)
         ),
     }
 

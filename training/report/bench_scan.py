@@ -8,13 +8,12 @@ Run this on an otherwise idle machine.
 
 import argparse
 import os
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from bench_onnx import interleave, medians
 
 from probabilistic_sam.errors import UserError, run
 from probabilistic_sam.files import write_json
@@ -62,16 +61,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         ways = {f"{number} samples": whole(number) for number in NUMBERS}
         ways[f"{NUMBERS[1]} samples, slices one by one"] = one_by_one
-        seconds: dict[str, list[float]] = {name: [] for name in ways}
-        for turn in range(args.repeats + 1):  # the first warms up
-            for name, way in ways.items():
-                started = time.perf_counter()
-                way()
-                if turn:
-                    seconds[name].append(time.perf_counter() - started)
+        seconds = interleave(ways, args.repeats)
     content = {
         "model": args.model.name, "num_slices": NUM_SLICES,
-        "seconds": {name: statistics.median(values) for name, values in seconds.items()},
+        "seconds": medians(seconds),
         "ranges": {name: [min(values), max(values)] for name, values in seconds.items()},
         "repeats": args.repeats, "threads": torch.get_num_threads(), "cpus": os.cpu_count(),
         "load_at_start": round(load[0], 2),

@@ -24,6 +24,7 @@ from probabilistic_sam.hub.model_card import (
     COLUMNS,
     NODULE_PROTOCOL,
     NODULE_TABLE,
+    RIGHT_COVERAGE,
     TAGS,
     breakdown_section,
     conditions,
@@ -85,7 +86,6 @@ NODULES = {  # stem and column of results files of --level nodule (stem_16.json,
     ("nodule_ellipse", "samples"): "no image: ellipses of random size",
     ("nodule_oracle_majority", "samples"): "oracle: majority vote of the readers",
 }
-RIGHT_COVERAGE = 0.88  # of the 90 % interval with 100 samples, see NODULE_PROTOCOL
 NODULE_SAMPLES = {"ged_3d": 16, "volume_crps": 100, "coverage_90": 100, "volume_error": 100}  # of each column
 CELLS = {  # stem of a results file of the cells -> row
     "fine_tuned": "**fine-tuned** from the released weights",
@@ -341,15 +341,15 @@ def nodules_section(results: dict[str, dict]) -> str:
         others["independent noise"] = independent["results"]["samples"]
     ours = result["results"]["samples"]["volume_crps"]["mean"]
     changes = [f"{ours / other['volume_crps']['mean'] - 1:+.0%} against {name}" for name, other in others.items()]
-    covered = result["results"]["samples"]["coverage_90"]["mean"]
+    covered, right = result["results"]["samples"]["coverage_90"]["mean"], RIGHT_COVERAGE[result["num_samples"]]
     left_out = f"; {result['num_left_out']} nodules of unknown geometry are left out" * bool(result["num_left_out"])
     return (
         f"Whole nodules as volumes: {result['num_nodules']:,} nodules ({result['num_slices']:,} slices) of "
         f"{result['num_patients']} patients, prompt `{result['prompt']}`, truth `{result['truth']}`{left_out}. In "
         f"brackets, 95 % intervals from a bootstrap over patients.\n\n{table(titles, lines)}\n\n"
         f"Change in volume CRPS with shared noise: {', '.join(changes)}. The 90% intervals hold {covered:.0%} of the "
-        f"annotating readers' volumes. {RIGHT_COVERAGE:.0%} would be right, so they are too "
-        f"{'wide' if covered > RIGHT_COVERAGE else 'narrow'}.\n\n{NODULE_PROTOCOL}\n\n"
+        f"annotating readers' volumes. {right:.0%} would be right, so they are too "
+        f"{'wide' if covered > right else 'narrow'}.\n\n{NODULE_PROTOCOL}\n\n"
         "![Volumes of nodules and coverage](figures/volumes.png)\n"
         "*Sampled volumes (median, 90 % interval) and those of the readers, and coverage by nominal level.*\n\n"
         f"Source: the files `{CARD}/results/nodule_*.json`; that of the figure was written by\n\n"

@@ -58,7 +58,8 @@ A nodule is all slices that a reader annotated. `nodule_box` is one box for all 
 of all masks, moved as `union_box` is. GED in 3D counts voxels of the whole nodule. Volume CRPS compares the sampled
 volumes with that of each reader, relative to the mean volume of the readers who annotated. Coverage is the share of
 annotating readers whose volume lies between the 5 % and 95 % quantiles of the non-empty samples; a perfect model
-reaches {RIGHT_COVERAGE[100]} with 100 samples and {RIGHT_COVERAGE[16]} with 16. The error of the median is relative to the readers' mean. The mean mask
+reaches {RIGHT_COVERAGE[100]} with 100 samples and {RIGHT_COVERAGE[16]} with 16. \
+The error of the median is relative to the readers' mean. The mean mask
 has the voxels whose mean probability exceeds 0.5."""
 
 CITATION = """\

@@ -440,6 +440,8 @@ def test_results_file(script, model_dir, dataset_dir, tmp_path, capsys, monkeypa
         (["--seeds", "1", "1"], "accepted: different numbers"),
         (["--device", "abacus"], "--device is 'abacus'"),
         (["--output", "."], "is a directory"),
+        (["--runtime", "onnx"], "has no onnx/"),
+        (["--runtime", "onnx", "--model", "oracle:majority"], "--runtime is onnx, but oracle:majority is no model"),
     ],
 )
 def test_wrong_arguments(script, model_dir, dataset_dir, tmp_path, monkeypatch, more, message):
@@ -493,6 +495,28 @@ def test_shipped_model_opens_for_evaluation():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("level", ["slice", "nodule"])
+def test_onnxruntime_gives_the_same_results(script, exported, tmp_path, level):
+    """Of the shipped architecture, on phantoms; test_onnx.py compares the masks themselves."""
+    from probabilistic_sam.data.lidc.phantom import demo_nodules, phantom_row
+
+    rows = [phantom_row(nodule, index) for nodule in demo_nodules(1) for index in range(len(nodule.z_mm))]
+    write_dataset(rows, tmp_path / "phantom", "Made for a test.")
+    found = {}
+    for runtime in ("torch", "onnx"):
+        output = tmp_path / f"{runtime}.json"
+        limit = ["--max_slices", "3"] if level == "slice" else ["--max_nodules", "1"]
+        script.main(
+            ["--model", str(exported), "--dataset", str(tmp_path / "phantom"), "--level", level, "--num_samples", "3",
+             "--num_workers", "0", "--output", str(output), "--runtime", runtime, *limit]
+        )  # fmt: skip
+        found[runtime] = json.loads(output.read_text())
+        assert found[runtime]["runtime"] == runtime
+    columns = [item["results"]["all" if level == "slice" else "samples"] for item in found.values()]
+    name = "ged" if level == "slice" else "ged_3d"
+    assert columns[1][name]["mean"] == pytest.approx(columns[0][name]["mean"], abs=2e-3)
+
+
 def test_two_processes_give_the_same_results(model_dir, dataset_dir, tmp_path):
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     results = {}

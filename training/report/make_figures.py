@@ -125,7 +125,7 @@ def sample_numbers(results: dict[str, dict]) -> dict[str, list[tuple[int, float,
     for result in results.values():
         if result.get("level") == "nodule":
             continue
-        if all(result[name] == main[name] for name in ("model", "prompt", "split", "num_slices")):
+        if all(result.get(name) == main.get(name) for name in ("model", "prompt", "split", "num_slices", "truth")):
             for column in ("all", "shape"):
                 entry = result["results"][column]["ged"]
                 point = (result["num_samples"], entry["mean"], *entry["ci95"])

@@ -46,6 +46,17 @@ def test_table_has_scores_of_single_samples_where_the_file_has_them(result):
         column["rank_correlation"] = entry(0.5)
     lines = model_card.results_table(result).splitlines()
     assert lines[-1] == "| rank correlation of IoU scores ↑ | 0.500 [0.490, 0.510] |  |  |"
+    for column in result["results"].values():
+        column["rank_correlation"] = entry(None)  # a model without IoU scores
+    assert "rank correlation" not in model_card.results_table(result)
+    del result["results"]["all"]["ged"]
+    with pytest.raises(KeyError):  # not a whole results file
+        model_card.results_table(result)
+
+
+def test_titles_name_the_slices_that_the_log_of_the_run_has():
+    assert make_card.trained_on_gpu("public") == " (GPU, 385,280 slices)"  # 3,010 steps of 128
+    assert make_card.trained_on_gpu("probabilistic_unet") == ""
 
 
 def test_truth_is_one_of_the_conditions(result):

@@ -22,7 +22,7 @@ TABLE = {  # metric -> row title
     "dice_mean": "Dice of the mean ↑", "ece": "ECE ↓", "empty_ece": "ECE of empty masks ↓",
     "empty_correlation": "correlation of empty masks ↑",
 }  # fmt: skip
-SAMPLES = {  # metric of samples one by one, which files before version 0.3 lack -> row title
+SAMPLES = {  # metric of single samples, which older files and models without IoU scores lack -> row title
     "rank_correlation": "rank correlation of IoU scores ↑", "stray_pieces": "masks in several pieces, samples",
     "stray_pieces_readers": "masks in several pieces, readers",
 }  # fmt: skip
@@ -105,9 +105,12 @@ def results_table(result: dict) -> str:
     columns = result["results"]
     lines = ["| | " + " | ".join(f"`{name}` ({columns[name]['count']:,})" for name in COLUMNS) + " |"]
     lines.append("|---" * (len(COLUMNS) + 1) + "|")
-    for metric, title in (TABLE | SAMPLES).items():
-        if metric not in columns["all"]:
-            continue
+    of_samples = {
+        metric: title
+        for metric, title in SAMPLES.items()
+        if metric in columns["all"] and columns["all"][metric]["mean"] is not None
+    }
+    for metric, title in (TABLE | of_samples).items():
         cells = []
         for name in COLUMNS:
             entry = columns[name][metric]

@@ -35,6 +35,7 @@ from probabilistic_sam.hub.model_card import (
 )
 from probabilistic_sam.hub.staging import EXAMPLES
 from probabilistic_sam.metrics import active_outline_units, paired_difference
+from probabilistic_sam.training.config import read_config
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
@@ -49,11 +50,11 @@ GALLERY = {  # figure -> its text in the gallery of the card, which the Hub make
     "figures/gallery.png": "Readers and samples of six phantom slices",
     "figures/traversal.png": "One latent coordinate varied at a time",
 }
-OURS = "probabilistic_sam"  # at the common budget
+OURS = "probabilistic_sam"  # at the CPU budget
 TRUTH = "public"  # of the comparisons, whose older rows know no other; files of that time do not name it
 COMPARED = {  # stem of the results files (stem.json, stem_seed0.json, ...) -> row of the comparison
-    "public": "**Probabilistic SAM, shipped weights** (GPU, 385,280 slices)",
-    "probabilistic_unet_gpu": "Probabilistic U-Net (GPU, 128,000 slices)",
+    "public": "**Probabilistic SAM, shipped weights**",
+    "probabilistic_unet_gpu": "Probabilistic U-Net",
     OURS: "**Probabilistic SAM**",
     "probabilistic_unet": "Probabilistic U-Net",
     "dropout_unet": "Dropout U-Net",
@@ -63,6 +64,11 @@ COMPARED = {  # stem of the results files (stem.json, stem_seed0.json, ...) -> r
     "ellipse": "no image: ellipses of random size, empty as often as the readers",
     "oracle_majority": "oracle: majority vote of the readers (`shape`: of those who annotated)",
     "oracle_readers": "oracle: masks of randomly chosen readers",
+}
+GPU_RUNS = {  # stem of results files -> folder of the run's configuration and log in COSTS
+    "public": "psam_lidc_gpu",
+    "probabilistic_unet_gpu": "probabilistic_unet_gpu",
+    "nodule_deterministic_sam": "deterministic_sam_gpu",
 }
 IN_README = ("public", "probabilistic_unet_gpu", OURS, "probabilistic_unet", "deterministic_sam", "sam_as_it_is")
 ABLATIONS = {
@@ -83,7 +89,7 @@ NODULES = {  # stem and column of results files of --level nodule (stem_16.json,
     ("nodule_shared", "samples"): "**shared noise**: a sample is one reader",
     ("nodule_independent", "samples"): "independent noise per slice",
     ("nodule_shared", "mean_mask"): "mean mask: a single volume",
-    ("nodule_deterministic_sam", "samples"): "SAM, fine-tuned, jittered boxes (GPU, 128,000 slices)",
+    ("nodule_deterministic_sam", "samples"): "SAM, fine-tuned, jittered boxes",
     ("nodule_sam_as_it_is", "samples"): "MobileSAM, not fine-tuned, jittered boxes",
     ("nodule_ellipse", "samples"): "no image: ellipses of random size",
     ("nodule_oracle_majority", "samples"): "oracle: majority vote of the readers",
@@ -176,6 +182,15 @@ def row_results(results: dict[str, dict], stem: str) -> list[dict]:
     return [results[name] for name in names]
 
 
+def trained_on_gpu(stem: str) -> str:
+    """What a row's title says of a training on a GPU, with the slices seen by its log; nothing for other rows."""
+    if stem not in GPU_RUNS:
+        return ""
+    folder = ROOT / COSTS / GPU_RUNS[stem]
+    steps = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["step"]
+    return f" (GPU, {steps * read_config(folder / 'training_config.yaml').batch_size:,} slices)"
+
+
 def mean_and_range(values: list[float | None], digits: int = 3) -> str:
     """A table cell: the mean and, for several training seeds, the range."""
     known = [value for value in values if value is not None]
@@ -206,8 +221,9 @@ def check_protocol(results: dict[str, dict], stems: Iterable[str]) -> dict:
         UserError: they differ.
     """
     rows = [row for stem in stems for row in row_results(results, stem)]
+    rows = [row | {"truth": row.get("truth") or TRUTH} for row in rows]
     for name in ("num_samples", "num_slices", "split", "dataset", "truth"):
-        values = {row.get(name) or TRUTH for row in rows}
+        values = {row[name] for row in rows}
         if len(values) > 1:
             raise UserError(f"results differ in {name}: {sorted(values)}; accepted: one value for all rows of a table")
     return rows[0]
@@ -220,7 +236,7 @@ def table(titles: Iterable[str], lines: Iterable[list[str]]) -> str:
 
 
 def comparison_table(results: dict[str, dict]) -> str:
-    """One row per model, with the paired difference of its GED to ours at the common budget."""
+    """One row per model, with the paired difference of its GED to ours at the CPU budget."""
     reference = row_results(results, OURS) or row_results(results, "public")
     lines = []
     for stem, title in COMPARED.items():
@@ -230,7 +246,7 @@ def comparison_table(results: dict[str, dict]) -> str:
         for column in ("all", "shape"):
             mean, low, high = paired_difference(*(patient_means(item, column) for item in (rows, reference)))
             cells.append("" if rows == reference else f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]")
-        lines.append([title, *cells])
+        lines.append([title + trained_on_gpu(stem), *cells])
     return table((*SHOWN.values(), "difference in GED `all`", "difference in GED `shape`"), lines)
 
 
@@ -245,7 +261,8 @@ def comparison_section(results: dict[str, dict]) -> str:
         "every visit; the number of slices counts every visit. The U-Net has training seed 1.",
         "The other trained rows have the budget of 30 minutes on two idle CPU cores: the number of steps that fit, on "
         "the same cached views and the public masks (`training/configs`). Their weights are not kept.",
-        "The checkpoint of each trained row is the better of two by GED on about 200 of these slices.",
+        "The checkpoint of each trained row is the better of two by GED on about 200 of these slices; the shipped "
+        "weights are its mean with the last one, with the presence calibrated on all of them.",
         "Differences are paired and relative to " + ours + ", with 95 % intervals from a bootstrap over patients.",
         "Models that sample a latent or jitter the box use Latin hypercube samples, which lower GED.",
         "Dropout rates and box shifts at sampling time were selected on 150 of these slices.",
@@ -350,7 +367,7 @@ def nodules_section(results: dict[str, dict]) -> str:
             cells = zip(files, NODULE_SAMPLES, strict=True)
             lines.append(
                 [
-                    title,
+                    title + trained_on_gpu(stem),
                     *(mean_with_interval(file["results"][column][metric]) if file else "" for file, metric in cells),
                 ]
             )
@@ -421,7 +438,7 @@ def readme_section(results: dict[str, dict]) -> str:
     check_protocol(results, IN_README)
     shown = list(SHOWN)[:4]
     rows = {stem: row_results(results, stem) for stem in IN_README}
-    lines = [[COMPARED[stem], *metric_cells(row, shown)] for stem, row in rows.items() if row]
+    lines = [[COMPARED[stem] + trained_on_gpu(stem), *metric_cells(row, shown)] for stem, row in rows.items() if row]
     return (
         f"{table([SHOWN[key] for key in shown], lines)}\n\n"
         f"{conditions(results['public'])}; in parentheses, the range over training seeds. Rows marked GPU were "

@@ -11,6 +11,7 @@ import torch
 import yaml
 from tiny import GRID, SIZE, evaluate_rows, load_script, tiny_model, tiny_rows, tiny_vit_parts
 from transformers import AutoModel, AutoProcessor
+from transformers.models.sam.modeling_sam import SamMaskDecoder
 
 from probabilistic_sam import ProbabilisticSamProcessor, evaluation
 from probabilistic_sam.baselines import (
@@ -20,6 +21,7 @@ from probabilistic_sam.baselines import (
     DropoutUNetModel,
     EllipseConfig,
     EllipseModel,
+    NoDetailModel,
     PixelPriorModel,
     ProbabilisticUNetConfig,
     ProbabilisticUNetModel,
@@ -28,6 +30,7 @@ from probabilistic_sam.baselines import (
 from probabilistic_sam.baselines.common import drop_channels, reconstruction_loss
 from probabilistic_sam.errors import UserError
 from probabilistic_sam.inference import sample_image
+from probabilistic_sam.modeling_probabilistic_sam import DetailProjection
 
 ROOT = Path(__file__).resolve().parent.parent
 LOW = SIZE // 4  # side of a mask
@@ -44,8 +47,9 @@ def make_ellipse():
 def make_sam(model_class, **fields):
     """The outputs of the detail network start at zero; with noise they depend on image and prompt."""
     model = model_class.from_sam(tiny_model(tiny_vit_parts, detail_hidden_size=8), **fields)
-    for name in ("coarse_out", "middle_out", "fine_out"):
-        torch.nn.init.normal_(getattr(model.detail_network, name).weight, std=0.2)
+    for module in model.detail_network.modules():
+        if isinstance(module, DetailProjection):
+            torch.nn.init.normal_(module.weight, std=0.2)
     return model
 
 
@@ -65,6 +69,7 @@ MAKERS = {
     ),
     "deterministic_sam": lambda: make_sam(DeterministicSamModel, jitter=2.0),
     "ellipse": make_ellipse,
+    "no_detail": lambda: make_ablation(NoDetailModel),
     "pixel_prior": lambda: make_ablation(PixelPriorModel),
     "prompt_free_prior": lambda: make_ablation(PromptFreePriorModel),
 }
@@ -287,6 +292,25 @@ def test_ablated_priors_do_not_depend_on_removed_inputs(name, sees_sam):
     assert not torch.allclose(output.posterior_mean[0, 0, 0, 1:], output.posterior_mean[0, 0, 1, 1:])
 
 
+def test_without_the_detail_network_pixels_have_no_effect():
+    torch.manual_seed(0)
+    model = MAKERS["no_detail"]().eval()
+    embeddings = model.get_image_embeddings(images())
+    other_pixels = torch.cat([embeddings[:, :-16], embeddings[:, -16:].flip(0)], dim=1)
+    masks = sampled_masks(model, pixel_values=None, image_embeddings=embeddings)
+    assert torch.equal(sampled_masks(model, pixel_values=None, image_embeddings=other_pixels), masks)
+    # Without anything added in the decoder the masks are those of SAM with the latent
+    latents = torch.zeros(2, 1, 1, model.config.latent_dim)
+    latents[..., 0] = 1.0
+    output = model(image_embeddings=embeddings, input_boxes=BOXES, latents=latents)
+    sparse, dense = model.prompt_encoder(input_points=None, input_labels=None, input_boxes=BOXES, input_masks=None)
+    expected, _ = SamMaskDecoder.forward(
+        model.mask_decoder, embeddings[:, :-16], model.get_image_wide_positional_embeddings().repeat(2, 1, 1, 1),
+        sparse + model.latent_proj(latents[..., 1:]), dense, multimask_output=False,
+    )  # fmt: skip
+    assert torch.allclose(output.pred_masks[:, 0], expected[:, 0], atol=1e-4)
+
+
 # -------------------------------------------------------------------------------------------------------- training
 
 
@@ -304,7 +328,7 @@ def test_a_few_steps_lower_the_loss(name):
     model = MAKERS[name]().train()
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     losses = []
-    for _ in range(25):
+    for _ in range(50):
         output = model(pixel_values=images(), input_boxes=BOXES, labels=readers())
         optimizer.zero_grad()
         output.loss.backward()
@@ -358,10 +382,11 @@ FIELDS = {
     "dropout_sam": {"dropout": 0.2},
     "deterministic_sam": {"jitter": 3.0},
     "ellipse": {},
+    "no_detail": {"energy_weight": 200.0},
     "pixel_prior": {"dice_weight": 0.0},
     "prompt_free_prior": {"energy_weight": 200.0},
 }
-LATENT = ("probabilistic_unet", "pixel_prior", "prompt_free_prior")
+LATENT = ("probabilistic_unet", "no_detail", "pixel_prior", "prompt_free_prior")
 
 
 @pytest.fixture
@@ -370,7 +395,7 @@ def train(workspace, tmp_path, monkeypatch):
 
     def run(name, **changes):
         config = CONFIG | {"model": {"model_type": name, **FIELDS[name]}} | changes
-        if name.endswith(("sam", "prior")):
+        if name.endswith(("sam", "prior", "detail")):
             config["base_model"] = str(workspace / "base")
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
         given = {
@@ -407,6 +432,7 @@ def test_scripts_train_and_score(name, train, workspace, tmp_path):
         assert training.keys() - {"seconds"} == {"step", "loss", "reconstruction_loss", "grad_norm", "lr"} | (
             {
                 "probabilistic_unet": {"kl"},
+                "no_detail": {"outline_kl", "presence_nll", "energy_distance", "iou_loss"},
                 "pixel_prior": {"outline_kl", "presence_nll", "iou_loss"},
                 "prompt_free_prior": {"outline_kl", "presence_nll", "energy_distance", "iou_loss"},
             }.get(name, set())

@@ -10,6 +10,7 @@ processor and `save_pretrained` as Probabilistic SAM. Importing this package reg
 | `probabilistic_unet` | latent of a conditional variational autoencoder (Kohl et al. 2018) |
 | `deterministic_sam` | random shifts of the prompt |
 | `ellipse` | random size of an ellipse in the box; the image is not used |
+| `no_detail` | latent as in Probabilistic SAM; no detail network |
 | `pixel_prior` | latent as in Probabilistic SAM; the prior gets only raw pixels |
 | `prompt_free_prior` | latent as in Probabilistic SAM; the prior does not get the prompt |
 
@@ -19,14 +20,21 @@ Oracles, which know the readers' masks and bound what a model can achieve, are i
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from ..processing_probabilistic_sam import ProbabilisticSamProcessor
-from .ablations import PixelPriorConfig, PixelPriorModel, PromptFreePriorConfig, PromptFreePriorModel
+from .ablations import (
+    NoDetailConfig,
+    NoDetailModel,
+    PixelPriorConfig,
+    PixelPriorModel,
+    PromptFreePriorConfig,
+    PromptFreePriorModel,
+)
 from .ellipse import EllipseConfig, EllipseModel
 from .sams import DeterministicSamConfig, DeterministicSamModel, DropoutSamConfig, DropoutSamModel
 from .unets import DropoutUNetConfig, DropoutUNetModel, ProbabilisticUNetConfig, ProbabilisticUNetModel
 
 BASELINES = (
-    DropoutUNetModel, DropoutSamModel, ProbabilisticUNetModel, DeterministicSamModel, EllipseModel, PixelPriorModel,
-    PromptFreePriorModel,
+    DropoutUNetModel, DropoutSamModel, ProbabilisticUNetModel, DeterministicSamModel, EllipseModel, NoDetailModel,
+    PixelPriorModel, PromptFreePriorModel,
 )  # fmt: skip
 
 for model_class in BASELINES:
@@ -44,6 +52,8 @@ __all__ = [
     "DropoutUNetModel",
     "EllipseConfig",
     "EllipseModel",
+    "NoDetailConfig",
+    "NoDetailModel",
     "PixelPriorConfig",
     "PixelPriorModel",
     "ProbabilisticUNetConfig",

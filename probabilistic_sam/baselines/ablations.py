@@ -1,11 +1,45 @@
-"""Ablations: Probabilistic SAM without the prompt, or without SAM's features, in the latent networks."""
+"""Ablations: Probabilistic SAM without the detail network, or with less for the latent networks to see."""
 
 import torch
+from torch import nn
 
 from ..configuration_probabilistic_sam import ProbabilisticSamConfig
 from ..modeling_probabilistic_sam import PIXEL_CHANNELS, pixels_and_contrast
 from .common import SamVariant
 from .unets import GaussianEncoder
+
+
+class NoDetailConfig(ProbabilisticSamConfig):
+    """Configuration of `NoDetailModel`."""
+
+    model_type = "no_detail"
+
+
+class NoDetailNetwork(nn.Module):
+    """The interface of `DetailNetwork` with SAM's image embeddings as features; adds nothing in the mask decoder."""
+
+    def __init__(self, config: NoDetailConfig):
+        super().__init__()
+        self.widths = [config.mask_decoder_config.hidden_size // factor for factor in (1, 4, 8)]
+        self.image_proj = nn.Conv2d(config.vision_config.output_channels, 4 * config.detail_hidden_size, 1)
+
+    def forward(self, image_embeddings: torch.Tensor, prompt_maps: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """As in `DetailNetwork`; the latent networks get the prompt from its maps."""
+        count, grid = len(image_embeddings), image_embeddings.shape[-1]
+        sides = zip(self.widths, (grid, 2 * grid, 4 * grid), strict=True)
+        nothing = [image_embeddings.new_zeros(count, width, side, side) for width, side in sides]
+        return self.image_proj(image_embeddings[:, :-PIXEL_CHANNELS]), *nothing
+
+
+class NoDetailModel(SamVariant):
+    """Probabilistic SAM that sees the image through SAM's image embeddings only, as in the paper."""
+
+    config_class = NoDetailConfig
+
+    def __init__(self, config: NoDetailConfig):
+        super().__init__(config)
+        self.detail_network = NoDetailNetwork(config)  # type: ignore[assignment]
+        self.post_init()
 
 
 class PromptFreePriorConfig(ProbabilisticSamConfig):

@@ -195,6 +195,22 @@ def test_card_of_a_run_shows_results_of_nodules(nodules, tmp_path):
     assert "| GED in 3D ↓ | 0.200 [0.190, 0.210] | 0.500 [0.490, 0.510] |" in card.content
 
 
+def test_public_truth_has_its_own_table(result):
+    result["results"]["all"]["ged_unbiased"] = result["results"]["shape"]["ged_unbiased"] = entry(0.0224)
+    result |= {"truth": "public"}
+    text = make_card.public_section(dict.fromkeys(("public", "public_independent", "public_center_point"), result))
+    assert (
+        "(truth `public`)" in text and "unbiased GED, which does not depend on their number, is 0.022 (`all`)" in text
+    )
+    rows = [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| `")]
+    assert rows == [
+        "| `union_box`, sampled together (Latin hypercube)",
+        "| `union_box`, sampled independently",
+        "| `center_point`: one click",
+    ]
+    assert "unbiased" not in make_card.public_section({"public": result})
+
+
 def test_readme_has_six_rows_and_four_metrics(result):
     result["results"]["all"]["ged"] = entry(0.1234)
     results = dict.fromkeys((*make_card.COMPARED, "probabilistic_unet_seed1"), result)
@@ -202,8 +218,8 @@ def test_readme_has_six_rows_and_four_metrics(result):
     assert head == "|  | GED `all` ↓ | GED `shape` ↓ | HM-IoU ↑ | ECE ↓ |"
     assert [row.split(" | ")[0] for row in rows] == [
         "| **Probabilistic SAM, shipped weights** (GPU, 385,280 slices)",
-        "| Probabilistic U-Net (GPU, 128,000 slices)", "| **Probabilistic SAM**",
-        "| Probabilistic U-Net", "| SAM, fine-tuned, jittered boxes", "| MobileSAM, not fine-tuned, jittered boxes",
+        "| Probabilistic U-Net (GPU, 128,000 slices)", "| SAM, fine-tuned, jittered boxes (GPU, 128,000 slices)",
+        "| **Probabilistic SAM**", "| Probabilistic U-Net", "| MobileSAM, not fine-tuned, jittered boxes",
     ]  # fmt: skip
     assert rows[0].endswith(" | 0.123 | 0.250 | 0.250 | 0.250 |")
     last = make_card.readme_section(results).splitlines()[-1]

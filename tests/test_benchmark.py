@@ -97,10 +97,12 @@ def test_samples_of_several_images_are_timed_beside_one_mask_of_each(script, mon
     assert shapes == [(3, 1, 16), (3, 1, 1)]
 
 
-def test_training_speed_is_that_of_the_log_after_its_first_line(script, monkeypatch, tmp_path):
-    def train(processes, device, name, *arguments):
+@pytest.mark.parametrize(("device", "changes"), [("cuda", []), ("cpu", ["mixed_precision=no"])])
+def test_training_speed_is_that_of_the_log_after_its_first_line(script, monkeypatch, tmp_path, device, changes):
+    def train(processes, given_device, name, *arguments):
         given = [str(item) for item in arguments]
-        assert (processes, device, name) == (1, "cuda", "train.py") and "encoder=trained" in given
+        assert (processes, given_device, name) == (1, device, "train.py") and "encoder=trained" in given
+        assert [item for item in given if item.startswith("mixed_precision")] == changes
         folder = Path(given[given.index("--output_dir") + 1])
         (folder / "training_config.yaml").write_text("base_model: random\nbatch_size: 64\n")
         lines = [
@@ -112,7 +114,7 @@ def test_training_speed_is_that_of_the_log_after_its_first_line(script, monkeypa
         (folder / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
 
     monkeypatch.setattr(script, "start", train)
-    speed = script.training_speed(tmp_path, "cuda", "psam_lidc_gpu.yaml", "trained", 300)
+    speed = script.training_speed(tmp_path, device, "psam_lidc_gpu.yaml", "trained", 300)
     assert speed == 64 * 200 / 10
 
 

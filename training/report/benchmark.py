@@ -534,6 +534,8 @@ def training_speed(data: Path, device: str, config: str, encoder: str, num_steps
     rare = {"eval_every": num_steps, "eval_slices": 2, "checkpoint_every": num_steps}
     log_every = max(1, num_steps // 10)
     fields = {"base_model": SHIPPED, "encoder": encoder, "num_views": 1, "log_every": log_every, **energy, **rare}
+    if device == "cpu":
+        fields["mixed_precision"] = "no"  # many CPUs do not compute in bfloat16 and would need hours
     with tempfile.TemporaryDirectory() as folder:
         start(
             processes, device, "train.py", "--config", CONFIGS / config, "--dataset", data, "--output_dir", folder,

@@ -535,7 +535,7 @@ def training_speed(data: Path, device: str, config: str, encoder: str, num_steps
     log_every = max(1, num_steps // 10)
     fields = {"base_model": SHIPPED, "encoder": encoder, "num_views": 1, "log_every": log_every, **energy, **rare}
     if device == "cpu":
-        fields["mixed_precision"] = "no"  # many CPUs do not compute in bfloat16 and would need hours
+        fields["mixed_precision"] = "no"  # bfloat16 is many times slower on CPUs that do not compute in it
     with tempfile.TemporaryDirectory() as folder:
         start(
             processes, device, "train.py", "--config", CONFIGS / config, "--dataset", data, "--output_dir", folder,

@@ -72,9 +72,7 @@ GPU_RUNS = {  # stem of results files -> folder of the run's configuration and l
     "deterministic_sam_gpu": "deterministic_sam_gpu",
     "nodule_deterministic_sam": "deterministic_sam_gpu",
 }
-IN_README = (
-    "public", "probabilistic_unet_gpu", "deterministic_sam_gpu", OURS, "probabilistic_unet", "sam_as_it_is",
-)  # fmt: skip
+IN_README = ("public", "probabilistic_unet_gpu", "deterministic_sam_gpu", OURS, "probabilistic_unet", "sam_as_it_is")
 ABLATIONS = {
     OURS: "Probabilistic SAM",
     "ablation_prior_without_prompt": "prior without the prompt",
@@ -292,10 +290,10 @@ def public_section(results: dict[str, dict]) -> str:
     lines = [
         [title, *metric_cells(rows, shown)] for stem, title in PUBLIC.items() if (rows := row_results(results, stem))
     ]
+    notes = [unbiased(results, "public_independent"), f"Source: the files `{CARD}/results/public*.json`."]
     return (
         f"Shipped weights with the public masks (truth `{truth}`), which leave out some readers:\n\n"
-        f"{table(shown.values(), lines)}\n\n{unbiased(results, 'public_independent')}Source: the files "
-        f"`{CARD}/results/public*.json`."
+        f"{table(shown.values(), lines)}\n\n{' '.join(filter(None, notes))}"
     )
 
 
@@ -306,7 +304,7 @@ def unbiased(results: dict[str, dict], stem: str) -> str:
         return ""
     values = [f"{columns[column]['ged_unbiased']['mean']:.3f} (`{column}`)" for column in ("all", "shape")]
     return (
-        f"From independent samples, the unbiased GED, which does not depend on their number, is {', '.join(values)}. "
+        f"From independent samples, the unbiased GED, which does not depend on their number, is {', '.join(values)}."
     )
 
 
@@ -361,7 +359,7 @@ def uses_section(results: dict[str, dict]) -> str:
         listed = ", ".join(f"{value:.3f} (`{column}`)" for value, column in zip(values, COLUMNS, strict=True))
         text += f"\n\nWith {many['num_samples']} samples per slice, sampled together, GED is {listed}."
     if sentence := unbiased(results, "independent"):
-        text += f"\n\n{sentence.strip()}"
+        text += f"\n\n{sentence}"
     return text
 
 
@@ -582,7 +580,7 @@ def onnx_section(result: dict) -> str:
     masks = [
         [
             f"{precision}, {kind}",
-            f"{parity['different_pixels']:.1e}", f"{parity['iou']:.4f}", f"{parity['ged_difference']:+.4f}",
+            f"{parity['different_pixels']:.1e}", f"{parity['iou']:.4f}", f"{parity['ged_difference']:+z.4f}",
             "yes" if parity["meets_target"] else "no",
         ]
         for precision, kinds in result["parity"].items()

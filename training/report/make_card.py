@@ -459,7 +459,7 @@ def readme_section(results: dict[str, dict]) -> str:
     return (
         f"{table([SHOWN[key] for key in shown], lines)}\n\n"
         f"{conditions(results['public'])}; in parentheses, the range over training seeds. Rows marked GPU were "
-        "trained on one H200, the others with the budget of 30 minutes on two CPU cores. Source: "
+        "trained on one H200, the other trained rows with the budget of 30 minutes on two CPU cores. Source: "
         f"`{CARD}/results/public.json` and the files beside it. Intervals, protocol, other prompts and ablations "
         f"are in the [model card]({CARD}/README.md)."
     )

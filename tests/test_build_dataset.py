@@ -18,6 +18,7 @@ import datasets
 import numpy as np
 import pytest
 from dicom_files import write_slice
+from forked import run_forked
 from tiny import card_sizes, load_script
 
 from probabilistic_sam.data import archives
@@ -279,16 +280,7 @@ def test_bad_index_is_refused(tmp_path):
 
 
 def test_script_reports_errors_in_one_line(tmp_path):
-    command = [
-        sys.executable,
-        str(SCRIPT),
-        "slices",
-        "--input",
-        str(tmp_path / "none"),
-        "--output",
-        str(tmp_path / "out"),
-    ]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = run_forked(SCRIPT, "slices", "--input", tmp_path / "none", "--output", tmp_path / "out")
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1].startswith(
         f"error: {tmp_path / 'none'}: no such file or directory; accepted"
@@ -297,8 +289,7 @@ def test_script_reports_errors_in_one_line(tmp_path):
 
 
 def test_bench_build_runs_as_a_script():
-    command = [sys.executable, str(ROOT / "training/report/bench_build.py"), "--help"]
-    assert "--slices" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "--slices" in run_forked(ROOT / "training/report/bench_build.py", "--help").stdout
 
 
 @pytest.mark.slow

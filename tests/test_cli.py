@@ -16,6 +16,7 @@ import pytest
 import torch
 from deep_colour import rgb16_png, rgb16_ppm, rgb16_tiff
 from dicom_files import write_slice
+from forked import run_forked
 from PIL import Image
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 from transformers import SamConfig, SamModel, pipeline
@@ -1008,8 +1009,8 @@ def test_a_run_prints_one_line(image_path, model_dir, tmp_path):
 @pytest.mark.slow
 def test_demo_writes_figures_masks_and_distances(model_dir, tmp_path):
     script = Path(__file__).resolve().parent.parent / "training" / "demo.py"
-    command = [sys.executable, script, "--output", tmp_path / "demo", "--model", model_dir, "--num-nodules", "2"]
-    done = subprocess.run([*map(str, command), "--num-samples", "4"], capture_output=True, text=True, check=False)
+    options = ["--output", tmp_path / "demo", "--model", model_dir, "--num-nodules", 2, "--num-samples", 4]
+    done = run_forked(script, *options)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"wrote {tmp_path / 'demo'}: 2 figures with 4 samples each, mean GED ")
     assert len(list((tmp_path / "demo").glob("nodule-0[12]/masks/sample-0[0-3].png"))) == 8
@@ -1027,7 +1028,6 @@ def test_demo_writes_figures_masks_and_distances(model_dir, tmp_path):
 
 def test_demo_without_a_model_is_one_line(tmp_path):
     script = Path(__file__).resolve().parent.parent / "training" / "demo.py"
-    command = [sys.executable, script, "--output", tmp_path / "demo", "--model", tmp_path / "nowhere"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    done = run_forked(script, "--output", tmp_path / "demo", "--model", tmp_path / "nowhere")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert done.stderr.startswith("error: no model directory at ")

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from forked import run_forked
 
 pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
@@ -519,14 +519,12 @@ def test_onnxruntime_gives_the_same_results(script, exported, tmp_path, level):
 
 @pytest.mark.slow
 def test_two_processes_give_the_same_results(model_dir, dataset_dir, tmp_path):
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
     results = {}
     for count in (1, 2):
         output = tmp_path / f"{count}.json"
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
-        command = [sys.executable, *launcher, str(SCRIPT)]
-        command += arguments(model_dir, dataset_dir, output, "--num_samples", "3", "--batch_size", "2")
-        finished = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        command = [SCRIPT, *arguments(model_dir, dataset_dir, output, "--num_samples", "3", "--batch_size", "2")]
+        finished = run_forked(*command, environment=environment, processes=count)
         assert finished.returncode == 0, finished.stderr
         assert finished.stdout.count("wrote ") == 1
         content = json.loads(output.read_text())
@@ -537,10 +535,7 @@ def test_two_processes_give_the_same_results(model_dir, dataset_dir, tmp_path):
 
 
 def test_errors_are_one_line_and_exit_code_2(tmp_path):
-    command = [sys.executable, str(SCRIPT), *arguments("m", tmp_path / "nowhere", tmp_path / "results.json")]
-    finished = subprocess.run(
-        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120
-    )
+    finished = run_forked(SCRIPT, *arguments("m", tmp_path / "nowhere", tmp_path / "results.json"))
     assert finished.returncode == 2
     assert finished.stderr.strip().splitlines()[-1].startswith("error: ")
     assert "nowhere: no such directory" in finished.stderr

@@ -1,13 +1,13 @@
 """training/finish_run.py: averaged weights, and a calibrated share of empty samples."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forked import run_forked
 from scipy.special import ndtr
 from tiny import load_script, tiny_model, tiny_rows, tiny_vit_parts
 
@@ -105,8 +105,7 @@ def test_expected_share_of_empty_samples_is_that_of_the_readers(script, run_fold
 
 
 def test_a_folder_that_is_no_run(tmp_path):
-    command = [sys.executable, str(SCRIPT), "--run", tmp_path, "--dataset", tmp_path, "--output", tmp_path / "done"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    done = run_forked(SCRIPT, "--run", tmp_path, "--dataset", tmp_path, "--output", tmp_path / "done")
     assert done.returncode == 2 and "has no config.json" in done.stderr and "Traceback" not in done.stderr
 
 

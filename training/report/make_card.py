@@ -426,7 +426,18 @@ def all_results(results: dict[str, dict]) -> str:
     return "\n\n".join(filter(None, sections))
 
 
-def card(result: dict, section: str, training: str, example: dict) -> ModelCard:
+def beside_published(results: dict[str, dict]) -> dict[str, str]:
+    """Our numbers for the table of published results: independent samples, public masks, column `all`."""
+    shown = {
+        f"{metric}_{count}": results.get(stem, {}).get("results", {}).get("all", {}).get(metric, {}).get("mean")
+        for stem, count, metric in (
+            ("public_independent", 16, "ged"), ("public_independent_100", 100, "ged"), ("public_independent", 16, "hm_iou")
+        )
+    }  # fmt: skip
+    return {name: "" if mean is None else f"{mean:.3f}" for name, mean in shown.items()}
+
+
+def card(result: dict, section: str, training: str, example: dict, published: Mapping[str, str]) -> ModelCard:
     """The model card.
 
     Args:
@@ -434,6 +445,7 @@ def card(result: dict, section: str, training: str, example: dict) -> ModelCard:
         section: text of the results section.
         training: text on the training.
         example: entry of `examples/examples.json`.
+        published: our numbers of the table of published results, see `beside_published`.
     """
     data = ModelCardData(
         license="apache-2.0",
@@ -447,7 +459,7 @@ def card(result: dict, section: str, training: str, example: dict) -> ModelCard:
         eval_results=eval_results(result, "LIDC-IDRI", "lidc-idri"),
     )
     counts = {name: f"{result[name]:,}" for name in ("num_slices", "num_patients")}
-    return render_card(TEMPLATE, data, example, training=training, results=section, **counts)
+    return render_card(TEMPLATE, data, example, training=training, results=section, **counts, **published)
 
 
 def readme_section(results: dict[str, dict]) -> str:
@@ -551,25 +563,27 @@ def format_speed(speed: float) -> str:
 
 
 def cuda_section(result: dict | None) -> str:
-    """The benchmark on a GPU, from bench_cuda.json; without that file the same table says "not run"."""
-    speeds = result["slices_per_second"] if result else {}
-    ratios = {item["what"]: item for item in result["rows"] if item["ratio"] is not None} if result else {}
+    """The benchmark on a GPU, from bench_cuda.json; without that file how to run it."""
+    if not result:
+        return (
+            "Speed and memory have not been measured on a GPU yet. To measure them:\n\n"
+            f"```\npython training/report/benchmark.py --device cuda --output {COSTS}/bench_cuda.json\n```"
+        )
+    speeds = result["slices_per_second"]
+    ratios = {item["what"]: item for item in result["rows"] if item["ratio"] is not None}
     lines = []
     for what, target in CUDA_ROWS.items():
-        measured = ["", "not measured" if result else "not run", ""]
+        measured = ["", "not measured", ""]
         if what in speeds:
             measured = ["", format_speed(speeds[what]), ""]
         elif what in ratios:
             measured = [ratios[what]["against"], f"{ratios[what]['ratio']:.3g}", both_sides(ratios[what])]
         lines.append([what, measured[0], target, *measured[1:]])
     shown = table(("compared with", "target", "result", "ours / other"), lines)
-    if not result:
-        return (
-            f"{shown}\n\nThese measurements were tested on a CPU, but not yet run on a GPU. To run them:\n\n"
-            f"```\npython training/report/benchmark.py --device cuda --output {COSTS}/bench_cuda.json\n```"
-        )
     return (
-        f"{shown}\n\nMedians of {result['repeats']} alternating repeats on one {result['gpu']}, PyTorch "
+        "Training uses `training/configs/psam_lidc_gpu.yaml`: 128 slices per step at 256 px, 4 readers and 4 prior samples "
+        "for each, bfloat16, windows from worker processes. A result without a unit is a ratio, ours / other, so lower is "
+        f"better.\n\n{shown}\n\nMedians of {result['repeats']} alternating repeats on one {result['gpu']}, PyTorch "
         f"{result['versions']['torch']}, CUDA {result['cuda']}. Source: `{COSTS}/bench_cuda.json`, commit "
         f"`{result['commit'][:12]}`, written by\n\n```\n{result['command']}\n```"
     )
@@ -660,9 +674,6 @@ and the remaining parts run for 16 samples at a time, so memory does not grow wi
 
 ## On a GPU
 
-Training uses `training/configs/psam_lidc_gpu.yaml`: 128 slices per step at 256 px, 4 readers and 4 prior samples for
-each, bfloat16, windows from worker processes. A result without a unit is a ratio, ours / other, so lower is better.
-
 {cuda_section(measured.get("bench_cuda"))}
 
 ## Nodules
@@ -721,7 +732,9 @@ def generated_texts() -> dict[Path, str]:
     measured = {path.stem: json.loads(path.read_text()) for path in (ROOT / COSTS).glob("*.json")}
     cells = {path.stem: json.loads(path.read_text()) for path in (ROOT / COSTS / "cells").glob("*.json")}
     return {
-        ROOT / CARD / "README.md": card(results["validation"], all_results(results), training, example).content,
+        ROOT / CARD / "README.md": card(
+            results["validation"], all_results(results), training, example, beside_published(results)
+        ).content,
         README: fill_page(README.read_text(), readme_section(results)),
         ROOT / COSTS / "README.md": costs_page(measured),
         TRAINING: fill_page(TRAINING.read_text(), cells_section(cells), "training/README.md"),

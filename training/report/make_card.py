@@ -429,12 +429,15 @@ def all_results(results: dict[str, dict]) -> str:
 def beside_published(results: dict[str, dict]) -> dict[str, str]:
     """Our numbers for the table of published results: independent samples, public masks, column `all`."""
     shown = {
-        f"{metric}_{count}": results.get(stem, {}).get("results", {}).get("all", {}).get(metric, {}).get("mean")
-        for stem, count, metric in (
-            ("public_independent", 16, "ged"), ("public_independent_100", 100, "ged"), ("public_independent", 16, "hm_iou")
-        )
-    }  # fmt: skip
-    return {name: "" if mean is None else f"{mean:.3f}" for name, mean in shown.items()}
+        "ged_16": ("public_independent", "ged"),
+        "hm_iou_16": ("public_independent", "hm_iou"),
+        "ged_100": ("public_independent_100", "ged"),
+    }
+    return {
+        name: f"{results[stem]['results']['all'][metric]['mean']:.3f}" if stem in results else ""
+        for name, (stem, metric) in shown.items()
+    }
+
 
 
 def card(result: dict, section: str, training: str, example: dict, published: Mapping[str, str]) -> ModelCard:
@@ -581,9 +584,9 @@ def cuda_section(result: dict | None) -> str:
         lines.append([what, measured[0], target, *measured[1:]])
     shown = table(("compared with", "target", "result", "ours / other"), lines)
     return (
-        "Training uses `training/configs/psam_lidc_gpu.yaml`: 128 slices per step at 256 px, 4 readers and 4 prior samples "
-        "for each, bfloat16, windows from worker processes. A result without a unit is a ratio, ours / other, so lower is "
-        f"better.\n\n{shown}\n\nMedians of {result['repeats']} alternating repeats on one {result['gpu']}, PyTorch "
+        "Training uses `training/configs/psam_lidc_gpu.yaml`: 128 slices per step at 256 px, 4 readers and 4 prior "
+        "samples for each, bfloat16, windows from worker processes. A result without a unit is a ratio, ours / other, "
+        f"so lower is better.\n\n{shown}\n\nMedians of {result['repeats']} alternating repeats on one {result['gpu']}, PyTorch "
         f"{result['versions']['torch']}, CUDA {result['cuda']}. Source: `{COSTS}/bench_cuda.json`, commit "
         f"`{result['commit'][:12]}`, written by\n\n```\n{result['command']}\n```"
     )

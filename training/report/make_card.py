@@ -439,7 +439,6 @@ def beside_published(results: dict[str, dict]) -> dict[str, str]:
     }
 
 
-
 def card(result: dict, section: str, training: str, example: dict, published: Mapping[str, str]) -> ModelCard:
     """The model card.
 
@@ -586,9 +585,10 @@ def cuda_section(result: dict | None) -> str:
     return (
         "Training uses `training/configs/psam_lidc_gpu.yaml`: 128 slices per step at 256 px, 4 readers and 4 prior "
         "samples for each, bfloat16, windows from worker processes. A result without a unit is a ratio, ours / other, "
-        f"so lower is better.\n\n{shown}\n\nMedians of {result['repeats']} alternating repeats on one {result['gpu']}, PyTorch "
-        f"{result['versions']['torch']}, CUDA {result['cuda']}. Source: `{COSTS}/bench_cuda.json`, commit "
-        f"`{result['commit'][:12]}`, written by\n\n```\n{result['command']}\n```"
+        f"so lower is better.\n\n{shown}\n\nMedians of {result['repeats']} alternating repeats on one "
+        f"{result['gpu']}, PyTorch {result['versions']['torch']}, CUDA {result['cuda']}. "
+        f"Source: `{COSTS}/bench_cuda.json`, commit `{result['commit'][:12]}`, written by\n\n"
+        f"```\n{result['command']}\n```"
     )
 
 

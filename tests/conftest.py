@@ -10,6 +10,12 @@ ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "model_cards" / "psam-lidc"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, so that the processes of pytest-xdist end at about the same time."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
     """Folder with the real LIDC slices and pretrained weights beside the project, or a skip."""

@@ -67,6 +67,7 @@ CONFIG = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_every_command_takes_a_build_from_the_hub(tmp_path):
     write_dataset(tiny_rows({"train": 2, "validation": 4}), tmp_path / "build", "Made for a test.")
     tiny_model(tiny_vit_parts).save_pretrained(tmp_path / "base")

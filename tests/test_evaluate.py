@@ -517,7 +517,6 @@ def test_onnxruntime_gives_the_same_results(script, exported, tmp_path, level):
     assert columns[1][name]["mean"] == pytest.approx(columns[0][name]["mean"], abs=2e-3)
 
 
-@pytest.mark.slow
 def test_two_processes_give_the_same_results(model_dir, dataset_dir, tmp_path):
     environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
     results = {}

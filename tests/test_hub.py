@@ -49,6 +49,7 @@ def test_pushed_build_is_one_commit_and_loads_by_name(tmp_path):
     assert json.loads(pulled.stdout.splitlines()[-1]) == json.loads(files["manifest.json"])["splits"]
 
 
+@pytest.mark.slow
 def test_failed_push_is_one_line_and_keeps_the_build(tmp_path):
     with LoopbackHub(fails={"/commit/main": 500}) as hub:
         command = [SCRIPT, "phantom", "--num-nodules", 1, "--output", tmp_path / "phantom"]
@@ -136,6 +137,7 @@ def attempt(hub, tmp_path, *attempts):
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_failed_push_deletes_nothing_and_says_what_is_on_the_hub(tmp_path):
     fails = {
         f"/lfs/upload/{hashlib.sha256(b'unlucky').hexdigest()}": 403, "/org/error/commit/main": 500,

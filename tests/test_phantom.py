@@ -44,6 +44,7 @@ def levels(nodule):
     return np.median(hu[disc(radius=5)]), np.median(lung)
 
 
+@pytest.mark.slow
 def test_another_process_gives_the_same_bytes():
     image = phantom_slice(made_nodule(), 0)
     code = "from test_phantom import *; print(hashlib.sha256(phantom_slice(made_nodule(), 0).tobytes()).hexdigest())"

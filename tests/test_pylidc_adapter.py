@@ -67,6 +67,7 @@ def run(tmp_path: Path, matplotlib_dir: Path, program: str) -> None:
     assert not list(home.iterdir())
 
 
+@pytest.mark.slow
 def test_database_and_geometry_work_without_global_changes(tmp_path, matplotlib_dir):
     run(
         tmp_path,
@@ -94,6 +95,7 @@ assert not any(name.partition(".")[0] in GONE for name in sys.modules)
     )
 
 
+@pytest.mark.slow
 def test_volume_of_a_dicom_series_needs_no_file_in_the_home_directory(tmp_path, matplotlib_dir):
     run(
         tmp_path,

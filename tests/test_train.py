@@ -204,6 +204,7 @@ def test_log_has_the_documented_lines(finished):
         assert len(line["validation/kl_per_dimension"]) == len(line["validation/posterior_mean_variance"]) == 4
 
 
+@pytest.mark.slow
 def test_run_is_pushed_at_its_end(finished, workspace, tmp_path):
     with LoopbackHub() as hub:
         ended = train_like_a_user(
@@ -231,6 +232,7 @@ def test_push_that_cannot_work_is_refused_before_training(train, workspace, tmp_
 # -------------------------------------------------------------------------------------------------------- resuming
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_run_equals_an_uninterrupted_one(train, finished, workspace, tmp_path):
     killed = train_apart(workspace, tmp_path, "--stop_after", 6)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -242,6 +244,7 @@ def test_killed_and_resumed_run_equals_an_uninterrupted_one(train, finished, wor
     assert_same_run(tmp_path, finished)
 
 
+@pytest.mark.slow
 def test_run_killed_from_outside_resumes(train, workspace, tmp_path):
     """A checkpoint per step, so that the kill is likely to come while one is written or removed."""
     values = yaml.safe_load((workspace / "config.yaml").read_text())
@@ -502,7 +505,6 @@ def test_micro_batches_give_the_gradients_of_the_whole_batch(train, mixed, tmp_p
             assert lines[0][name] == pytest.approx(lines[1][name], rel=1e-3)
 
 
-@pytest.mark.slow
 def test_two_processes_give_the_gradients_of_one(train, workspace, mixed, tmp_path):
     """A model without noise, since every process has its own."""
     config = configured(workspace, tmp_path, model={"model_type": "deterministic_sam"}, encoder="frozen")
@@ -561,7 +563,6 @@ def test_learning_rates_of_the_three_groups(workspace):
     assert {group["lr"] for group in parameter_groups(model, config)} == {2e-4, 1e-3}
 
 
-@pytest.mark.slow
 def test_compiled_parts_give_the_same_loss_and_keep_the_names_of_the_weights(monkeypatch):
     # Traced and differentiated, but not translated to C++, which takes a minute and is tested by PyTorch
     compiling = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")

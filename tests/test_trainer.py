@@ -236,6 +236,7 @@ Path(sys.argv[1], f"result-{trainer.accelerator.process_index}").write_text(resu
 """
 
 
+@pytest.mark.slow
 def test_two_processes_train_with_gradient_checkpointing(tmp_path):
     pytest.importorskip("accelerate")
     (tmp_path / "script.py").write_text(SCRIPT)

@@ -10,6 +10,7 @@ from .configuration_probabilistic_sam import ProbabilisticSamConfig, TinyViTVisi
 from .modeling_probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamOutput
 from .pipeline_probabilistic_sam import ProbabilisticMaskGenerationPipeline
 from .processing_probabilistic_sam import ProbabilisticSamProcessor
+from .thinning import thin_samples
 from .trainer_collator import ProbabilisticSamCollator
 
 __version__ = "0.2.0"
@@ -37,4 +38,5 @@ __all__ = [
     "ProbabilisticSamOutput",
     "ProbabilisticSamProcessor",
     "TinyViTVisionConfig",
+    "thin_samples",
 ]

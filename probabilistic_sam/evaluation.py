@@ -23,6 +23,7 @@ from .errors import UserError
 from .metrics import OF_ALL_MASKS, slice_collapse, slice_metrics
 from .metrics.functional import majority_mask
 from .processing_probabilistic_sam import OUTSIDE_LOGIT
+from .thinning import thin_samples
 from .workers import InThisProcess, read_ahead
 
 ORACLES = ("oracle:majority", "oracle:readers")
@@ -49,12 +50,14 @@ class Sampling:
         seeds: of the samples; the prompt is the same for all of them.
         independent: sample each mask separately. Samples of one call may depend on each other, since a model may
             spread them evenly over the distribution.
+        num_candidates: sample this many and keep those that represent them best (`thin_samples`); None keeps all.
     """
 
     prompt: str = "union_box"
     num_samples: int = 16
     seeds: Sequence[int] = (0,)
     independent: bool = False
+    num_candidates: int | None = None
 
 
 class PreparedRow(NamedTuple):
@@ -140,6 +143,7 @@ def evaluate_dataset(
     device: torch.device | str = "cpu",
     independent: bool = False,
     workers: Executor | None = None,
+    num_candidates: int | None = None,
 ) -> tuple[list[str], list[list[dict]]]:
     """Score a dataset with all processes.
 
@@ -160,6 +164,7 @@ def evaluate_dataset(
         device: of the model.
         independent: see there.
         workers: prepare inputs and compute metrics; by default this process does.
+        num_candidates: see `Sampling`.
 
     Returns:
         The patient of each row, and for each seed what `slice_metrics` returns for all rows, in the order of the
@@ -170,7 +175,8 @@ def evaluate_dataset(
         UserError: a row that cannot be decoded, or the model returns another number of masks, or logits that are not
             finite.
     """
-    sampling, workers = Sampling(prompt, num_samples, seeds, independent), workers or InThisProcess()
+    sampling = Sampling(prompt, num_samples, seeds, independent, num_candidates)
+    workers = workers or InThisProcess()
     batches = read_batches(model, processor, dataset, sampling, batch_size, state, workers)
     scored = []
     with tqdm(total=len(dataset), unit="slice", desc="evaluate", disable=not state.is_main_process) as progress:
@@ -350,7 +356,9 @@ def sample_batch(
         scores = [score for part in parts if (score := getattr(part, "iou_scores", None)) is not None]
         iou_scores = torch.cat(scores).reshape(-1, 1, count) if scores else None
     else:
-        output = model.sample(**inputs, num_samples=count, generator=generators)
+        output = model.sample(**inputs, num_samples=sampling.num_candidates or count, generator=generators)
+        if sampling.num_candidates:
+            output = thin_samples(output, count)
         pred_masks, iou_scores = output.pred_masks, getattr(output, "iou_scores", None)
     if pred_masks.shape[2] != count:
         raise UserError(f"sample() returned {pred_masks.shape[2]} masks instead of {count}")

@@ -17,7 +17,7 @@ pytest.importorskip("datasets")
 
 from tiny import evaluate_rows, load_script
 
-from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamProcessor, evaluation
+from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamOutput, ProbabilisticSamProcessor, evaluation
 from probabilistic_sam.baselines import EllipseConfig, EllipseModel
 from probabilistic_sam.data import make_prompt, row_prompt, row_seed, split_of
 from probabilistic_sam.data.build import write_dataset
@@ -252,6 +252,28 @@ def test_independent_samples_are_those_of_a_call_each(script, dataset, monkeypat
     assert geds(run(script, AlternatingModel(), dataset, independent=True)[1][0]) == geds(independent)
 
 
+class OrderedModel(StubModel):
+    """The first quarter of the samples of one call is the box, the others are empty."""
+
+    noise = 0.0
+
+    def sample(self, **kwargs):
+        return ProbabilisticSamOutput(pred_masks=super().sample(**kwargs).pred_masks)
+
+    def sample_box(self, box, num_samples, generator):
+        masks = super().sample_box(box, num_samples, generator)
+        return masks & (torch.arange(num_samples) < num_samples / 4)[:, None, None]
+
+
+def test_candidates_are_thinned(script, model_dir, dataset_dir, dataset, tmp_path):
+    _, (scores,) = run(script, OrderedModel(), dataset, num_candidates=12)
+    assert {slice_["all"]["empty_rate_samples"] for slice_ in scores} == {0.75}  # of 3 boxes in 12 samples 1 in 4
+    more = ("--num_samples", "2", "--num_candidates", "6", "--max_slices", "2")
+    script.main(arguments(model_dir, dataset_dir, tmp_path / "results.json", *more))
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert (content["num_samples"], content["num_candidates"]) == (2, 6)
+
+
 def test_prompts_reach_the_model_in_its_shapes(script, dataset):
     model = StubModel()
     run(script, model, dataset.select([0]), prompt="center_box")
@@ -438,6 +460,10 @@ def test_results_file(script, model_dir, dataset_dir, tmp_path, capsys, monkeypa
         (["--batch_size", "-1"], "--batch_size is -1"),
         (["--num_workers", "-1"], "--num_workers is -1; accepted: 0 to 256"),
         (["--seeds", "1", "1"], "accepted: different numbers"),
+        (["--num_candidates", "15"], "--num_candidates is 15; accepted: --num_samples (16"),
+        (["--num_candidates", "48", "--independent"], "--num_candidates is given with --independent; accepted"),
+        (["--num_candidates", "48", "--model", "oracle:readers"], "given with --model oracle:readers; accepted"),
+        (["--num_candidates", "48", "--level", "nodule"], "--num_candidates is given with --level nodule; accepted"),
         (["--device", "abacus"], "--device is 'abacus'"),
         (["--output", "."], "is a directory"),
         (["--runtime", "onnx"], "has no onnx/"),

@@ -69,7 +69,7 @@ from probabilistic_sam.workers import default_workers, start_workers
 ROOT = Path(__file__).resolve().parent.parent
 MOST_ASKED = 256  # workers
 LEVELS = {  # -> options that the other level does not have, and accepted prompts, the default first
-    "slice": (("max_slices",), PROMPTS),
+    "slice": (("max_slices", "num_candidates"), PROMPTS),
     "nodule": (("max_nodules", "noise"), NODULE_PROMPTS),
 }
 NODULE_SELECTION = "the first max_nodules of the split in the order of a hash of each nodule's first slice"
@@ -87,6 +87,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--level", default="slice", choices=LEVELS, help="what is scored; default slice")
     parser.add_argument("--prompt", help="; ".join(f"{name}: {', '.join(of[1])}" for name, of in LEVELS.items()))
     parser.add_argument("--num_samples", type=int, default=16, help="samples per slice or nodule; default 16")
+    parser.add_argument(
+        "--num_candidates", type=int, help="sample this many per slice and keep those that represent them best"
+    )
     parser.add_argument("--output", type=Path, required=True, help="results file to write (JSON)")
     parser.add_argument("--independent", action="store_true", help="sample each mask of a slice independently")
     seeds = parser.add_mutually_exclusive_group()
@@ -117,6 +120,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} is {value}; accepted: 1 or more")
+    if args.num_candidates is not None:
+        if args.num_candidates < args.num_samples:
+            raise UserError(
+                f"--num_candidates is {args.num_candidates}; accepted: --num_samples ({args.num_samples}) or more"
+            )
+        if args.independent or args.model in ORACLES:
+            other = "--independent" if args.independent else f"--model {args.model}"
+            raise UserError(f"--num_candidates is given with {other}; accepted: samples of a model, sampled together")
     if args.num_workers is not None and not 0 <= args.num_workers <= MOST_ASKED:
         raise UserError(f"--num_workers is {args.num_workers}; accepted: 0 to {MOST_ASKED}")
     if args.model.startswith("oracle:") and args.model not in ORACLES:
@@ -197,6 +208,7 @@ def summarize_sampling(args: argparse.Namespace) -> dict[str, Any]:
         "split": args.split,
         "prompt": args.prompt,
         "num_samples": args.num_samples,
+        "num_candidates": args.num_candidates,
         "sampling": "independent" if args.independent else "together",
         "seed": args.seeds[0] if len(args.seeds) == 1 else args.seeds,
     }
@@ -312,7 +324,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             patients, runs = evaluate_dataset(
                 model, processor, chosen, args.prompt, args.num_samples, args.seeds, batch_size, state, device,
-                args.independent, workers,
+                args.independent, workers, args.num_candidates,
             )  # fmt: skip
     if state.is_main_process:
         content = {"model": args.model, "dataset": args.dataset, "truth": truth} | summarize_sampling(args)

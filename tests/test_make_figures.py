@@ -27,6 +27,7 @@ def test_curves_join_results_of_one_model():
     results = {"validation": result(16, 0.2), "n4": result(4, 0.3), "independent": result(16, 0.25, "independent")}
     results["other"] = result(16, 0.9) | {"prompt": "center_box"}
     results["public"] = result(16, 0.9) | {"truth": "public"}
+    results["thinned"] = result(16, 0.1) | {"num_candidates": 48}
     results["nodules"] = result(16, 0.9) | {"level": "nodule"}
     curves = make_figures.sample_numbers(results)
     assert curves["all, sampled together"] == [

@@ -129,6 +129,8 @@ def conditions(result: dict) -> str:
     """Split, slices, prompt and number of samples of one results file."""
     truth = f"truth `{result['truth']}`, " if result.get("truth") else ""
     sampled = "sampled together (Latin hypercube)" if result["sampling"] == "together" else "sampled independently"
+    if count := result.get("num_candidates"):
+        sampled += f" and chosen from {count} (`thin_samples`)"
     return (
         f"{result['split'].capitalize()} split, {result['num_slices']:,} slices of {result['num_patients']} patients, "
         f"{truth}prompt `{result['prompt']}`, {result['num_samples']} samples per slice, {sampled}"

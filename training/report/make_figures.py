@@ -125,7 +125,8 @@ def sample_numbers(results: dict[str, dict]) -> dict[str, list[tuple[int, float,
     for result in results.values():
         if result.get("level") == "nodule":
             continue
-        if all(result.get(name) == main.get(name) for name in ("model", "prompt", "split", "num_slices", "truth")):
+        same = ("model", "prompt", "split", "num_slices", "truth", "num_candidates")
+        if all(result.get(name) == main.get(name) for name in same):
             for column in ("all", "shape"):
                 entry = result["results"][column]["ged"]
                 point = (result["num_samples"], entry["mean"], *entry["ci95"])

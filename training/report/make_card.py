@@ -318,7 +318,7 @@ def thinned_section(results: dict[str, dict]) -> str:
         "Few masks that represent many: `thin_samples` keeps those of 48 samples that together are closest to all 48 "
         f"(truth `{truth}`, `union_box`):\n\n{table(shown.values(), lines)}\n\n"
         "One evaluation seed for the rows with 48. All other tables are without thinning. The number 48 follows "
-        "from the cost, which it raises to about 1.4 times that of 16 samples on a CPU."
+        f"from the cost on a CPU, about 1.4 times that of 16 samples (computed from `{COSTS}/bench.json`)."
     )
 
 

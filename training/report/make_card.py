@@ -317,8 +317,8 @@ def thinned_section(results: dict[str, dict]) -> str:
     return (
         "Few masks that represent many: `thin_samples` keeps those of 48 samples that together are closest to all 48 "
         f"(truth `{truth}`, `union_box`):\n\n{table(shown.values(), lines)}\n\n"
-        "One evaluation seed for the rows with 48. All other tables are without thinning. The number 48 follows "
-        f"from the cost on a CPU, about 1.4 times that of 16 samples (computed from `{COSTS}/bench.json`)."
+        "One evaluation seed for the rows with 48, a number that was not tuned. All other tables are without "
+        "thinning. What it costs is in `training/EXPERIMENTS.md`."
     )
 
 

@@ -114,9 +114,14 @@ def train_like_a_user(workspace, output, *more, processes=1, **variables):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = [sys.executable, *(launcher if processes > 1 else []), *arguments(workspace, output, *more)]
     with subprocess.Popen(
-        command, env=ENVIRONMENT | variables, cwd=workspace, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        command,
+        env=ENVIRONMENT | variables,
+        cwd=workspace,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         start_new_session=True,
-    ) as process:  # fmt: skip
+    ) as process:
         try:
             stdout, stderr = process.communicate(timeout=570)
         finally:

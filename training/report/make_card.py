@@ -317,8 +317,9 @@ def thinned_section(results: dict[str, dict]) -> str:
     return (
         "Few masks that represent many: `thin_samples` keeps those of 48 samples that together are closest to all 48 "
         f"(truth `{truth}`, `union_box`):\n\n{table(shown.values(), lines)}\n\n"
-        "One evaluation seed for the rows with 48, a number that was not tuned. All other tables are without "
-        "thinning. What it costs is in `training/EXPERIMENTS.md`."
+        "One evaluation seed for the rows with 48, a number that was not tuned; thinning was tried on 290 of these "
+        "slices first. All other tables are without it. What it costs is in `training/EXPERIMENTS.md`. "
+        f"Source: the files `{CARD}/results/*_of_48.json`."
     )
 
 

@@ -15,7 +15,7 @@ export PYTHONDONTWRITEBYTECODE = 1
 .PHONY: help install demo test lint clean
 
 help:
-	@echo "make demo   draw samples for real nodules with the model in model_cards/psam-lidc, into demo/"
+	@echo "make demo   sample masks for six simulated slices (phantoms) with model_cards/psam-lidc, into demo/"
 	@echo "make test   the whole suite"
 	@echo "make lint   ruff and mypy"
 	@echo "make clean  remove .venv, caches and demo/"

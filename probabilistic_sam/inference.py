@@ -38,8 +38,8 @@ MAX_SAMPLES = 1_000
 MAX_POINTS = 32  # per prompt, of each kind
 MAX_SAMPLED_PIXELS = 2**30  # samples times pixels; each takes two bytes, one for the mask and one for the outline
 HOW_TO_GET_WEIGHTS = (
-    "give --model with a folder or a name on the Hub (owner/name), such as model_cards/psam-lidc of a clone, which an "
-    "installation with pip install -e finds by itself"
+    "give --model with a folder or a name on the Hub (owner/name), or install a clone of the repository with "
+    "pip install -e, so that its model_cards/psam-lidc is found"
 )
 RESULT_FILES = ("outlines", "masks", "mean.png", "uncertainty.png", "figure.png", "result.json")
 

@@ -655,7 +655,7 @@ def test_info_without_a_model(capsys, tmp_path, monkeypatch):
     assert "model: no weights found; give --model" in capsys.readouterr().out
     cli.main(["info", "--json"])
     facts = json.loads(capsys.readouterr().out)
-    assert facts["model"] is None and "clone the repository" in facts["note"]
+    assert facts["model"] is None and "install a clone of the repository" in facts["note"]
     with pytest.raises(UserError, match="no model directory"):
         cli.main(["info", "--model", str(tmp_path / "nowhere")])
 
@@ -895,7 +895,7 @@ def test_missing_models_are_refused(run_segment, tmp_path, image_path, monkeypat
         with pytest.raises(UserError, match=message):
             run_segment(model=name)
     monkeypatch.setattr(inference, "DEFAULT_MODEL", tmp_path / "nowhere")
-    with pytest.raises(UserError, match="no weights found; give --model .* or clone the repository"):
+    with pytest.raises(UserError, match="no weights found; give --model .* or install a clone of the repository"):
         run_segment(model=None)
     assert not (tmp_path / "out").exists()
 

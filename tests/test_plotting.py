@@ -88,7 +88,7 @@ def arrays():
 
 def test_figure_shows_eight_samples_and_labels_empty_ones(arrays):
     figure = sample_figure(**arrays, title="nodule 1")
-    assert titles(figure)[:4] == ["slice", "all samples", "mean probability", "entropy (bits)"]
+    assert titles(figure)[:4] == ["slice", "samples", "mean probability, all readers", "entropy (bits)"]
     assert titles(figure)[4:6] == ["sample 1: empty", "sample 2: 120 px"]
     assert len(titles(figure)) == 12
     assert texts(figure).count("empty") == 1
@@ -270,7 +270,7 @@ def test_maps_are_transparent_where_they_are_zero():
     image, mask = np.zeros((64, 64)), square(20, 20, 40, 40)
     mean = np.where(mask, 0.9, 0.0)
     figure = map_figure(image, mean, np.where(mask, 0.5, 0.0), (0, 0, 64), box=(15, 15, 45, 45))
-    assert titles(figure) == ["mean probability", "entropy (bits)"]
+    assert titles(figure) == ["mean probability, all readers", "entropy (bits)"]
     overlays = [axes.images[1].get_array() for axes in figure.axes[:2]]
     for overlay in overlays:
         np.testing.assert_array_equal(np.ma.getmaskarray(overlay), ~mask)

@@ -92,12 +92,12 @@ class ProbabilisticSamConfig(SamConfig):
     latent_hidden_size: int = 128
     detail_hidden_size: int = 32
     detail_num_blocks: int = 3
-    latent_dropout: float = 0.1
-    bce_weight: float = 1.0
-    dice_weight: float = 10.0
-    kl_weight: float = 1.0
-    presence_weight: float = 1.0
-    energy_weight: float = 0.0
+    latent_dropout: float | int = 0.1
+    bce_weight: float | int = 1.0
+    dice_weight: float | int = 10.0
+    kl_weight: float | int = 1.0
+    presence_weight: float | int = 1.0
+    energy_weight: float | int = 0.0
     num_energy_samples: int = 4
 
     @classmethod

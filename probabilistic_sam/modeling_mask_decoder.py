@@ -7,15 +7,21 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.models.sam.modeling_sam import SamMaskDecoder
 
+MASKED = -1e4  # added to a score, it makes a weight of 0 in every floating-point type
 
-def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Multi-head attention of projected tensors (B, N, length, C).
+
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, num_heads: int, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Multi-head attention of projected tensors (B, N, length, C); `mask` (B, length) is added to the scores of keys.
 
     The scores are small because there are few tokens. Plain matrix products avoid the fused kernel, whose backward
     pass is slow in bfloat16 on a CPU.
     """
     query, key, value = (item.unflatten(-1, (num_heads, -1)).transpose(2, 3) for item in (query, key, value))
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
+    if mask is not None:
+        scores = scores + mask[:, None, None, None]
     context = scores.softmax(dim=-1).to(value.dtype) @ value
     return context.transpose(2, 3).flatten(-2)
 
@@ -55,6 +61,7 @@ class ProbabilisticSamMaskDecoder(SamMaskDecoder):
         dense_prompt_embeddings: torch.Tensor,
         middle_details: torch.Tensor,
         fine_details: torch.Tensor,
+        padding: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Decode N prompts of each image.
 
@@ -65,6 +72,8 @@ class ProbabilisticSamMaskDecoder(SamMaskDecoder):
             dense_prompt_embeddings: `(B, C, g, g)`.
             middle_details: `(B, C / 4, 2g, 2g)`, added after the first upscaling.
             fine_details: `(B, C / 8, 4g, 4g)`, added after the second one.
+            padding: `(B, T)` bool, sparse embeddings that nothing attends to. SAM attends to them, so that its masks
+                depend on how many points the other prompts have.
 
         Returns:
             Logits `(B, N, 4g, 4g)` of SAM's single-mask token, and the IoU scores `(B, N)` of its IoU head.
@@ -72,6 +81,9 @@ class ProbabilisticSamMaskDecoder(SamMaskDecoder):
         batch, prompts = sparse_prompt_embeddings.shape[:2]
         grid = image_embeddings.shape[-1]
         tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight]).expand(batch, prompts, -1, -1)
+        mask = None
+        if padding is not None:
+            mask = F.pad(padding, (tokens.shape[2], 0)).to(sparse_prompt_embeddings.dtype) * MASKED  # (B, T)
         prompt_tokens = torch.cat([tokens, sparse_prompt_embeddings], dim=2)  # (B, N, T, C)
         positions = image_positional_embeddings.flatten(2).transpose(1, 2)[:, None]  # (1, 1, G, C), G = g * g
         # (B, K, G, C): K is 1 while the prompts of an image share its tokens, N afterwards
@@ -79,7 +91,7 @@ class ProbabilisticSamMaskDecoder(SamMaskDecoder):
 
         tokens = prompt_tokens
         for layer in self.transformer.layers:
-            tokens, image = self.two_way_layer(layer, tokens, image, prompt_tokens, positions)
+            tokens, image = self.two_way_layer(layer, tokens, image, prompt_tokens, positions, mask)
         attention = self.transformer.final_attn_token_to_image
         context = self.token_to_image(attention, tokens + prompt_tokens, image, positions)
         tokens = self.transformer.layer_norm_final_attn(tokens + context)
@@ -103,13 +115,17 @@ class ProbabilisticSamMaskDecoder(SamMaskDecoder):
         return masks, self.iou_prediction_head(tokens[:, :, 0].detach())[..., 0]
 
     @staticmethod
-    def two_way_layer(layer, tokens, image, prompt_tokens, positions) -> tuple[torch.Tensor, torch.Tensor]:
-        """`SamTwoWayAttentionBlock` on tokens (B, N, T, C) and image (B, K, G, C); returns the image with K = N."""
+    def two_way_layer(layer, tokens, image, prompt_tokens, positions, mask) -> tuple[torch.Tensor, torch.Tensor]:
+        """`SamTwoWayAttentionBlock` on tokens (B, N, T, C) and image (B, K, G, C); returns the image with K = N.
+
+        `mask` (B, T) is added to the scores of the tokens as keys, or None.
+        """
         attention = layer.self_attn
         query = tokens if layer.skip_first_layer_pe else tokens + prompt_tokens
         context = attend(
-            attention.q_proj(query), attention.k_proj(query), attention.v_proj(tokens), attention.num_attention_heads
-        )
+            attention.q_proj(query), attention.k_proj(query), attention.v_proj(tokens), attention.num_attention_heads,
+            mask,
+        )  # fmt: skip
         context = attention.out_proj(context)
         tokens = layer.layer_norm1(context if layer.skip_first_layer_pe else tokens + context)
 
@@ -119,7 +135,7 @@ class ProbabilisticSamMaskDecoder(SamMaskDecoder):
         tokens = layer.layer_norm2(tokens + context)
         tokens = layer.layer_norm3(tokens + layer.mlp(tokens))
         context = ProbabilisticSamMaskDecoder.image_to_token(
-            layer.cross_attn_image_to_token, image, positions, tokens + prompt_tokens, tokens
+            layer.cross_attn_image_to_token, image, positions, tokens + prompt_tokens, tokens, mask
         )
         return tokens, layer.layer_norm4(image + context)
 
@@ -151,11 +167,12 @@ class ProbabilisticSamMaskDecoder(SamMaskDecoder):
         return attention.out_proj(context.flatten(-2))
 
     @staticmethod
-    def image_to_token(attention, image, positions, tokens, values) -> torch.Tensor:
+    def image_to_token(attention, image, positions, tokens, values, mask) -> torch.Tensor:
         """`SamAttention` of the image (B, K, G, C) to tokens (B, N, T, C) with their `values`: (B, N, G, C)."""
         heads = attention.num_attention_heads
         key = (attention.k_proj(tokens) * attention.scaling).unflatten(-1, (heads, -1))
-        weights = ProbabilisticSamMaskDecoder.scores(key, attention.q_proj, image, positions).softmax(dim=3)
+        scores = ProbabilisticSamMaskDecoder.scores(key, attention.q_proj, image, positions)  # (B, N, heads, T, G)
+        weights = (scores if mask is None else scores + mask[:, None, None, :, None]).softmax(dim=3)
         weight, bias = weight_and_bias(attention.out_proj, tokens)
         value = attention.v_proj(values).unflatten(-1, (heads, -1))
         # The attention weights of a head sum to 1, so the bias can be added to the values

@@ -45,7 +45,8 @@ GROUPS = 8  # of the group norms
 MAX_DECODED = 16  # masks per decoder call, so that memory does not grow with the number of samples
 EVALUATION_SEED = 0  # of the noise in evaluation mode with labels but without a generator
 # Accepted values of tensors and their meaning
-POINT_LABELS = {1: "inside", 0: "outside", -1: "not a point", -10: "padding"}
+PADDING_LABEL = -10
+POINT_LABELS = {1: "inside", 0: "outside", -1: "not a point", PADDING_LABEL: "padding"}
 MASK_VALUES = {0: "outside", 1: "inside"}
 # Keys of a processor's output that `model(**inputs)` passes and the model does not use
 NOT_USED = ("windows", "original_sizes", "reshaped_input_sizes")
@@ -208,10 +209,19 @@ def check_other_arguments(arguments: Mapping[str, Any]) -> None:
             raise TypeError(f"got an unexpected keyword argument {name!r}.")
 
 
+def check_num_samples(num_samples: int) -> None:
+    """Raise ValueError unless it is a whole number of at least 1."""
+    if not hasattr(num_samples, "__index__"):
+        raise ValueError(f"num_samples must be a whole number, got {num_samples!r}.")
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
+
+
 def check_image_and_prompts(
     pixel_values: torch.Tensor | None,
     image_embeddings: torch.Tensor | None,
     input_points: torch.Tensor | None,
+    input_labels: torch.Tensor | None,
     input_boxes: torch.Tensor | None,
     input_masks: torch.Tensor | None,
 ) -> None:
@@ -225,15 +235,24 @@ def check_image_and_prompts(
     prompts = {"input_points": input_points, "input_boxes": input_boxes, "input_masks": input_masks}
     if all(prompt is None for prompt in prompts.values()):
         raise ValueError("A prompt must be provided: input_boxes, input_points or input_masks.")
-    if input_points is not None and input_points.ndim != 4:
-        raise ValueError(f"input_points must have the shape (B, P, K, 2), got {tuple(input_points.shape)}.")
-    if input_boxes is not None and input_boxes.ndim != 3:
-        raise ValueError(f"input_boxes must have the shape (B, P, 4), got {tuple(input_boxes.shape)}.")
+    if input_labels is not None and (input_points is None or input_labels.shape != input_points.shape[:-1]):
+        points = "none" if input_points is None else tuple(input_points.shape)
+        raise ValueError(f"input_labels {tuple(input_labels.shape)} do not fit input_points {points}: one per point.")
     images = pixel_values if image_embeddings is None else image_embeddings
     assert images is not None
+    shapes = {"input_points": ("B", "P", "K", 2), "input_boxes": ("B", "P", 4), "input_masks": ("B", 1, "h", "w")}
     for name, prompt in prompts.items():
-        if prompt is not None and prompt.shape[0] != images.shape[0]:
+        if prompt is None:
+            continue
+        axes = shapes[name]
+        right = prompt.ndim == len(axes) and 0 not in prompt.shape
+        if not right or any(isinstance(n, int) and n != size for n, size in zip(axes, prompt.shape, strict=True)):
+            raise ValueError(f"{name} must have the shape ({', '.join(map(str, axes))}), got {tuple(prompt.shape)}.")
+        if prompt.shape[0] != images.shape[0]:
             raise ValueError(f"{name} are for {prompt.shape[0]} images, but there are {images.shape[0]}.")
+    side = images.shape[-1] // 4 if image_embeddings is None else 4 * images.shape[-1]
+    if input_masks is not None and input_masks.shape[2:] != (side, side):
+        raise ValueError(f"input_masks must have the shape (B, 1, {side}, {side}), got {tuple(input_masks.shape)}.")
     if input_points is not None and input_boxes is not None and input_points.shape[1] != input_boxes.shape[1]:
         raise ValueError(
             "input_points and input_boxes must have the same number of prompts per image, got "
@@ -635,7 +654,7 @@ class ProbabilisticSamModel(SamModel):
         Returns:
             (B, P); features (N, W, g, g) and prompt maps (N, 4, g, g) for the latent networks; and the `embeddings`
             of `decode_outlines`: image with details (N, C, g, g), sparse (N, T, C) or None, dense (N, C, g, g),
-            details at the two finer resolutions.
+            details at the two finer resolutions, and which sparse embeddings are padding (N, T) or None.
         """
         sparse, dense = self.prompt_encoder(
             input_points=input_points, input_labels=input_labels, input_boxes=input_boxes, input_masks=input_masks
@@ -651,7 +670,11 @@ class ProbabilisticSamModel(SamModel):
         features, coarse, middle, fine = self.detail_network(image_embeddings, fine_maps)
         image = image_embeddings[:, :-PIXEL_CHANNELS] + coarse
         sparse = None if sparse is None else sparse.flatten(0, 1)
-        return (batch, count), features, coarse_maps, (image, sparse, dense, (middle, fine))
+        padding = None
+        if sparse is not None and input_labels is not None:  # the points come first, then the box
+            padding = (input_labels == PADDING_LABEL).flatten(0, 1)
+            padding = F.pad(padding, (0, sparse.shape[1] - padding.shape[1]))
+        return (batch, count), features, coarse_maps, (image, sparse, dense, (middle, fine), padding)
 
     def predict_prior(
         self, lead: tuple[int, int], features: torch.Tensor, coarse_maps: torch.Tensor
@@ -666,7 +689,7 @@ class ProbabilisticSamModel(SamModel):
 
         No mask is empty for lack of presence: z_0 has no effect.
         """
-        image_embeddings, sparse_embeddings, dense_embeddings, (middle_details, fine_details) = embeddings
+        image_embeddings, sparse_embeddings, dense_embeddings, (middle_details, fine_details), padding = embeddings
         lead = latents.shape[:3]
         latent_embeddings = self.latent_proj(latents[..., 1:].to(dense_embeddings.dtype))
         latent_embeddings = latent_embeddings.flatten(0, 1)[:, :, None]  # (B * P, S, 1, C)
@@ -680,6 +703,7 @@ class ProbabilisticSamModel(SamModel):
             dense_prompt_embeddings=dense_embeddings,
             middle_details=middle_details,
             fine_details=fine_details,
+            padding=padding,
         )
         return masks.unflatten(0, lead[:2]).float(), iou_scores.unflatten(0, lead[:2])
 
@@ -735,9 +759,8 @@ class ProbabilisticSamModel(SamModel):
             TypeError: an unknown argument.
         """
         check_other_arguments(kwargs)
-        check_image_and_prompts(pixel_values, image_embeddings, input_points, input_boxes, input_masks)
-        if num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
+        check_image_and_prompts(pixel_values, image_embeddings, input_points, input_labels, input_boxes, input_masks)
+        check_num_samples(num_samples)
         if labels is None and (reader_mask is not None or annotated is not None):
             raise ValueError("reader_mask and annotated describe labels, but there are none.")
         if labels is not None and latents is not None:
@@ -747,10 +770,11 @@ class ProbabilisticSamModel(SamModel):
             image_embeddings = self.encode(pixel_values)
         assert image_embeddings is not None
         channels = self.config.vision_config.output_channels + PIXEL_CHANNELS
-        if image_embeddings.shape[1] != channels:
+        grid = self.config.prompt_encoder_config.image_embedding_size
+        if image_embeddings.shape[1:] != (channels, grid, grid):
             raise ValueError(
-                f"image_embeddings must have {channels} channels, those of get_image_embeddings, got "
-                f"{image_embeddings.shape[1]}."
+                f"image_embeddings must have the shape (B, {channels}, {grid}, {grid}), those of "
+                f"get_image_embeddings, got {tuple(image_embeddings.shape)}."
             )
         if input_points is not None and input_labels is None:
             input_labels = torch.ones_like(input_points[..., 0], dtype=torch.int)
@@ -781,7 +805,8 @@ class ProbabilisticSamModel(SamModel):
                 parts = latents.split(max(1, MAX_DECODED // math.prod(lead)), dim=2)
                 chunks = [self.decode_outlines(embeddings, part) for part in parts]
                 outlines, iou_scores = (torch.cat(chunk, dim=2) for chunk in zip(*chunks, strict=True))
-            masks = torch.where(latents[..., 0, None, None] > 0, outlines, EMPTY_LOGIT)
+            # Not `> 0` with the branches exchanged: NaN stays NaN instead of looking like an empty mask
+            masks = torch.where(latents[..., 0, None, None] <= 0, EMPTY_LOGIT, outlines)
             values |= {"pred_masks": masks, "iou_scores": iou_scores, "latents": latents, "outline_masks": outlines}
             values["presence"] = torch.special.ndtr(prior_mean[..., 0])
         return ProbabilisticSamOutput(**values)

@@ -104,7 +104,7 @@ class Decoder(nn.Module):
         mean, log_std = model.predict_prior(lead, features, coarse_maps)
         latents = mean[:, :, None] + torch.exp(log_std)[:, :, None] * noise
         outlines, _ = model.decode_outlines(embeddings, latents)
-        pred_masks = torch.where(latents[..., 0, None, None] > 0, outlines, EMPTY_LOGIT)
+        pred_masks = torch.where(latents[..., 0, None, None] <= 0, EMPTY_LOGIT, outlines)
         presence = 0.5 * (1 + torch.erf(mean[..., 0] / math.sqrt(2)))
         return pred_masks, outlines, mean, log_std, presence
 

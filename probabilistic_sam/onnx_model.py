@@ -19,6 +19,7 @@ from .modeling_probabilistic_sam import (
     MAX_DECODED,
     POINT_LABELS,
     check_image_and_prompts,
+    check_num_samples,
     check_other_arguments,
     check_values,
     spread_noise,
@@ -97,12 +98,11 @@ class OnnxModel:
             UserError: a mask prompt, or boxes and points together, for which there is no graph.
         """
         check_other_arguments(kwargs)
-        check_image_and_prompts(pixel_values, image_embeddings, input_points, input_boxes, input_masks)
+        check_image_and_prompts(pixel_values, image_embeddings, input_points, input_labels, input_boxes, input_masks)
+        check_num_samples(num_samples)
         if input_masks is not None or (input_boxes is not None and input_points is not None):
             given = "a mask prompt" if input_masks is not None else "a box together with points"
             raise UserError(f"runtime onnx does not support {given}; accepted: boxes or points, or runtime torch")
-        if num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
         if pixel_values is not None:
             image_embeddings = self.get_image_embeddings(pixel_values)
         assert image_embeddings is not None

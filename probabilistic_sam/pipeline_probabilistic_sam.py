@@ -105,11 +105,16 @@ class ProbabilisticMaskGenerationPipeline(Pipeline):
         refuse_unknown(unknown)
         is_image = isinstance(images, (str, bytes, bytearray, os.PathLike, Mapping))
         is_image = is_image or any(hasattr(images, name) for name in ("ndim", "getbands", "read"))  # array, PIL, file
-        if isinstance(images, tuple):
+        is_single = is_image or not (hasattr(images, "__iter__") or hasattr(images, "__getitem__"))
+        if is_single:
+            images = [images]  # so that `batch_size` applies to its windows
+        elif isinstance(images, tuple):
             images = list(images)
-        elif not is_image and not isinstance(images, (list, GeneratorType)) and hasattr(images, "__iter__"):
+        elif hasattr(images, "__iter__") and not isinstance(images, (list, GeneratorType)):
             images = (image for image in images)  # a dataset or column, which transformers would treat as one image
-        return super().__call__(
+        if images == []:  # which transformers does not accept
+            return []
+        results = super().__call__(
             images,
             boxes=boxes,
             points=points,
@@ -121,6 +126,7 @@ class ProbabilisticMaskGenerationPipeline(Pipeline):
             batch_size=batch_size,
             num_workers=num_workers,
         )
+        return results[0] if is_single else results
 
     def _sanitize_parameters(
         self,
@@ -197,11 +203,6 @@ class ProbabilisticMaskGenerationPipeline(Pipeline):
         for images in DataLoader(dataset, num_workers=num_workers, batch_size=batch_size, collate_fn=list):
             for outputs in self.forward(images, batch_size=batch_size, **forward_params):
                 yield self.postprocess(outputs, **postprocess_params)
-
-    def run_single(self, inputs, *params) -> list[dict[str, Any]]:
-        """Results of one image."""
-        (result,) = self.get_iterator([inputs], 0, 1, *params)
-        return result
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write a repository that works without the package: weights, configuration, processor and their code."""

@@ -66,10 +66,12 @@ class ProbabilisticSamProcessor(ProcessorMixin):
 
     def __init__(self, image_size: int = 256, crop_size: int | None = 64, stretch_percentiles=(0.5, 99.5), **kwargs):
         super().__init__(**kwargs)
-        if image_size < 16 or image_size % 16:
-            raise ValueError(f"image_size must be a positive multiple of 16, got {image_size}")
-        if crop_size is not None and crop_size < 1:
-            raise ValueError(f"crop_size must be at least 1 pixel, or None for the whole image, got {crop_size}")
+        if not isinstance(image_size, int) or image_size < 16 or image_size % 16:
+            raise ValueError(f"image_size must be a positive multiple of 16, got {image_size!r}")
+        if crop_size is not None and (not isinstance(crop_size, int) or crop_size < 2):
+            raise ValueError(
+                f"crop_size must be a whole number of 2 pixels or more, or None for the whole image, got {crop_size!r}"
+            )
         low, high = stretch_percentiles
         if not 0 <= low < high <= 100:
             raise ValueError(f"stretch_percentiles must be two ascending numbers in 0..100, got {low} and {high}")
@@ -82,6 +84,21 @@ class ProbabilisticSamProcessor(ProcessorMixin):
     def include_code(self) -> None:
         """Let `save_pretrained` also write the processor's code and refer to it in `processor_config.json`."""
         self._auto_class = "AutoProcessor"  # of this object only, not of the class
+
+    @classmethod
+    def get_processor_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
+        """As in `ProcessorMixin`, which takes the default settings if there is no file.
+
+        Raises:
+            OSError: the folder or repository has no settings of this processor.
+        """
+        settings, kwargs = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        if not settings.keys() & {"image_size", "crop_size", "stretch_percentiles"}:
+            raise OSError(
+                f"{pretrained_model_name_or_path} has no processor_config.json of a {cls.__name__}; the processor of "
+                "training writes it there (processor.save_pretrained)"
+            )
+        return settings, kwargs
 
     @classmethod
     def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> Any:

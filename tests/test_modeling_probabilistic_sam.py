@@ -98,7 +98,9 @@ def test_image_embeddings_replace_pixel_values(model, inputs):
 
 def test_embeddings_of_sam_alone_are_refused(model, inputs):
     sam = model.vision_encoder(inputs["pixel_values"]).last_hidden_state
-    with pytest.raises(ValueError, match="image_embeddings must have 32 channels.* got 16"):
+    with pytest.raises(
+        ValueError, match=r"image_embeddings must have the shape \(B, 32, 2, 2\), .*got \(2, 16, 2, 2\)"
+    ):
         model(image_embeddings=sam, input_boxes=inputs["input_boxes"])
 
 
@@ -254,6 +256,27 @@ def test_where_a_padding_point_lies_does_not_matter(model, inputs, padding):
     assert torch.equal(first.prior_mean, second.prior_mean) and torch.equal(first.pred_masks, second.pred_masks)
 
 
+@pytest.mark.parametrize("box", [False, True])
+def test_padding_points_change_nothing(model, inputs, box):
+    boxes = {"input_boxes": inputs["input_boxes"][:, :1]} if box else {}
+
+    def samples(points, labels):
+        given = {"input_points": torch.tensor([[points]] * 2), "input_labels": torch.tensor([[labels]] * 2)}
+        return model.sample(inputs["pixel_values"], **given, **boxes, generator=torch.Generator().manual_seed(0))
+
+    alone = samples([[10.0, 10.0]], [1])
+    padded = samples([[10.0, 10.0], [-10.0, -10.0], [-10.0, -10.0]], [1, -10, -10])
+    outside = samples([[10.0, 10.0], [20.0, 20.0]], [1, 0])
+    for name in ("prior_mean", "outline_masks", "iou_scores"):
+        assert torch.allclose(alone[name], padded[name], atol=1e-5)
+        assert not torch.allclose(alone[name], outside[name], atol=1e-5)
+
+
+def test_not_a_number_does_not_look_like_an_empty_mask(model, inputs):
+    output = model.sample(**inputs | {"pixel_values": inputs["pixel_values"] * torch.nan}, num_samples=4)
+    assert output.pred_masks.isnan().all() and output.presence.isnan().all()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -261,6 +284,18 @@ def test_where_a_padding_point_lies_does_not_matter(model, inputs, padding):
         ({"image_embeddings": torch.zeros(2, 16, 2, 2)}, "Exactly one of pixel_values"),
         ({"input_boxes": None}, "A prompt must be provided"),
         ({"input_boxes": torch.zeros(2, 4)}, r"input_boxes must have the shape \(B, P, 4\), got \(2, 4\)"),
+        ({"input_boxes": torch.zeros(2, 1, 5)}, r"input_boxes must have the shape \(B, P, 4\), got \(2, 1, 5\)"),
+        ({"input_boxes": torch.zeros(2, 0, 4)}, r"input_boxes must have the shape \(B, P, 4\), got \(2, 0, 4\)"),
+        ({"input_masks": torch.zeros(2, 8, 8)}, r"input_masks must have the shape \(B, 1, h, w\), got \(2, 8, 8\)"),
+        (
+            {"input_masks": torch.zeros(2, 1, 16, 16)},
+            r"input_masks must have the shape \(B, 1, 8, 8\), got \(2, 1, 16, 16\)",
+        ),
+        (
+            {"input_points": torch.zeros(2, 2, 3, 2), "input_labels": torch.zeros(2, 3)},
+            r"input_labels \(2, 3\) do not fit input_points \(2, 2, 3, 2\)",
+        ),
+        ({"num_samples": 2.0}, r"num_samples must be a whole number, got 2\.0"),
         ({"input_boxes": torch.zeros(3, 1, 4)}, "input_boxes are for 3 images, but there are 2"),
         ({"input_points": torch.zeros(2, 1, 1, 2)}, "same number of prompts per image, got 1 and 3"),
         ({"num_samples": 0}, "num_samples must be at least 1, got 0"),

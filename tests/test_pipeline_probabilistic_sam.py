@@ -186,6 +186,15 @@ def test_dataset_columns_rows_and_generators_stream(pipe):
         assert same(results[0], expected[0]) and same(results[1][:1], expected[1])
 
 
+def test_batches_hold_the_windows_of_one_image_too(pipe, monkeypatch):
+    sizes, sample = [], pipe.model.sample
+    monkeypatch.setattr(
+        pipe.model, "sample", lambda **inputs: sizes.append(len(inputs["windows"])) or sample(**inputs)
+    )
+    assert len(pipe(make_image(0), boxes=[BOX, OTHER_BOX, BOX], batch_size=2)) == 3
+    assert sizes == [2, 1] and pipe([], boxes=BOX) == []
+
+
 def test_samples_do_not_depend_on_other_images_or_the_batch_size(pipe):
     rows = [
         {"image": make_image(0), "boxes": [BOX, OTHER_BOX]},

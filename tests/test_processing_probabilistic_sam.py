@@ -11,7 +11,7 @@ import PIL.Image
 import pytest
 import torch
 from tiny import SIZE, tiny_model
-from transformers import AutoProcessor
+from transformers import AutoProcessor, SamImageProcessor, SamProcessor
 
 from probabilistic_sam import ProbabilisticSamProcessor
 from probabilistic_sam.processing_probabilistic_sam import (
@@ -815,7 +815,9 @@ def test_whole_images_need_the_same_number_of_prompts(image):
     [
         ({"image_size": 100}, "image_size must be a positive multiple of 16, got 100"),
         ({"image_size": 0}, "got 0"),
-        ({"crop_size": 0}, "crop_size must be at least 1 pixel, or None for the whole image, got 0"),
+        ({"crop_size": 1}, "crop_size must be a whole number of 2 pixels or more, or None for the whole image, got 1"),
+        ({"crop_size": 64.0}, "crop_size must be a whole number .* got 64.0"),
+        ({"image_size": "256"}, "image_size must be a positive multiple of 16, got '256'"),
         ({"stretch_percentiles": (99, 1)}, "two ascending numbers in 0..100, got 99 and 1"),
     ],
 )
@@ -825,6 +827,14 @@ def test_wrong_settings_are_named(settings, message):
 
 
 # ---------------------------------------------------------------------------------------------------- save and load
+
+
+def test_missing_settings_are_not_replaced_by_default_ones(tmp_path):
+    with pytest.raises(OSError, match="has no processor_config.json of a ProbabilisticSamProcessor"):
+        ProbabilisticSamProcessor.from_pretrained(tmp_path)
+    SamProcessor(SamImageProcessor()).save_pretrained(tmp_path)
+    with pytest.raises(OSError, match="has no processor_config.json of a ProbabilisticSamProcessor"):
+        ProbabilisticSamProcessor.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("auto", [ProbabilisticSamProcessor, AutoProcessor])

@@ -19,6 +19,7 @@ from ..modeling_probabilistic_sam import (
     ProbabilisticSamOutput,
     Readers,
     check_generators,
+    check_image_and_prompts,
     pack_pixels,
     pixels_and_contrast,
     prompt_maps,
@@ -165,8 +166,9 @@ class PixelModel(PreTrainedModel):
         """Input of a U-Net, pixels and prompts as maps: (B, P, 6, h, w).
 
         Raises:
-            ValueError: neither or both of image and embeddings, or no prompt.
+            ValueError: neither or both of image and embeddings, no prompt, or shapes that do not fit.
         """
+        check_image_and_prompts(pixel_values, image_embeddings, **prompts)
         pixels = pixels_and_contrast(to_embeddings(pack_pixels, pixel_values, image_embeddings))  # (B, 2, h, w)
         prompt = prompt_maps(self.config.image_size, pixels.shape[-1], **prompts).to(pixels.dtype)
         return torch.cat([pixels[:, None].expand(-1, prompt.shape[1], -1, -1, -1), prompt], dim=2)

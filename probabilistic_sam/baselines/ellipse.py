@@ -11,7 +11,13 @@ from transformers import initialization as init
 from transformers.utils import can_return_tuple
 
 from ..errors import UserError
-from ..modeling_probabilistic_sam import EMPTY_LOGIT, ProbabilisticSamOutput, check_other_arguments, spread_noise
+from ..modeling_probabilistic_sam import (
+    EMPTY_LOGIT,
+    ProbabilisticSamOutput,
+    check_num_samples,
+    check_other_arguments,
+    spread_noise,
+)
 from .common import PixelConfig, PixelModel
 
 SHARPNESS = 4.0  # logit one pixel inside the outline
@@ -86,9 +92,10 @@ class EllipseModel(PixelModel):
         check_other_arguments(kwargs)
         if input_boxes is None:
             raise UserError("the ellipse baseline needs a box; accepted: prompts with input_boxes")
+        check_num_samples(num_samples)
         size = self.config.image_size // 4
         noise = spread_noise((*input_boxes.shape[:2], num_samples, 2), generator, self.device)
-        present = noise[..., 0] > torch.special.ndtri(self.probability_of_empty)  # (B, P, S)
+        present = noise[..., 0] > torch.special.ndtri(self.probability_of_empty.float())  # (B, P, S)
         scale = torch.exp(self.log_scale_mean + self.log_scale_std * noise[..., 1])
         low, high = (input_boxes.float() * (size / self.config.image_size)).chunk(2, dim=-1)  # (B, P, 2), mask px
         radii = (((high - low) / 2)[:, :, None] * scale[..., None]).clamp(min=1e-3)  # (B, P, S, 2)

@@ -11,6 +11,7 @@ from ..modeling_probabilistic_sam import (
     ProbabilisticSamOutput,
     Readers,
     check_image_and_prompts,
+    check_num_samples,
     check_other_arguments,
     spread_noise,
 )
@@ -112,7 +113,7 @@ class LatentFreeSamModel(DropoutSampling, SamVariant):  # type: ignore[misc]
         self, embeddings: tuple, dropout: float, generator: torch.Generator | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One pass for each of N prompts with dropout: logits (N, h, w) and IoU scores (N,)."""
-        image, tokens, dense, middle, fine = embeddings
+        image, tokens, dense, middle, fine, padding = embeddings
         tokens = drop_channels(tokens.flatten(1), dropout, generator).view_as(tokens)
         image, middle, fine = (drop_channels(item, dropout, generator) for item in (image, middle, fine))
         masks, iou_scores = self.mask_decoder(
@@ -122,6 +123,7 @@ class LatentFreeSamModel(DropoutSampling, SamVariant):  # type: ignore[misc]
             dense_prompt_embeddings=dense,
             middle_details=middle,
             fine_details=fine,
+            padding=padding,
         )
         return masks[:, 0].float(), iou_scores[:, 0]
 
@@ -150,7 +152,8 @@ class LatentFreeSamModel(DropoutSampling, SamVariant):  # type: ignore[misc]
             ValueError: neither or both of image and embeddings, no prompt, or shapes that do not fit.
         """
         check_other_arguments(kwargs)
-        check_image_and_prompts(pixel_values, image_embeddings, input_points, input_boxes, input_masks)
+        check_image_and_prompts(pixel_values, image_embeddings, input_points, input_labels, input_boxes, input_masks)
+        check_num_samples(num_samples)
         image_embeddings = to_embeddings(self.encode, pixel_values, image_embeddings)
         if input_points is not None and input_labels is None:
             input_labels = torch.ones_like(input_points[..., 0], dtype=torch.int)
@@ -188,9 +191,11 @@ class LatentFreeSamModel(DropoutSampling, SamVariant):  # type: ignore[misc]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits (B, P, count, h, w) and IoU scores (B, P, count) of `count` passes per prompt."""
         kinds = ("input_points", "input_labels", "input_boxes", "input_masks")
-        *_, (image, sparse, dense, details) = self.embed(image_embeddings, *(prompts.get(kind) for kind in kinds))
+        *_, embeddings = self.embed(image_embeddings, *(prompts.get(kind) for kind in kinds))
+        image, sparse, dense, details, padding = embeddings
         tokens = dense.new_zeros(len(dense), 0, dense.shape[1]) if sparse is None else sparse
-        slots = (item.repeat_interleave(count, dim=0) for item in (image, tokens, dense, *details))
+        padding = tokens.new_zeros(tokens.shape[:2], dtype=torch.bool) if padding is None else padding
+        slots = (item.repeat_interleave(count, dim=0) for item in (image, tokens, dense, *details, padding))
         parts = zip(*(item.split(MAX_DECODED) for item in slots), strict=True)
         decoded = zip(*(self.decode_once(part, dropout, generator) for part in parts), strict=True)
         masks, iou_scores = (torch.cat(items).unflatten(0, (len(image_embeddings), -1, count)) for items in decoded)

@@ -14,6 +14,7 @@ from ..modeling_probabilistic_sam import (
     DetailBlock,
     ProbabilisticSamOutput,
     Readers,
+    check_num_samples,
     check_other_arguments,
     normal_noise,
     spread_noise,
@@ -125,6 +126,7 @@ class DropoutUNetModel(DropoutSampling, PixelModel):  # type: ignore[misc]
         evaluation mode only. The loss is the mean over `known_readers`.
         """
         check_other_arguments(kwargs)
+        check_num_samples(num_samples)
         maps = self.get_maps(
             pixel_values, image_embeddings, input_points=input_points, input_labels=input_labels,
             input_boxes=input_boxes, input_masks=input_masks,
@@ -250,6 +252,7 @@ class ProbabilisticUNetModel(PixelModel):
         mean over `known_readers` of `bce_weight` BCE (summed over pixels) + `kl_weight` KL.
         """
         check_other_arguments(kwargs)
+        check_num_samples(num_samples)
         maps = self.get_maps(
             pixel_values, image_embeddings, input_points=input_points, input_labels=input_labels,
             input_boxes=input_boxes, input_masks=input_masks,

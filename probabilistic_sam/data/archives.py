@@ -1,4 +1,4 @@
-"""Sets of PNG files, one image and several masks per slice, read from folders or tar archives.
+"""Sets of PNG files, one image and several masks per slice, read from folders, zip or tar archives.
 
 A `Layout` describes the file names of a set; any other name is refused. An archive is read once, front to back, and
 never unpacked to disk; links are not followed.
@@ -8,7 +8,9 @@ import gzip
 import io
 import os
 import re
+import stat
 import tarfile
+import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -44,7 +46,7 @@ class Layout:
 def read_files(
     paths: Iterable[str | os.PathLike[str]], layout: Layout
 ) -> Iterator[tuple[tuple[str, ...], list[NamedFile]]]:
-    """Yield each slice of folders or `.tar` / `.tar.gz` archives as soon as all of its files have been read.
+    """Yield each slice of folders, `.zip`, `.tar` or `.tar.gz` archives as soon as all of its files have been read.
 
     The files of incomplete slices are kept in memory.
 
@@ -58,15 +60,16 @@ def read_files(
     for path in roots:
         if not path.exists():
             raise UserError(
-                f"{path}: no such file or directory; accepted: a directory or .tar(.gz) in the layout {layout.text}"
+                f"{path}: no such file or directory; accepted: a folder, .zip or .tar(.gz) in the layout {layout.text}"
             )
     whole = f"accepted: one image and {len(layout.kinds) - 1} masks per slice"
     waiting: dict[tuple[str, ...], dict[str, NamedFile]] = {}
     finished: set[tuple[str, ...]] = set()
     for path in roots:
-        for name, content in _directory_files(path, layout) if path.is_dir() else _archive_files(path, layout):
+        read = _directory_files if path.is_dir() else _zip_files if zipfile.is_zipfile(path) else _tar_files
+        for name, content in read(path, layout):
             match = layout.file.fullmatch(name)
-            assert match is not None  # both functions check the name
+            assert match is not None  # all three functions check the name
             groups = match.groupdict()
             kind = groups.pop("kind")
             key = tuple(groups.values())
@@ -107,7 +110,26 @@ def _directory_files(root: Path, layout: Layout) -> Iterator[NamedFile]:
                 raise UserError(f"{name}: is a link or device; accepted: regular files and folders")
 
 
-def _archive_files(path: Path, layout: Layout) -> Iterator[NamedFile]:
+def _zip_files(path: Path, layout: Layout) -> Iterator[NamedFile]:
+    """Yield (name, content) of every regular member of a zip archive, in the order of its directory."""
+    name = "its first member"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for count, member in enumerate(archive.infolist(), start=1):
+                name = member.filename.removesuffix("/")
+                _check_name(layout, layout.folder if member.is_dir() else layout.file, name)
+                _check_count(count, name)
+                if member.is_dir():
+                    continue
+                if stat.S_ISLNK(member.external_attr >> 16):
+                    raise UserError(f"{name}: is a link or device; accepted: regular files and folders")
+                _check_size(member.file_size, name)
+                yield name, archive.read(member)  # never more than `file_size`; a wrong checksum is an error
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError, zlib.error) as error:
+        raise UserError(f"{path}: damaged, encrypted or truncated, at or after {name} ({error})") from error
+
+
+def _tar_files(path: Path, layout: Layout) -> Iterator[NamedFile]:
     """Yield (name, content) of every regular member of a tar archive, in one pass."""
     name = "its first member"
     with path.open("rb") as raw:

@@ -60,7 +60,7 @@ LAYOUT = Layout(
 
 
 def read_hpunet(paths: Iterable[str | os.PathLike[str]]) -> Iterator[dict]:
-    """Yield a row for each crop in directories or `.tar` / `.tar.gz` archives, in the order they are read.
+    """Yield a row for each crop in directories, `.zip`, `.tar` or `.tar.gz` archives, in the order they are read.
 
     A file name gives the distance of the slice from z = 0, with an unreliable sign, and the number of the crop on the
     slice. Which nodule a crop shows is not known: `nodule_id` is the crop's number, `slice_index` the distance in

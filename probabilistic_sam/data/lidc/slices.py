@@ -1,5 +1,7 @@
 """Source `slices`: a directory or archive of PNG crops in the layout of the public LIDC-IDRI-slices set.
 
+The set is on Kaggle (zhangweiled/lidcidri).
+
     LIDC-IDRI-slices/LIDC-IDRI-dddd/nodule-n/{images,mask-0,mask-1,mask-2,mask-3}/slice-k.png
 
 The first folder may be missing. An archive is read once, front to back, and never unpacked to disk.
@@ -65,7 +67,7 @@ Hounsfield units. Only slices that a reader annotated are included.
 def read_slices(
     path: str | os.PathLike[str], index: str | os.PathLike[str] | None = None, truth: str = "public"
 ) -> Iterator[dict]:
-    """Yield a row for each slice of a directory or of a `.tar` / `.tar.gz` archive, in the order they are read.
+    """Yield a row for each slice of a folder or of a `.zip`, `.tar` or `.tar.gz` archive, in the order of reading.
 
     Args:
         path: the directory or archive.

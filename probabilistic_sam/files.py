@@ -194,17 +194,16 @@ def _foreign(target: Path, owned: Sequence[str], results: str | None) -> Iterato
 
 def _matches(parts: Sequence[str], pattern: str) -> bool:
     """Whether the parts of a path match those of a pattern one by one."""
-    patterns = PurePath(pattern).parts
+    patterns = PurePath(pattern).parts  # none for "."
     return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
 
 
 def _is_owned(parts: Sequence[str], owned: Sequence[str], is_folder: bool) -> bool:
     """Whether a path matches a pattern or is below one that does; a folder may also lead to one."""
-    for pattern in owned:
-        patterns = PurePath(pattern).parts
-        if all(map(fnmatchcase, parts, patterns)) and (is_folder or len(parts) >= len(patterns)):
-            return True
-    return False
+    return any(
+        all(map(fnmatchcase, parts, pattern)) and (is_folder or len(parts) >= len(pattern))
+        for pattern in (name.split("/") for name in owned)
+    )
 
 
 def _is_ignored(path: Path) -> bool:

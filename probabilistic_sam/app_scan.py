@@ -22,7 +22,7 @@ from .app_canvas import MAX_SAMPLES, check_numbers, is_whole, picture, prompt_ca
 from .errors import UserError
 from .modeling_probabilistic_sam import ProbabilisticSamModel
 from .processing_probabilistic_sam import ProbabilisticSamProcessor
-from .scan_files import MEASURES, default_formats, presence_words, write_scan_result
+from .scan_files import MEASURES, choose_formats, presence_words, write_scan_result
 from .scan_sampling import sample_scan
 from .scans import Scan, SeveralSeries, open_scan
 from .segment_scan import Nodule, check_nodule, prompt_line
@@ -137,7 +137,7 @@ def read_nodule(scan: Scan, value: Any, first: Any, last: Any, num_samples: int)
             "probabilistic-sam segment"
         )
     nodule = Nodule(box, int(first), int(last))
-    check_nodule(scan, nodule, default_formats(scan), num_samples)
+    check_nodule(scan, nodule, choose_formats(scan)[0], num_samples)
     return nodule
 
 
@@ -175,13 +175,15 @@ def sample_nodule(
     nodule = read_nodule(scan, prompt, first, last, int(num_samples))
     sampled = sample_scan(model, processor, scan, nodule.box, (nodule.first, nodule.last), int(num_samples), int(seed))
 
+    formats, left_out = choose_formats(scan)
+
     def write(folder: Path) -> tuple[dict[str, Any], np.ndarray]:
-        result = write_scan_result(folder, scan, sampled, default_formats(scan), name)
+        result = write_scan_result(folder, scan, sampled, formats, name)
         with Image.open(folder / "figure.png") as figure:
             return result, np.asarray(figure.convert("RGB"))
 
     archive, (result, figure) = zip_of(write, "nodule")
-    lines = [prompt_line(scan, nodule), *(f"Warning: {text}" for text in result["warnings"])]
+    lines = [prompt_line(scan, nodule), *(f"Warning: {text}" for text in (*result["warnings"], *left_out))]
     return [numbers_text(result), gr.Column(visible=True), "\n\n".join(lines), figure, archive]
 
 

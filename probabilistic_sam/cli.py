@@ -9,13 +9,14 @@ probabilistic-sam info
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from typing import Any
 
 from . import __version__
 from .arguments import ArgumentParser, number, probability, spacing, whole_number
 from .errors import UserError, run
-from .images import is_scan
+from .images import SCANS, is_dicom, is_scan
 from .inference import MAX_SAMPLES, RUNTIMES, choose_device, find_model, load_model, quiet_transformers
 from .info import information, information_text
 from .processing_image_files import IMAGE_FORMATS
@@ -37,15 +38,26 @@ def segment(arguments: argparse.Namespace) -> None:
     if arguments.image is not None and is_scan(arguments.image):
         segment_in_scan(arguments, options)
     else:
-        check_options(arguments, SCAN_OPTIONS, f"{arguments.image or 'a table of images'} is not a scan")
+        check_options(arguments, SCAN_OPTIONS, *not_a_scan(arguments.image))
         segment_in_image(arguments, options)
 
 
-def check_options(arguments: argparse.Namespace, names: Sequence[str], reason: str) -> None:
+def check_options(arguments: argparse.Namespace, names: Sequence[str], reason: str, otherwise: str = "") -> None:
     """Raise `UserError` if an option was given that has no effect."""
     given = [name for name in names if getattr(arguments, name) not in (None, [])]
     if given:
-        raise UserError(f"{reason}; accepted: the command without --{given[0].replace('_', '-')}")
+        raise UserError(f"{reason}; accepted: {otherwise}the command without --{given[0].replace('_', '-')}")
+
+
+def not_a_scan(path: str | None) -> tuple[str, str]:
+    """Why there is no scan at a path, and what is accepted instead."""
+    if path is None:
+        return "a table of images is not a scan", ""
+    if not os.path.exists(path):
+        return f"no scan at {path}", f"{SCANS}, or "
+    if is_dicom(path):
+        return f"{path} is a single slice", "the folder of its series, or "
+    return f"{path} is not a scan", f"{SCANS}, or "
 
 
 def segment_in_scan(arguments: argparse.Namespace, options: Options) -> None:
@@ -229,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def entry() -> None:
-    """Console script."""
+    """Run the command line and exit; the console script is `probabilistic_sam_command`."""
     run(main)
 
 

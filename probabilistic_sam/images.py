@@ -10,6 +10,7 @@ from .errors import UserError
 from .processing_image_files import IMAGE_FORMATS, MAX_PIXELS, open_image
 
 NIFTI = (".nii", ".nii.gz")
+SCANS = "a folder or zip with a DICOM series, a multi-frame DICOM file, .nii or .nii.gz"
 
 
 def load_image(path: str | os.PathLike) -> np.ndarray:

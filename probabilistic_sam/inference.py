@@ -41,7 +41,10 @@ HOW_TO_GET_WEIGHTS = (
     "give --model with a folder or a name on the Hub (owner/name), or install a clone of the repository with "
     "pip install -e, so that its model_cards/psam-lidc is found"
 )
-RESULT_FILES = ("outlines", "masks", "mean.png", "uncertainty.png", "figure.png", "result.json")
+RESULT_FILES = (
+    "outlines/sample-[0-9]*.png", "masks/sample-[0-9]*.png", "mean.png", "uncertainty.png", "figure.png",
+    "result.json",
+)  # fmt: skip
 
 
 @dataclass

@@ -6,7 +6,9 @@ from the headers of the input.
 """
 
 import gzip
+import io
 import json
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,11 @@ from typing import Any
 import highdicom
 import nibabel
 import numpy as np
+import pydicom
 import torch
 import transformers
 from highdicom.seg import Segmentation, SegmentDescription
+from highdicom.volume import Volume
 from pydicom.sr.codedict import codes
 
 from . import __version__
@@ -25,7 +29,7 @@ from .inference import presence_words, value_summary
 from .plotting import save_figure, scan_figure
 from .processing_probabilistic_sam import QUANTILES, binary_entropy
 from .scan_sampling import SampledScan
-from .scans import Scan, box_in_patient, one_line_errors
+from .scans import Scan, box_in_patient, one_line_errors, orientation
 
 FORMATS = ("nifti", "dicom-seg", "dicom-seg-samples", "png")
 LEVELS = (0.25, 0.5, 0.75)  # probabilities whose outlines DICOM SEG holds
@@ -34,6 +38,12 @@ NIFTI_FILES = ("probability.nii.gz", "entropy.nii.gz", "samples.nii.gz")
 SEG_FILES = ("probability.dcm", "levels.dcm", "samples.dcm")
 SCAN_RESULT_FILES = (*NIFTI_FILES, *SEG_FILES, "figure.png", "result.json")
 SERIES_NUMBER = 9000
+# That DICOM SEG refers to, and that it may leave empty (type 2), though highdicom asks for them
+REFERENCED_UIDS = ("StudyInstanceUID", "FrameOfReferenceUID", "SOPInstanceUID")
+TYPE_2 = (
+    "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID",
+    "AccessionNumber",
+)  # fmt: skip
 MEASURES = ("volume_mm3", "longest_diameter_mm")  # in result.json, each also with `_given_presence`
 COLUMN_LEVELS = {"median": "0.5", "q05": "0.05", "q95": "0.95"}  # in summary.csv and in result.json
 SUMMARY_COLUMNS = (
@@ -43,20 +53,59 @@ SUMMARY_COLUMNS = (
 LARGEST_MM = 30.0  # nodules of LIDC-IDRI
 
 
-def default_formats(scan: Scan) -> list[str]:
-    """All formats that a scan allows, except the samples as DICOM SEG."""
-    return ["nifti", "dicom-seg", "png"] if scan.headers else ["nifti", "png"]
+def choose_formats(scan: Scan, asked: Sequence[str] | None = None) -> tuple[list[str], list[str]]:
+    """The formats to write, and warnings about those left out.
+
+    Args:
+        scan: an open scan.
+        asked: some of `FORMATS`; None takes all that the scan allows, except the samples as DICOM SEG.
+
+    Raises:
+        UserError: DICOM SEG was asked for and cannot be written for this scan.
+    """
+    wanted = [name for name in asked or ["dicom-seg"] if name.startswith("dicom-seg")]
+    if asked and not wanted or not asked and not scan.headers:
+        return list(asked or ["nifti", "png"]), []
+    problem = segmentation_problem(scan)
+    if not problem:
+        return list(asked or ["nifti", "dicom-seg", "png"]), []
+    if asked:
+        raise UserError(f"{wanted[0]} cannot be written: {problem}; accepted: --format nifti png")
+    return ["nifti", "png"], [f"DICOM SEG is left out: {problem}"]
+
+
+def segmentation_problem(scan: Scan) -> str:
+    """Why no DICOM SEG can be written for a scan; empty if it can."""
+    if not scan.headers:
+        return f"it refers to the DICOM images of the scan, but this is {scan.kind}"
+    missing = [name for name in REFERENCED_UIDS if not scan.headers[0].get(name)]
+    if missing:
+        return f"the scan has no {missing[0]}"
+    if not is_stored_axially(scan) and len(LEVELS) * math.prod(scan.stored.spatial_shape) > MAX_SEGMENT_VOXELS:
+        return "its slices are not axial and have too many voxels"
+    try:
+        with one_line_errors("a header of the scan", "used"):
+            headers = source_headers(scan.headers[:1], scan.stored.spacing[0])
+            blank = segment_volume(scan, 0, np.zeros((1, *scan.stored.spatial_shape[1:], 1), np.uint8))
+            tracking, series = ("Nodule", highdicom.UID()), highdicom.UID()
+            segmentation = segments(headers, blank, ["Nodule"], tracking, "LEVELS", series, 1)
+            segmentation.save_as(io.BytesIO())
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def is_stored_axially(scan: Scan) -> bool:
+    """Whether the slices of the file are those of the scan."""
+    return orientation(scan.stored)[0] in "HF"
 
 
 def check_formats(formats: Sequence[str], scan: Scan, num_slices: int, num_samples: int) -> None:
-    """Raise `UserError` for DICOM SEG of a scan that is not DICOM, or of too many samples."""
+    """Raise `UserError` for DICOM SEG that needs too much memory."""
     wanted = [name for name in formats if name.startswith("dicom-seg")]
-    if wanted and not scan.headers:
-        raise UserError(
-            f"{wanted[0]} refers to the DICOM images of the scan, but this is {scan.kind}; accepted: nifti, png"
-        )
     segments = num_samples if "dicom-seg-samples" in formats else len(LEVELS)
-    voxels = num_slices * scan.shape[1] * scan.shape[2]
+    frames, rows, columns = scan.stored.spatial_shape
+    voxels = (num_slices if is_stored_axially(scan) else frames) * rows * columns
     if wanted and segments * voxels > MAX_SEGMENT_VOXELS:
         raise UserError(
             f"{wanted[-1]} of {segments} segments in {num_slices} slices needs too much memory; accepted: at most "
@@ -264,37 +313,67 @@ def write_segmentations(folder: Path, scan: Scan, sampled: SampledScan, with_sam
     if with_samples and len(sampled.masks):
         names = [f"Nodule, sample {index + 1}" for index in range(len(sampled.masks))]
         parts.append((samples_file, "SAMPLES", sampled.masks, names))
-    for number, (file, label, values, names) in enumerate(parts, start=1):
-        with one_line_errors("DICOM SEG", "written"):
-            segmentation = segments(scan, sampled, values, names, tracking, label, series, number)
-            segmentation.save_as(folder / file)
+    with one_line_errors("DICOM SEG", "written"):
+        headers = source_headers(scan.headers, scan.stored.spacing[0])
+        for number, (file, label, values, names) in enumerate(parts, start=1):
+            volume = source_frames(scan, sampled, values)
+            segments(headers, volume, names, tracking, label, series, number).save_as(folder / file)
     return {
         probability_file: "FRACTIONAL segment: share of the readers who outline the nodule that include a voxel",
         levels_file: "BINARY segments: voxels that at least 25, 50 and 75 % of those readers include",
     } | ({samples_file: "one overlapping BINARY segment per sample"} if len(parts) == 3 else {})
 
 
+def source_headers(originals: Sequence[pydicom.Dataset], step_mm: float) -> list[pydicom.Dataset]:
+    """Headers of a scan as highdicom takes them: text in UTF-8, and an empty value for a missing tag of type 2.
+
+    Args:
+        originals: headers, which do not change.
+        step_mm: distance between slices, for a missing slice thickness; highdicom could not read the file without.
+    """
+    headers = []
+    for original in originals:
+        header = pydicom.Dataset()
+        header.update(original)
+        header.decode()
+        # add_new replaces the element, which the original shares
+        header.add_new("SpecificCharacterSet", "CS", "ISO_IR 192")
+        for keyword in TYPE_2:
+            if keyword not in header:
+                setattr(header, keyword, None)
+        if not header.get("SliceThickness"):
+            header.add_new("SliceThickness", "DS", round(step_mm, 6))
+        headers.append(header)
+    return headers
+
+
+def source_frames(scan: Scan, sampled: SampledScan, values: np.ndarray) -> Volume:
+    """Blocks (S, K, h, w) of the window, probabilities or masks, in whole frames of the source."""
+    kind: type = np.uint8 if values.dtype == bool else np.float32
+    blocks = [scan.in_stored_order(value, sampled.slices[0], sampled.corner) for value in values]
+    (first, top, left), (frames, height, width) = blocks[0][1], blocks[0][0].shape
+    full: np.ndarray = np.zeros((frames, *scan.stored.spatial_shape[1:], len(values)), kind)
+    for index, (block, _) in enumerate(blocks):
+        full[:, top : top + height, left : left + width, index] = block
+    return segment_volume(scan, first, full)
+
+
+def segment_volume(scan: Scan, first: int, values: np.ndarray) -> Volume:
+    """Segments (K, rows, columns, S) of the frames of the source from `first` on."""
+    channels: Any = {"SegmentNumber": range(1, values.shape[-1] + 1)}
+    return scan.stored[first : first + len(values)].with_array(values, channels=channels)
+
+
 def segments(
-    scan: Scan,
-    sampled: SampledScan,
-    values: np.ndarray,
+    headers: Sequence[pydicom.Dataset],
+    volume: Volume,
     names: Sequence[str],
     tracking: tuple[str, str],
     label: str,
     series: str,
     number: int,
 ) -> Segmentation:
-    """One DICOM SEG from blocks (S, K, h, w) of the window: probabilities or masks."""
-    fractional = values.dtype != bool
-    _, rows, columns = scan.shape
-    first, last = sampled.slices
-    (top, left), (height, width) = sampled.corner, values.shape[2:]
-    kind: type = np.float32 if fractional else np.uint8
-    full: np.ndarray = np.zeros((last - first + 1, rows, columns, len(values)), kind)
-    full[:, top : top + height, left : left + width] = np.moveaxis(values, 0, -1)
-    volume = scan.geometry[first : last + 1].with_array(full, channels={"SegmentNumber": range(1, len(values) + 1)})
-    # The frames of the segmentation are those of the source
-    volume = volume.to_patient_orientation(scan.stored.get_closest_patient_orientation())
+    """One DICOM SEG of a volume from `segment_volume`."""
     algorithm = highdicom.AlgorithmIdentificationSequence(
         name="Probabilistic SAM", version=__version__, family=codes.DCM.ArtificialIntelligence
     )
@@ -312,9 +391,9 @@ def segments(
         for index, name in enumerate(names, start=1)
     ]
     return Segmentation(
-        source_images=list(scan.headers),
+        source_images=list(headers),
         pixel_array=volume,
-        segmentation_type="FRACTIONAL" if fractional else "BINARY",
+        segmentation_type="BINARY" if volume.dtype == np.uint8 else "FRACTIONAL",
         segment_descriptions=described,
         series_instance_uid=series,
         series_number=SERIES_NUMBER,
@@ -326,7 +405,7 @@ def segments(
         device_serial_number="none",
         content_label=label,
         content_description="For research only, not for diagnosis",
-        omit_empty_frames=bool(full.any()),
+        omit_empty_frames=bool(volume.array.any()),
         series_description="Probabilistic SAM, research only",
     )
 

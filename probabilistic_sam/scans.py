@@ -35,7 +35,7 @@ from highdicom.volume import VolumeGeometry
 
 from .dicom_slice import read_dicom, read_full_header, read_header
 from .errors import UserError
-from .images import NIFTI, is_dicom
+from .images import NIFTI, SCANS, is_dicom
 
 MAX_VOXELS = 2**29  # of a scan; 2,000 slices of 512 x 512
 MAX_READ_VOXELS = 2**27  # held at a time, in four bytes each
@@ -44,10 +44,13 @@ MAX_BYTES = 2**31  # of all files of a scan
 MAX_OBLIQUE = 30.0  # degrees between the normal of the slices and the patient's long axis
 MAX_TILT = 0.1  # degrees between the normal of the slices and the direction in which they are stacked
 GAP_TOLERANCE = 0.01  # of the distance between slices
+END_TOLERANCE = 0.25  # of the distance between slices; coordinates may be rounded, or those of the slices' faces
 AXIAL = "HPL"  # slices to the head, rows to the back, columns to the left
+KNOWN_SPACING_MM = (0.46, 0.98)  # of the pixels of LIDC-IDRI
+SPACING_MARGIN = 1.25  # factor from which a spacing is far outside
 NOT_SCANS = ("SEG", "RTSTRUCT", "RTDOSE", "SR", "PR", "KO", "REG")  # modalities without slices to annotate
 SHOWN_SERIES = 8
-ACCEPTED = "accepted: a folder or zip with a DICOM series, a multi-frame DICOM file, .nii or .nii.gz"
+ACCEPTED = f"accepted: {SCANS}"
 _TAGS = ["SeriesInstanceUID", "Modality", "NumberOfFrames", "Rows", "Columns", "SeriesDescription"]
 _SAME = ("Rows", "Columns", "Modality", "FrameOfReferenceUID", "SOPClassUID")
 
@@ -107,9 +110,16 @@ class Scan:
     @property
     def warnings(self) -> list[str]:
         """What the user should know about this scan."""
-        if self.modality in (None, "CT"):
-            return []
-        return [f"the modality of this scan is {self.modality}; the shipped weights know CT only"]
+        texts = []
+        if self.modality not in (None, "CT"):
+            texts.append(f"the modality of this scan is {self.modality}; the shipped weights know CT only")
+        (_, rows, columns), (low, high) = self.spacing_mm, KNOWN_SPACING_MM
+        if min(rows, columns) < low / SPACING_MARGIN or max(rows, columns) > high * SPACING_MARGIN:
+            texts.append(
+                f"the pixel spacing of this scan is {rows:.3g} x {columns:.3g} mm; the shipped weights know "
+                f"{low:g} to {high:g} mm"
+            )
+        return texts
 
     def read(self, first: int, last: int) -> np.ndarray:
         """Grey values of the slices from `first` to `last`, in Hounsfield units for CT: (K, rows, columns) float32.
@@ -552,21 +562,22 @@ def box_in_patient(scan: Scan, box: Sequence[float], first: int, last: int) -> l
 def box_in_pixels(scan: Scan, box_mm: Sequence[float]) -> tuple[list[float], int, int]:
     """Box in pixels, first and last slice of a box in patient coordinates x1, y1, z1, x2, y2, z2.
 
-    The box contains all corners; the slices are those whose centre it contains.
+    The box contains all corners. The slices are those whose centre it contains, or misses by at most `END_TOLERANCE`;
+    Z1 and Z2 may be equal, as in `box_in_patient` of one slice.
 
     Raises:
-        UserError: no volume, no slice in it, or outside the scan.
+        UserError: no area, no slice in it, or outside the scan.
     """
     low, high = np.array(box_mm[:3], dtype=float), np.array(box_mm[3:], dtype=float)
-    if not (low < high).all():
+    if not (low[:2] < high[:2]).all() or low[2] > high[2]:
         raise UserError(
-            f"box {brief(np.array(box_mm))} mm has no volume or is turned around; accepted: X1 < X2, Y1 < Y2, Z1 < Z2"
+            f"box {brief(np.array(box_mm))} mm has no area or is turned around; accepted: X1 < X2, Y1 < Y2, Z1 <= Z2"
         )
     ends = np.stack([low, high])
     corners = np.array([[ends[a, 0], ends[b, 1], ends[c, 2]] for a in (0, 1) for b in (0, 1) for c in (0, 1)])
     index = (corners - scan.geometry.affine[:3, 3]) @ np.linalg.inv(scan.geometry.affine[:3, :3]).T
     (slice1, y1, x1), (slice2, y2, x2) = index.min(axis=0), index.max(axis=0)
-    first, last = math.ceil(slice1 - 1e-3), math.floor(slice2 + 1e-3)
+    first, last = math.ceil(slice1 - END_TOLERANCE), math.floor(slice2 + END_TOLERANCE)
     if first > last:
         raise UserError(
             f"box {brief(np.array(box_mm))} mm lies between two slices, which are {scan.spacing_mm[0]:g} mm apart; "

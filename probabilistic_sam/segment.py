@@ -108,13 +108,13 @@ def segment_image(
         raise UserError(f"{len(boxes)} boxes; accepted: at most {MAX_BOXES}, or a table with --prompts")
     if len(boxes) > 1:
         requests = [Request(image, {"box": box}, folder=f"box-{index}") for index, box in enumerate(boxes)]
-        owned = _numbered("box", MAX_BOXES)
+        owned, folders = [f"box-[0-9]*/{name}" for name in RESULT_FILES], "box-*"
     else:
         given = {"box": boxes[0] if boxes else None, "points": points, "negative_points": negative_points}
         requests = [Request(image, {key: value for key, value in given.items() if value}, mask)]
-        owned = RESULT_FILES
+        owned, folders = list(RESULT_FILES), "."
     _check(requests, options)
-    with replaced_directory(output, owned) as folder:
+    with replaced_directory(output, owned, folders) as folder:
         results = _write_results(requests, folder, options, "box")
     return [
         f"wrote {Path(output) / request.folder}: {result_words(result)}; see figure.png, result.json"
@@ -133,7 +133,8 @@ def segment_table(table: str, output: str, options: Options) -> str:
     """
     requests = read_table(table)
     _check(requests, options)
-    with replaced_directory(output, (*_numbered("row", MAX_ROWS), "summary.csv")) as folder:
+    owned = (*(f"row-[0-9]*/{name}" for name in RESULT_FILES), "summary.csv")
+    with replaced_directory(output, owned, "row-*") as folder:
         results = _write_results(requests, folder, options, "row")
         _write_summary(folder / "summary.csv", requests, results)
     images = len({request.image for request in requests})
@@ -218,11 +219,6 @@ def finite_number(text: str, place: str) -> float:
     if not math.isfinite(value):
         raise UserError(f"{place}{text[:80]!r}; accepted: a finite number")
     return value
-
-
-def _numbered(name: str, count: int) -> tuple[str, ...]:
-    """Patterns of the folders `name`-0 to `name`-(count - 1)."""
-    return tuple(f"{name}-" + "[0-9]" * digits for digits in range(1, len(str(count - 1)) + 1))
 
 
 def _opened(requests: Sequence[Request], options: Options) -> Iterator[tuple[np.ndarray, float | None, dict]]:

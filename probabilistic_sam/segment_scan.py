@@ -19,7 +19,7 @@ from .scan_files import (
     SUMMARY_COLUMNS,
     box_warnings,
     check_formats,
-    default_formats,
+    choose_formats,
     result_line,
     summary_row,
     write_scan_result,
@@ -74,13 +74,15 @@ def segment_scan(
     """
     with open_scan(path, series) as scan:
         nodules = find_nodules(scan, box, slices, box_mm, table)
-        formats = formats or default_formats(scan)
-        lines = [f"warning: {warning}" for warning in scan.warnings]
+        formats, left_out = choose_formats(scan, formats)
+        lines = [f"warning: {warning}" for warning in (*scan.warnings, *left_out)]
         for nodule in nodules:
             check_nodule(scan, nodule, formats, options.num_samples)
         folders = ["."] if table is None else [f"nodule-{index}" for index in range(len(nodules))]
-        owned = SCAN_RESULT_FILES if table is None else ("nodule-[0-9]*", "summary.csv")
-        with replaced_directory(output, owned) as folder:
+        owned = list(SCAN_RESULT_FILES)
+        if table is not None:
+            owned = [*(f"nodule-[0-9]*/{name}" for name in owned), "summary.csv"]
+        with replaced_directory(output, owned, "." if table is None else "nodule-*") as folder:
             model, processor = load_model(options.model)
             model = model.to(options.device)
             results = []
@@ -148,7 +150,7 @@ def check_nodule(scan: Scan, nodule: Nodule, formats: Sequence[str], num_samples
 
 def prompt_line(scan: Scan, nodule: Nodule) -> str:
     """The prompt in pixels and in patient coordinates."""
-    x1, y1, z1, x2, y2, z2 = (f"{value:.1f}" for value in box_in_patient(scan, nodule.box, nodule.first, nodule.last))
+    x1, y1, z1, x2, y2, z2 = (f"{value:.2f}" for value in box_in_patient(scan, nodule.box, nodule.first, nodule.last))
     pixels = " ".join(f"{value:g}" for value in nodule.box)
     return (
         f"box {pixels} on slices {nodule.first} to {nodule.last} of 0 to {scan.shape[0] - 1}: patient x {x1} to {x2}, "

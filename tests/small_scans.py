@@ -19,7 +19,10 @@ def hounsfield(shape=SHAPE):
 
 
 def write_series(folder, hu, series="1.2.3.1", tilt=0.0, positions=None, descending=False, **tags):
-    """Write a series with one file per slice; `tilt` shifts each slice by so many mm in y."""
+    """Write a series with one file per slice; `tilt` shifts each slice by so many mm in y.
+
+    `positions` are heights, or points (x, y, z).
+    """
     given = {
         "StudyInstanceUID": "1.2.3", "FrameOfReferenceUID": "1.2.3.9", "PatientName": "Roe^Jane", "PatientID": "P1",
         "PatientBirthDate": "", "PatientSex": "", "StudyDate": "", "StudyTime": "", "StudyID": "", "SeriesNumber": 1,
@@ -30,9 +33,9 @@ def write_series(folder, hu, series="1.2.3.1", tilt=0.0, positions=None, descend
     heights = ORIGIN[2] + STEP * np.arange(len(hu)) if positions is None else positions
     for index, (values, z) in enumerate(zip(hu, heights, strict=True)):
         name = f"{len(hu) - index if descending else index:03d}.dcm"
-        position = [ORIGIN[0], ORIGIN[1] + tilt * index, float(z)]
+        position = [ORIGIN[0], ORIGIN[1] + tilt * index, float(z)] if np.ndim(z) == 0 else [float(p) for p in z]
         write_slice(
-            folder / name, values, series, float(z), generate_uid(),
+            folder / name, values, series, position[2], generate_uid(),
             **given | {"ImagePositionPatient": position, "InstanceNumber": index + 1},
         )  # fmt: skip
     return folder

@@ -136,7 +136,7 @@ def test_the_zip_holds_the_files_of_segment_and_the_page_shows_the_same(sample, 
             np.stack([np.asarray(Image.open(file.open(name))) for name in sorted(names) if name.startswith(folder)])
             for folder in ("masks/sample", "outlines/sample")
         )
-    assert {name.split("/")[0] for name in names} == set(inference.RESULT_FILES)
+    assert {name.split("/")[0] for name in names} == {name.split("/")[0] for name in inference.RESULT_FILES}
     assert (masks.shape, masks.dtype) == ((5, 128, 128), bool)
     assert result["area_px"]["samples"] == masks.sum((1, 2)).tolist()
     assert result["image"] == "slice.png" and str(Path(image_path).parent) not in json.dumps(result)
@@ -283,6 +283,28 @@ def test_a_scan_is_shown_turned_and_sampled_as_by_the_command(scan_page, scan_zi
     nothing = app_scan.show_scan(opened, None)
     assert nothing[0] is None and not list((tmp_path / "unpacked").iterdir())
     assert os.listdir(Path(archive).parent) == ["nodule.zip"]
+
+
+@pytest.mark.parametrize(
+    ("tags", "has_seg"),
+    [
+        (
+            {"SpecificCharacterSet": ["", "ISO 2022 IR 87"], "PatientName": "Yamada^Tarou=山田^太郎", "StudyID": None},
+            True,
+        ),
+        ({"without": ["StudyInstanceUID"]}, False),
+    ],
+)
+def test_a_scan_whose_headers_do_not_suit_dicom_seg_is_sampled(scan_page, tmp_path, tags, has_seg):
+    write_series(tmp_path / "in", np.stack([lesion().astype(int) * 5 - 1000] * 3), **tags)
+    opened, *_ = app_scan.show_scan(None, shutil.make_archive(str(tmp_path / "scan"), "zip", tmp_path / "in"))
+    try:
+        *_, words, _, archive = scan_page(opened)
+    finally:
+        opened.close()
+    with zipfile.ZipFile(archive) as file:
+        assert ("levels.dcm" in file.namelist()) == has_seg
+    assert ("Warning: DICOM SEG is left out: the scan has no StudyInstanceUID" in words) == (not has_seg)
 
 
 @pytest.mark.parametrize(

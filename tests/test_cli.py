@@ -21,6 +21,7 @@ from PIL import Image
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 from transformers import SamConfig, SamModel, pipeline
 
+import probabilistic_sam_command
 from probabilistic_sam import (
     ProbabilisticSamConfig,
     ProbabilisticSamModel,
@@ -103,7 +104,7 @@ def result_of(folder):
 
 def test_masks_maps_and_areas_are_consistent(run_segment, capsys):
     out = run_segment("--num-samples", 12, "--pixel-spacing", 0.5, "--seed", 3)
-    assert {path.name for path in out.iterdir()} == set(inference.RESULT_FILES)
+    assert {path.name for path in out.iterdir()} == {Path(name).parts[0] for name in inference.RESULT_FILES}
     files = sorted((out / "masks").iterdir())
     assert [path.name for path in files] == [f"sample-{index:02d}.png" for index in range(12)]
     images = [Image.open(path) for path in files]
@@ -475,7 +476,7 @@ def test_a_table_replaces_an_earlier_table_result_only(run_segment, table):
     table.write_text("image,x1,y1,x2,y2\nimages/a.png,10,12,30,28\n")
     run_segment("--num-samples", 1, image=None, prompt=("--prompts", table))
     assert {path.name for path in out.iterdir()} == {"row-0", "summary.csv"}
-    with pytest.raises(UserError, match="other files .row-0"):
+    with pytest.raises(UserError, match="other files .summary.csv"):
         run_segment("--num-samples", 1)
 
 
@@ -967,6 +968,24 @@ def test_foreign_files_are_never_replaced(run_segment, tmp_path):
     assert (tmp_path / "out" / "thesis.tex").read_text() == "years"
 
 
+@pytest.mark.parametrize("boxes", [1, 2])
+def test_folders_with_names_of_results_are_never_replaced(run_segment, tmp_path, boxes):
+    for name in ("masks/mask-0.png", "box-1/notes.txt"):
+        (tmp_path / "out" / name).parent.mkdir(parents=True)
+        (tmp_path / "out" / name).write_text("years")
+    with pytest.raises(UserError, match="holds other files"):
+        run_segment(prompt=("--box", 10, 12, 30, 28) * boxes)
+    assert set(contents(tmp_path / "out").values()) == {b"years"}
+
+
+def test_the_current_directory_stays_the_current_directory(run_segment, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for samples in (3, 2):
+        run_segment("--num-samples", samples, output=".")
+        assert len(list(Path("masks").iterdir())) == samples
+
+
 def test_outputs_that_cannot_be_written_are_refused(run_segment, tmp_path, image_path, monkeypatch):
     with pytest.raises(UserError, match="is a file"):
         run_segment(output=image_path)
@@ -997,6 +1016,26 @@ def test_an_error_is_one_line_and_exit_code_two(tmp_path, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert out == ""
     assert err == "error: argument --box: expected 4 arguments (see `probabilistic-sam segment --help`)\n"
+
+
+def test_an_interrupted_import_is_one_line(monkeypatch, capsys):
+    class Interrupted:
+        def find_spec(self, name, *_):
+            if name == "probabilistic_sam.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "probabilistic_sam.cli")
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
+    with pytest.raises(SystemExit) as stopped:
+        probabilistic_sam_command.entry()
+    assert stopped.value.code == 130 and capsys.readouterr() == ("", "interrupted\n")
+
+
+def test_the_console_script_runs_the_command_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["probabilistic-sam", "--version"])
+    with pytest.raises(SystemExit) as stopped:
+        probabilistic_sam_command.entry()
+    assert stopped.value.code == 0 and capsys.readouterr().out.startswith("probabilistic-sam ")
 
 
 def test_a_run_prints_one_line(image_path, model_dir, tmp_path):

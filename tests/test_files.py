@@ -34,7 +34,8 @@ def test_folder_is_replaced_as_a_whole(tmp_path):
         with replaced_directory(tmp_path / "deep" / "out", ("[abc]",)) as folder:
             for name in names:
                 (folder / name).write_text(names[0])
-            assert contents(tmp_path / "deep" / "out") == ({} if "a" in names else {"a": "a", "b": "a"})
+            before = {name: text for name, text in contents(tmp_path).items() if TEMPORARY not in name}
+            assert before == ({} if "a" in names else {"deep/out/a": "a", "deep/out/b": "a"})
     assert contents(tmp_path) == {"deep/out/b": "b", "deep/out/c": "b"}
 
 
@@ -65,18 +66,130 @@ def test_a_failure_while_moving_brings_the_previous_folder_back(tmp_path, monkey
         (folder / "a").write_text("old")
     move = os.replace
 
-    def fails_for_the_new_folder(source, target):
-        if Path(source).name == "new":
+    def fails_for_the_new_b(source, target):
+        if Path(source).parts[-2:] == ("new", "b"):
             raise OSError(errno.EIO, "Input/output error", str(source))
         move(source, target)
 
-    monkeypatch.setattr(os, "replace", fails_for_the_new_folder)
+    monkeypatch.setattr(os, "replace", fails_for_the_new_b)
     with (
         pytest.raises(UserError, match="^output directory .*/out cannot be written: Input/output error$"),
-        replaced_directory(tmp_path / "out", ("a",)) as folder,
+        replaced_directory(tmp_path / "out", ("a", "b")) as folder,
     ):
         (folder / "a").write_text("new")
+        (folder / "b").write_text("new")
     assert contents(tmp_path) == {"out/a": "old"}
+
+
+def test_a_folder_that_exists_stays_where_it_is(tmp_path, monkeypatch):
+    # As for a mount, or a parent that is not writable, or the current directory of a shell
+    out = tmp_path / "locked" / "out"
+    out.mkdir(parents=True)
+    (out / ".DS_Store").write_text("of the file manager")
+    before, move = out.stat().st_ino, os.replace
+
+    def inside(source, target):
+        assert {Path(source), Path(target)} & {out, out.parent} == set()
+        assert out in Path(source).parents and out in Path(target).parents
+        move(source, target)
+
+    monkeypatch.setattr(os, "replace", inside)
+    monkeypatch.chdir(out)
+    for name in ("a", "b"):
+        with replaced_directory(".", ("a", "b")) as folder:
+            (folder / name).write_text(name)
+        assert out.stat().st_ino == before and os.getcwd() == str(out)
+        assert contents(out) == {".DS_Store": "of the file manager", name: name}
+
+
+def write_result(folder, *files):
+    for file in ("result.json", *files):
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text('{"versions": {"probabilistic_sam": "0"}}' if file == "result.json" else "")
+
+
+RESULT = ("masks/sample-[0-9]*.png", "mean.png", "result.json")
+
+
+@pytest.mark.parametrize(
+    ("names", "foreign"),
+    [
+        (["masks/mask-0.png"], "masks/mask-0.png"),
+        (["masks/sample-00.png"], "masks"),  # no result.json
+        (["masks/empty/"], "masks/empty"),
+        (["masks/"], "masks"),
+        (["box-1/"], "box-1"),
+        (["result.json"], "result.json"),  # of another program
+        (["!", "masks/mask-0.png"], "masks/mask-0.png"),
+        (["!", "masks/more/sample-00.png"], "masks/more"),
+        (["!", "notes.txt"], "notes.txt"),
+        (["!", "masks/Thumbs.db", "desktop.ini", "mean.png", "masks/sample-00.png"], None),
+        (["desktop.ini"], None),
+        (["!"], None),
+    ],
+)
+def test_only_a_folder_with_a_result_and_nothing_else_is_replaced(tmp_path, names, foreign):
+    out = tmp_path / "out"
+    for name in names:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        if name == "!":
+            write_result(out)
+        elif name.endswith("/"):
+            (out / name).mkdir()
+        else:
+            (out / name).write_text("{}")
+    before = contents(tmp_path)
+    if foreign is None:
+        with replaced_directory(out, RESULT, ".") as folder:
+            (folder / "mean.png").write_text("new")
+        kept = {name: text for name, text in before.items() if name == "out/desktop.ini"}
+        assert contents(tmp_path) == {**kept, "out/mean.png": "new"}
+        return
+    message = rf"out holds other files \({re.escape(foreign)}\); accepted: a new directory"
+    with pytest.raises(UserError, match=message), replaced_directory(out, RESULT, "."):
+        pytest.fail("the block ran")
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "foreign"),
+    [
+        ("nodule-1/mask-0/1.png", "nodule-1/mask-0"),  # as in the public slices of LIDC-IDRI
+        ("nodule-1/masks/sample-00.png", "nodule-1"),
+        ("nodule-x/result.json", "nodule-x"),
+        ("summary.csv", None),
+        ("nodule-1/result.json", None),
+    ],
+)
+def test_every_folder_of_a_table_must_be_a_result(tmp_path, name, foreign):
+    owned = (*(f"nodule-[0-9]*/{file}" for file in RESULT), "summary.csv")
+    write_result(tmp_path / "out" / "nodule-0", "masks/sample-00.png")
+    write_result((tmp_path / "out" / name).parent) if name.endswith("json") else None
+    if not name.endswith("json"):
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).write_text("mine")
+    before = contents(tmp_path)
+    if foreign is None:
+        with replaced_directory(tmp_path / "out", owned, "nodule-*"):
+            pass
+        assert contents(tmp_path) == {"out": ""}
+        (tmp_path / "out" / "summary.csv").write_text("mine")
+        foreign, before = "summary.csv", contents(tmp_path)
+    with (
+        pytest.raises(UserError, match=rf"out holds other files \({re.escape(foreign)}\)"),
+        replaced_directory(tmp_path / "out", owned, "nodule-*"),
+    ):
+        pytest.fail("the block ran")
+    assert contents(tmp_path) == before
+
+
+def test_a_link_to_a_folder_is_not_a_result(tmp_path):
+    write_result(tmp_path / "out")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "sample-00.png").write_text("mine")
+    (tmp_path / "out" / "masks").symlink_to(tmp_path / "mine")
+    with pytest.raises(UserError, match=r"other files \(masks\)"), replaced_directory(tmp_path / "out", RESULT, "."):
+        pass
 
 
 def test_json_without_a_value_for_nan_keeps_the_old_file(tmp_path):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import highdicom
@@ -10,16 +11,24 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK
-from small_scans import SHAPE, SPACING, STEP, hounsfield, samples_of, whole, write_nifti, write_series
+from small_scans import ORIGIN, SHAPE, SPACING, STEP, hounsfield, samples_of, whole, write_nifti, write_series
 from tiny import SIZE, tiny_model
 
-from probabilistic_sam import ProbabilisticSamProcessor, cli
+from probabilistic_sam import ProbabilisticSamProcessor, cli, scan_files
 from probabilistic_sam.errors import UserError
 from probabilistic_sam.files import TEMPORARY
 from probabilistic_sam.hub.staging import EXAMPLES
 from probabilistic_sam.images import load_image
-from probabilistic_sam.scan_files import FORMATS, NIFTI_FILES, SEG_FILES, check_formats, write_scan_result
-from probabilistic_sam.scans import open_scan
+from probabilistic_sam.scan_files import (
+    FORMATS,
+    LEVELS,
+    NIFTI_FILES,
+    SEG_FILES,
+    TYPE_2,
+    choose_formats,
+    write_scan_result,
+)
+from probabilistic_sam.scans import box_in_pixels, open_scan
 
 SHIPPED = Path(__file__).resolve().parent.parent / "model_cards" / "psam-lidc"
 RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -160,9 +169,117 @@ def test_a_nifti_comes_back_with_its_geometry(tmp_path, kind):
         sampled = samples_of(scan)
         result = write_scan_result(tmp_path / "out", scan, sampled, ["nifti"], "model")
         check_nifti(tmp_path / "out", scan, sampled, RAS @ affine, values.shape)
-        with pytest.raises(UserError, match="dicom-seg refers to the DICOM images .* NIfTI; accepted: nifti, png"):
-            check_formats(["dicom-seg"], scan, 3, 4)
+        assert choose_formats(scan) == (["nifti", "png"], [])
+        with pytest.raises(
+            UserError, match="dicom-seg cannot be written: it refers to the DICOM images .* NIfTI; acc"
+        ):
+            choose_formats(scan, ["nifti", "dicom-seg"])
     assert "SeriesInstanceUID" not in result["scan"] and result["slices"][0]["sop_instance_uid"] is None
+
+
+JAPANESE = "Yamada^Tarou=山田^太郎=やまだ^たろう"
+KOREAN = "Hong^Gildong=洪^吉洞=홍^길동"
+
+
+@pytest.mark.parametrize(
+    ("tags", "name"),
+    [
+        ({"SpecificCharacterSet": ["", "ISO 2022 IR 87"], "PatientName": JAPANESE}, JAPANESE),
+        ({"SpecificCharacterSet": ["", "ISO 2022 IR 149"], "PatientName": KOREAN}, KOREAN),
+        ({"SpecificCharacterSet": "ISO_IR 100", "PatientName": "Müller^Jörg"}, "Müller^Jörg"),
+        ({"without": [*TYPE_2, "SliceThickness"]}, ""),
+        ({"SliceThickness": None}, "Roe^Jane"),
+    ],
+)
+def test_dicom_seg_of_any_alphabet_and_of_a_de_identified_series(tmp_path, tags, name):
+    write_series(tmp_path / "in", hounsfield(), **tags)
+    (tmp_path / "out").mkdir()
+    with open_scan(tmp_path / "in") as scan:
+        assert choose_formats(scan) == (["nifti", "dicom-seg", "png"], [])
+        before = [header.to_json_dict() for header in scan.headers]
+        sampled = samples_of(scan)
+        write_scan_result(tmp_path / "out", scan, sampled, ["dicom-seg"], "model")
+        assert [header.to_json_dict() for header in scan.headers] == before
+        written = pydicom.dcmread(tmp_path / "out" / SEG_FILES[1])
+        assert str(written.PatientName or "") == name and written.SpecificCharacterSet == "ISO_IR 192"
+        volume = highdicom.seg.segread(tmp_path / "out" / SEG_FILES[1]).get_volume(combine_segments=False)
+        volume = volume.to_patient_orientation(scan.geometry.get_closest_patient_orientation())
+        levels = whole(scan, sampled, sampled.mean)[1:4] >= 0.5
+        np.testing.assert_array_equal(volume.array[..., 1], levels)
+
+
+@pytest.mark.filterwarnings("ignore:Invalid value for VR")
+@pytest.mark.parametrize(
+    ("tags", "message"),
+    [
+        ({"without": ["StudyInstanceUID"]}, "the scan has no StudyInstanceUID"),
+        ({"FrameOfReferenceUID": ""}, "the scan has no FrameOfReferenceUID"),
+        ({"PatientSex": "unknown"}, "a header of the scan cannot be used (.*unknown.*)"),
+        ({"StudyDate": "2020"}, "a header of the scan cannot be used (.*)"),
+    ],
+)
+def test_where_dicom_seg_cannot_be_written_it_is_left_out_or_refused(tmp_path, tiny_dir, capsys, tags, message):
+    write_series(tmp_path / "in", hounsfield(), **tags)
+    common = ["segment", tmp_path / "in", "--box", 10, 8, 20, 18, "--slices", 1, 2, "--model", tiny_dir]
+    common = [str(word) for word in [*common, "--num-samples", 2, "--output", tmp_path / "out"]]
+    with pytest.raises(UserError, match=f"dicom-seg cannot be written: {message}; accepted: --format nifti png"):
+        cli.main([*common, "--format", "dicom-seg", "nifti"])
+    assert not (tmp_path / "out").exists()
+    cli.main(common)
+    assert re.search(f"^warning: DICOM SEG is left out: {message}$", capsys.readouterr().out, re.M)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {*NIFTI_FILES, "figure.png", "result.json"}
+
+
+@pytest.mark.parametrize("right", [[1, 0, 0], [0, 1, 0]])  # coronal and sagittal
+def test_dicom_seg_of_slices_that_are_not_axial_has_the_frames_of_the_source(tmp_path, right):
+    across = np.cross(right, [0, 0, -1])  # in which the slices are stacked
+    positions = [[ORIGIN[0], ORIGIN[1], 100.0] + STEP * index * across for index in range(8)]
+    write_series(
+        tmp_path / "in", hounsfield((8, 14, 20)), positions=positions, ImageOrientationPatient=[*right, 0, 0, -1]
+    )
+    (tmp_path / "out").mkdir()
+    with open_scan(tmp_path / "in") as scan:
+        assert scan.shape[0] == 14
+        sampled = samples_of(scan, slices=(3, 7), corner=(2, 1), size=(5, 6))
+        write_scan_result(tmp_path / "out", scan, sampled, FORMATS, "model")
+        sources = {header.SOPInstanceUID: header for header in scan.headers}
+        expected = np.stack([sampled.mean >= level for level in LEVELS])
+        placed, corner = zip(*[scan.in_stored_order(block, 3, (2, 1)) for block in expected], strict=True)
+        full = np.zeros((len(LEVELS), *scan.stored.spatial_shape), bool)
+        (k, i, j), (frames, height, width) = corner[0], placed[0].shape
+        full[:, k : k + frames, i : i + height, j : j + width] = placed
+    written = pydicom.dcmread(tmp_path / "out" / SEG_FILES[1])
+    assert (written.Rows, written.Columns) == (14, 20)
+    found = np.zeros_like(full)
+    for frame, groups in zip(written.pixel_array, written.PerFrameFunctionalGroupsSequence, strict=True):
+        (reference,) = groups.DerivationImageSequence[0].SourceImageSequence
+        source = sources[reference.ReferencedSOPInstanceUID]
+        assert reference.SpatialLocationsPreserved == "YES"
+        assert groups.PlanePositionSequence[0].ImagePositionPatient == source.ImagePositionPatient
+        segment = groups.SegmentIdentificationSequence[0].ReferencedSegmentNumber - 1
+        found[segment, [*sources].index(source.SOPInstanceUID)] = frame
+    np.testing.assert_array_equal(found, full)
+    fractional = highdicom.seg.segread(tmp_path / "out" / SEG_FILES[0])
+    assert (fractional.Rows, fractional.Columns) == (14, 20)
+
+
+def test_dicom_seg_that_needs_too_much_memory(tmp_path, monkeypatch):
+    write_series(tmp_path / "axial", hounsfield((5, 6, 7)))
+    write_series(tmp_path / "coronal", hounsfield((5, 6, 7)), positions=[[0, y, 0] for y in range(5)],
+                 ImageOrientationPatient=[1, 0, 0, 0, 0, -1])  # fmt: skip
+    monkeypatch.setattr(scan_files, "MAX_SEGMENT_VOXELS", 3 * 5 * 6 * 7)
+    with open_scan(tmp_path / "axial") as axial, open_scan(tmp_path / "coronal") as coronal:
+        scan_files.check_formats(["dicom-seg-samples"], axial, 2, 7)
+        with pytest.raises(UserError, match="accepted: at most 7 segments"):
+            scan_files.check_formats(["dicom-seg-samples"], axial, 2, 8)
+        # Two axial slices take part of all the five coronal ones
+        with pytest.raises(UserError, match="accepted: at most 3 segments"):
+            scan_files.check_formats(["dicom-seg-samples"], coronal, 2, 7)
+        assert choose_formats(coronal)[1] == []
+        monkeypatch.setattr(scan_files, "MAX_SEGMENT_VOXELS", 3 * 5 * 6 * 7 - 1)
+        assert choose_formats(coronal) == (
+            ["nifti", "png"], ["DICOM SEG is left out: its slices are not axial and have too many voxels"]
+        )  # fmt: skip
 
 
 def test_an_enhanced_ct_comes_back_with_its_geometry(tmp_path):
@@ -226,7 +343,7 @@ def test_the_command_writes_a_nodule_of_the_shipped_model(series, tmp_path, caps
     assert {path.name for path in out.iterdir()} == {*NIFTI_FILES, *SEG_FILES[:2], "figure.png", "result.json"}
     prompt, wrote = capsys.readouterr().out.splitlines()
     assert prompt.startswith(
-        "box 52 50 78 80 on slices 0 to 2 of 0 to 2: patient x 21.2 to 42.0, y 4.6 to 25.6, z 100"
+        "box 52 50 78 80 on slices 0 to 2 of 0 to 2: patient x 21.20 to 42.00, y 4.65 to 25.65, z 100.00 to "
     )
     result = json.loads((out / "result.json").read_text())
     median = result["volume_mm3_given_presence"]["quantiles"]["0.5"]
@@ -246,6 +363,10 @@ def tiny_dir(tmp_path_factory):
     return path
 
 
+def result_of(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
 def test_a_table_and_patient_coordinates(series, tiny_dir, tmp_path):
     (tmp_path / "nodules.csv").write_text("first,last,x1,y1,x2,y2\n0,1,52,50,78,80\n1,1,10,12,30,33.5\n")
     common = ["--model", tiny_dir, "--num-samples", 2, "--format", "nifti"]
@@ -254,10 +375,15 @@ def test_a_table_and_patient_coordinates(series, tiny_dir, tmp_path):
     rows = list(csv.DictReader((tmp_path / "table" / "summary.csv").open()))
     assert [row["first"] for row in rows] == ["0", "1"] and float(rows[0]["volume_mm3_given_presence_median"]) > 0
     assert float(rows[0]["longest_diameter_mm_q95"]) >= 0
-    result = json.loads((tmp_path / "table" / "nodule-0" / "result.json").read_text())
+    for index, slices in enumerate(([0, 1], [1, 1])):
+        box_mm = result_of(tmp_path / "table" / f"nodule-{index}")["prompt"]["box_mm_lps"]
+        with open_scan(series) as scan:
+            box, *found = box_in_pixels(scan, box_mm)
+        assert found == slices and box == pytest.approx(list(map(float, list(rows[index].values())[1:5])), abs=1e-3)
+    result = result_of(tmp_path / "table" / "nodule-0")
     cli.main([str(word) for word in ["segment", series, "--box-mm", *result["prompt"]["box_mm_lps"],
                                      "--output", tmp_path / "mm", *common]])  # fmt: skip
-    again = json.loads((tmp_path / "mm" / "result.json").read_text())
+    again = result_of(tmp_path / "mm")
     assert again["prompt"]["box"] == pytest.approx([52, 50, 78, 80]) and again["prompt"]["slices"] == [0, 1]
     assert again["volume_mm3_given_presence"] == result["volume_mm3_given_presence"]
 
@@ -304,7 +430,13 @@ def test_bad_tables_name_the_line(series, tmp_path):
                       "--model", str(SHIPPED)])  # fmt: skip
 
 
-def test_options_of_scans_are_refused_for_an_image(tmp_path):
-    words = ["segment", EXAMPLES / "phantom-1.png", "--box", 52, 50, 78, 80, "--slices", 0, 1, "--output", tmp_path]
-    with pytest.raises(UserError, match="is not a scan; accepted: the command without --slices"):
-        cli.main([str(word) for word in [*words, "--model", SHIPPED]])
+def test_options_of_scans_say_what_is_wrong_with_the_path(series, tmp_path):
+    accepted = "accepted: a folder or zip with a DICOM series, .*, or the command without --slices"
+    for path, message in (
+        (tmp_path / "missing", f"^no scan at .*missing; {accepted}$"),
+        (EXAMPLES / "phantom-1.png", f"phantom-1.png is not a scan; {accepted}$"),
+        (series / "000.dcm", "000.dcm is a single slice; accepted: the folder of its series, or the command without"),
+    ):
+        words = ["segment", path, "--box", 52, 50, 78, 80, "--slices", 0, 1, "--output", tmp_path / "out"]
+        with pytest.raises(UserError, match=message):
+            cli.main([str(word) for word in [*words, "--model", SHIPPED]])

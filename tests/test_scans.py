@@ -2,6 +2,7 @@
 
 import gzip
 import itertools
+import re
 import zipfile
 
 import highdicom
@@ -14,6 +15,7 @@ from probabilistic_sam import scans
 from probabilistic_sam.errors import UserError
 from probabilistic_sam.images import is_scan
 from probabilistic_sam.scans import SeveralSeries, box_in_patient, box_in_pixels, open_scan
+from probabilistic_sam.segment_scan import Nodule, prompt_line
 
 RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # between LPS and RAS
 
@@ -139,6 +141,16 @@ def test_another_modality_is_a_warning(tmp_path):
     write_series(tmp_path, hounsfield((3, 8, 9)), Modality="MR")
     with open_scan(tmp_path) as scan:
         assert scan.warnings == ["the modality of this scan is MR; the shipped weights know CT only"]
+
+
+@pytest.mark.parametrize(
+    ("spacing", "is_known"), [(0.46, True), (0.98, True), (1.0, True), (0.3, False), (1.5, False)]
+)
+def test_a_pixel_spacing_far_from_that_of_the_training_data_is_a_warning(tmp_path, spacing, is_known):
+    write_series(tmp_path, hounsfield((3, 8, 9)), PixelSpacing=[spacing, spacing])
+    text = f"the pixel spacing of this scan is {spacing:g} x {spacing:g} mm; the shipped weights know 0.46 to 0.98 mm"
+    with open_scan(tmp_path) as scan:
+        assert scan.warnings == ([] if is_known else [text])
 
 
 def test_an_enhanced_ct_has_the_values_of_its_series(tmp_path):
@@ -267,9 +279,36 @@ def test_boxes_in_pixels_and_in_patient_coordinates_agree(tmp_path):
         assert (first, last) == (1, 4) and box == pytest.approx([10, 12, 30, 28])
         assert box_in_pixels(scan, [*box_mm[:2], 104.9, *box_mm[3:5], 108])[1:] == (2, 3)
         for changed, message in (
-            ([0, 0, 0, 0, 1, 1], "no volume"),
-            ([0, 0, 103, 1, 1, 104], "between two slices"),
+            ([0, 0, 0, 0, 1, 1], "no area"),
+            ([0, 0, 103, 1, 1, 102], "turned around"),
+            ([0, 0, 103.4, 1, 1, 104.1], "between two slices"),
             ([0, 0, 0, 1, 1, 900], "outside the scan"),
         ):
             with pytest.raises(UserError, match=message):
                 box_in_pixels(scan, changed)
+
+
+@pytest.mark.parametrize("step", [0.2, 0.625, 2.5])
+def test_a_printed_box_chooses_the_same_slices_when_it_is_given_back(tmp_path, step):
+    affine = np.diag([-0.7, -0.7, step, 1.0])
+    affine[:3, 3] = [31.137, 22.751, 118.03]
+    with open_scan(write_nifti(tmp_path / "scan.nii", hounsfield((30, 30, 20)).astype(np.int16), affine)) as scan:
+        for first, last in [(0, 19), (2, 13), (7, 7), (3, 4)]:
+            box = [4.5, 6, 20, 21.25]
+            words = re.search(
+                r"x (\S+) to (\S+), y (\S+) to (\S+), z (\S+) to (\S+) mm", printed(scan, box, first, last)
+            )
+            x1, x2, y1, y2, z1, z2 = map(float, words.groups())
+            found, *slices = box_in_pixels(scan, [x1, y1, z1, x2, y2, z2])
+            assert slices == [first, last] and found == pytest.approx(box, abs=0.01)
+            # Also with the faces of the slices in place of their centres, and with less precise numbers
+            edge, error = step / 2, 0.2 * step
+            assert box_in_pixels(scan, [x1, y1, z1 - edge + error, x2, y2, z2 + edge - error])[1:] == (first, last)
+            assert box_in_pixels(scan, [x1, y1, z1 - edge - error, x2, y2, z2 + edge + error])[1:] == (first, last)
+            assert box_in_pixels(scan, [x1, y1, z1 - error, x2, y2, z2 + error])[1:] == (first, last)
+            if first < last:
+                assert box_in_pixels(scan, [x1, y1, z1 + error, x2, y2, z2 - error])[1:] == (first, last)
+
+
+def printed(scan, box, first, last):
+    return prompt_line(scan, Nodule(box, first, last))

@@ -251,6 +251,9 @@ def test_broken_and_huge_files_are_one_line(page):
     jpeg = io.BytesIO()
     Image.effect_noise((64, 64), 90).save(jpeg, "JPEG")
     dicom = b"\0" * 128 + b"DICM" + b"junk" * 40
+    turned, exif = io.BytesIO(), Image.Exif()
+    exif[0x112] = 6  # turned by a quarter
+    Image.effect_noise((64, 64), 90).save(turned, "PNG", exif=exif)
     expected = {
         "text.png": (b"hello", "is not an image of a known kind"),
         "cut.png": (PHANTOM.read_bytes()[:4000], "is a (damaged|truncated) PNG"),
@@ -260,6 +263,7 @@ def test_broken_and_huge_files_are_one_line(page):
         "wide.png": (png_header(2**31, 2), "has 2147483648 x 2 pixels"),
         "empty.png": (png_header(4096, 4096), "is a (damaged|truncated) PNG"),
         "huge.png": (huge, "has 65 MB"),
+        "turned.png": (turned.getvalue(), "is turned or mirrored by its EXIF orientation"),
     }
     for name, (content, problem) in expected.items():
         message = page.open(content, name)

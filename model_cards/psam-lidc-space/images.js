@@ -100,6 +100,7 @@ async function decodePng(bytes) {
     place += 12 + length;
   }
   if ("acTL" in chunks) throw new Error("holds several frames");
+  if ("eXIf" in chunks && isTurned(chunks.eXIf)) throw new Error("is turned or mirrored by its EXIF orientation");
   if (interlaced && depth === 16) throw new Error("is an interlaced PNG of 16 bits");
   if (interlaced) return decodeByBrowser(bytes, "image/png", colour === 0 || colour === 4 ? 1 : 3);
 
@@ -125,6 +126,21 @@ async function decodePng(bytes) {
     }
   }
   return { width, height, channels, data };
+}
+
+/** Whether EXIF data (TIFF) has an orientation other than upright, tag 0x112. */
+function isTurned(exif) {
+  const view = new DataView(exif.buffer, exif.byteOffset, exif.byteLength);
+  try {
+    const little = view.getUint16(0) === 0x4949;
+    const start = view.getUint32(4, little);
+    for (let place = start + 2; place < start + 2 + 12 * view.getUint16(start, little); place += 12) {
+      if (view.getUint16(place, little) === 0x112) return view.getUint16(place + 8, little) > 1;
+    }
+  } catch {
+    throw new Error("has damaged EXIF data");
+  }
+  return false;
 }
 
 /** Inflate zlib data to exactly `size` bytes; more is never unpacked. */

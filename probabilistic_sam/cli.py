@@ -241,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def entry() -> None:
-    """Run the command line and exit; the console script is `probabilistic_sam_command`."""
+    """Console script."""
     run(main)
 
 

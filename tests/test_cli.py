@@ -21,7 +21,6 @@ from PIL import Image
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 from transformers import SamConfig, SamModel, pipeline
 
-import probabilistic_sam_command
 from probabilistic_sam import (
     ProbabilisticSamConfig,
     ProbabilisticSamModel,
@@ -1016,26 +1015,6 @@ def test_an_error_is_one_line_and_exit_code_two(tmp_path, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert out == ""
     assert err == "error: argument --box: expected 4 arguments (see `probabilistic-sam segment --help`)\n"
-
-
-def test_an_interrupted_import_is_one_line(monkeypatch, capsys):
-    class Interrupted:
-        def find_spec(self, name, *_):
-            if name == "probabilistic_sam.cli":
-                raise KeyboardInterrupt
-
-    monkeypatch.delitem(sys.modules, "probabilistic_sam.cli")
-    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
-    with pytest.raises(SystemExit) as stopped:
-        probabilistic_sam_command.entry()
-    assert stopped.value.code == 130 and capsys.readouterr() == ("", "interrupted\n")
-
-
-def test_the_console_script_runs_the_command_line(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["probabilistic-sam", "--version"])
-    with pytest.raises(SystemExit) as stopped:
-        probabilistic_sam_command.entry()
-    assert stopped.value.code == 0 and capsys.readouterr().out.startswith("probabilistic-sam ")
 
 
 def test_a_run_prints_one_line(image_path, model_dir, tmp_path):

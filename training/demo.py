@@ -34,6 +34,7 @@ from probabilistic_sam.metrics.functional import ged
 from probabilistic_sam.plotting import sample_figure, save_figure
 
 PROMPT = "union_box"
+OUTPUT_FILES = ("nodule-[0-9]*.png", "nodule-[0-9]*/masks/sample-[0-9]*.png", "results.json")
 MEANS = ("ged", "cross_distance", "sample_diversity", "reader_diversity", "empty_share")
 
 
@@ -107,7 +108,7 @@ def main() -> None:
     quiet_transformers()
     model, processor = load_model(name)
     model = model.to(choose_device())
-    with replaced_directory(arguments.output, ("nodule-*", "results.json")) as folder:
+    with replaced_directory(arguments.output, OUTPUT_FILES) as folder:
         nodules = tqdm(demo_nodules(arguments.num_nodules), total=arguments.num_nodules, desc="nodules", unit="nodule")
         results = [
             write_nodule(

@@ -65,7 +65,7 @@ def encoded_content(rows: datasets.Dataset) -> str:
         for row in table.to_pylist():
             image, masks = row.pop("image"), row.pop("masks")
             digest.update(json.dumps(row, sort_keys=True).encode())
-            for item in (image, *masks):
+            for item in filter(None, (image, *masks)):
                 content = Path(item["path"]).read_bytes() if item["bytes"] is None else item["bytes"]
                 digest.update(hashlib.sha256(content).digest())
     return digest.hexdigest()

@@ -126,6 +126,13 @@ def start_accelerator(config: TrainingConfig) -> Accelerator:
     """Join the other processes, if any."""
     # The loop itself chooses what runs in bfloat16, so that validation stays in float32
     accelerator = Accelerator(mixed_precision="no")
+    started = int(os.environ.get("WORLD_SIZE") or 1)
+    if accelerator.num_processes != started:
+        raise UserError(
+            f"the launcher started {started} processes, but accelerate sees {accelerator.num_processes}, so that each "
+            "would train on its own; accepted: a GPU for each process, or ACCELERATE_USE_CPU=true in front of the "
+            "command for processes on the CPU"
+        )
     if accelerator.distributed_type in SHARDED:
         raise UserError(
             f"accelerate is configured for {accelerator.distributed_type}, which shards the weights, but averages and "

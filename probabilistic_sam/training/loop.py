@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from .. import ProbabilisticSamConfig, ProbabilisticSamModel, ProbabilisticSamProcessor
 from ..baselines import EllipseModel
 from ..conversion import save_model
+from ..data import split_of
 from ..data.format import load_split
 from ..errors import UserError
 from ..files import write_text
@@ -178,14 +179,15 @@ def check_push(config: TrainingConfig, push_to: str | None) -> None:
 
 def describe_run(directory: Path, config: TrainingConfig, rows: dict[str, datasets.Dataset], writes: bool) -> None:
     """Make the run folder, and write the configuration and the sizes of the splits, which the model card reads."""
-    counts = {
-        split: {
+    counts = {}
+    for split, part in rows.items():
+        patients = part.unique("patient_id")
+        counts[split] = {
             "slices": len(part),
-            "patients": len(part.unique("patient_id")),
-            "sources": sorted(part.unique("source")),
+            "patients": len(patients),
+            "sources": sorted(source for source in part.unique("source") if source is not None),
+            "hash_split": all(split_of(patient) == split for patient in patients),
         }
-        for split, part in rows.items()
-    }
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if writes:

@@ -637,7 +637,9 @@ def test_masks_have_two_values():
 def test_rows_of_other_software_that_do_not_decode_are_named(tmp_path):
     row = make_row() | {"image_id": "x"}
     for mode, value in (("RGBA", (0, 0, 0, 0)), ("I", 70_000), ("F", 0.5)):
-        with pytest.raises(UserError, match=f"0001, image_id x: image of mode {mode}; accepted: 8 or 16 bit grey"):
+        with pytest.raises(
+            UserError, match=f"slice_index 0, image_id x: image of mode {mode}; accepted: 8 or 16 bit grey"
+        ):
             decode_image(row | {"image": PIL.Image.new(mode, (2, 2), value)})
     for kind, deep in (("png", rgb16_png()), ("tiff", rgb16_tiff())):
         with pytest.raises(UserError, match="image_id x: image with more than 8 bits per channel in colour"):

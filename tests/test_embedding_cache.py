@@ -410,7 +410,10 @@ def test_masks_of_another_size_are_refused_before_any_view_is_encoded(make, data
     rows = dataset.with_format("arrow")[:].to_pylist()
     rows[4]["image"] = {"bytes": encode_png(np.zeros((40, 50), np.uint8)), "path": None}
     patient = rows[4]["patient_id"]
-    with pytest.raises(UserError, match=f"^patient_id {patient}: image of 50x40 pixels and masks of .*: one size"):
+    with pytest.raises(
+        UserError,
+        match=f"^patient_id {patient}, nodule_id 0, slice_index 1: image of 50x40 pixels and masks of .*: one size",
+    ):
         make(dataset=datasets.Dataset.from_list(rows, features=dataset.features))
 
 

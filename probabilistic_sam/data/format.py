@@ -58,7 +58,7 @@ MAX_READERS = 127  # per row: `num_nonempty` is an int8
 MAX_PIXELS = 2048 * 2048  # per image of an archive; a CT slice has 512 x 512
 FORMAT_VERSION = 1  # of the columns and of how their content is hashed
 REQUIRED = ("image", "masks", "patient_id")
-NAMING = ("patient_id", "image_id")  # columns that name a row in errors
+NAMING = ("patient_id", "nodule_id", "slice_index", "image_id")  # columns that name a row in errors
 ACCEPTED_BUILD = (
     "accepted: the output of training/build_dataset.py or another build of `datasets` with the columns "
     f"{', '.join(REQUIRED)}: a folder, or its name on the Hub, organisation/name"
@@ -321,7 +321,7 @@ def _with_all_columns(rows: datasets.Dataset, dataset: str | os.PathLike[str]) -
         if name in rows.features and rows.features[name] != feature:
             try:
                 rows = _with_type(rows, name, feature)
-            except (TypeError, pa.ArrowInvalid) as error:
+            except (TypeError, pa.ArrowException) as error:
                 found = rows.features[name]
                 why = f" ({' '.join(str(error).split())})" if str(error) else ""
                 raise UserError(f"{dataset}: column {name!r} is {found}; accepted: {feature}{why}") from error
@@ -340,7 +340,7 @@ def _with_type(rows: datasets.Dataset, name: str, feature: Any) -> datasets.Data
 
     Raises:
         TypeError: a column of another kind.
-        pyarrow.ArrowInvalid: a value that the type does not hold.
+        pyarrow.ArrowException: a value that the type does not hold.
     """
     found = rows.features[name]
     if name == "image" and isinstance(found, datasets.Image):  # with a mode, or saved as `load_split` opens it
@@ -384,9 +384,9 @@ def _column(rows: datasets.Dataset, name: str) -> pa.ChunkedArray:
 
 def _annotated_rows(rows: datasets.Dataset, name: str) -> datasets.Dataset:
     """Leave out the rows that no reader annotated, and print their number; masks decode only where it is not known."""
-    known, annotated = _column(rows, "num_nonempty").to_pylist(), []
-    encoded = encoded_rows(rows, "masks")
-    for index, count in enumerate(tqdm(known, desc="checking masks", delay=2, leave=False)):
+    known, encoded = _column(rows, "num_nonempty").to_pylist(), encoded_rows(rows, "masks")
+    is_main, annotated = os.environ.get("RANK", "0") == "0", []  # one of several processes prints
+    for index, count in enumerate(tqdm(known, desc="checking masks", delay=2, leave=False, disable=not is_main)):
         if count is None:
             row = encoded[index].to_pylist()[0]
             count = any(row["masks"] or ()) and decode_masks(row).any()
@@ -395,7 +395,7 @@ def _annotated_rows(rows: datasets.Dataset, name: str) -> datasets.Dataset:
     left_out = len(rows) - len(annotated)
     if not annotated:
         raise UserError(f"{name}: no reader annotated any of its {left_out} rows; accepted: at least one mask")
-    if left_out and os.environ.get("RANK", "0") == "0":
+    if left_out and is_main:
         print(f"{name}: {left_out} of {len(rows)} rows left out, which no reader annotated")
     return rows.select(annotated) if left_out else rows
 

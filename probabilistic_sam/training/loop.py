@@ -181,11 +181,11 @@ def describe_run(directory: Path, config: TrainingConfig, rows: dict[str, datase
     """Make the run folder, and write the configuration and the sizes of the splits, which the model card reads."""
     counts = {}
     for split, part in rows.items():
-        patients = part.unique("patient_id")
+        patients = set(part["patient_id"])
         counts[split] = {
             "slices": len(part),
             "patients": len(patients),
-            "sources": sorted(source for source in part.unique("source") if source is not None),
+            "sources": sorted(set(part["source"]) - {None}),
             "hash_split": all(split_of(patient) == split for patient in patients),
         }
     try:

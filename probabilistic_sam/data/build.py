@@ -139,7 +139,7 @@ def _write_split(table: pa.Table, order: list[int], directory: Path, split: str)
             for start in range(0, len(positions), ROW_GROUP_ROWS):
                 # Not `take`, which fails for tables of more than 2 GiB
                 chosen = [table.slice(position, 1) for position in positions[start : start + ROW_GROUP_ROWS]]
-                writer.write_table(pa.concat_tables(chosen))
+                writer.write_table(pa.concat_tables(chosen).combine_chunks())
 
 
 def _manifest(report: BuildReport, digests: Mapping[RowKey, bytes]) -> dict[str, Any]:

@@ -212,7 +212,7 @@ def prepare_row(row: Mapping[str, Any], processor: Any, prompt: str, with_reader
     masks = decode_masks(row)
     windows: list[tuple[int | None, dict[str, np.ndarray]]] = []
     if processor is not None:
-        image, readers = decode_image(row), {"segmentation_maps": [masks]} if with_readers else {}
+        image, readers = decode_image(row, masks.shape[1:]), {"segmentation_maps": [masks]} if with_readers else {}
         for reader in range(len(masks)) if prompt == "reader_box" else [None]:
             given = nest_prompt(row_prompt(row, masks, prompt, reader)) | readers
             features = processor(images=[image], return_tensors="pt", **given)

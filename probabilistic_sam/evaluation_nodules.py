@@ -159,7 +159,8 @@ def prepare_nodule(
         raise UserError(f"{nodule}: all masks are empty; accepted: nodules that at least one reader annotated")
     if processor is not None:
         boxes = [[box] for box in slice_boxes(nodule, rows, masks, prompt)]
-        features = processor(images=[decode_image(row) for row in rows], input_boxes=boxes, return_tensors="pt")
+        images = [decode_image(row, masks.shape[2:]) for row in rows]
+        features = processor(images=images, input_boxes=boxes, return_tensors="pt")
         inputs = {name: value.numpy() for name, value in features.items()}
     columns = [{name: value for name, value in row.items() if name not in ("image", "masks")} for row in rows]
     return PreparedNodule(nodule, columns, masks, inputs)

@@ -21,7 +21,7 @@ class ProbabilisticSamCollator:
     - `image`: a PIL image, array or tensor, as in `ProbabilisticSamProcessor`, or `{"bytes": ...}` of an image file,
       as in undecoded columns of a dataset.
     - `masks`: one mask `(H, W)` per reader, as PIL images, arrays, tensors or `{"bytes": ...}`; boolean, 0 and 1, or 0
-      and 255. A reader who looked and annotated nothing has an empty mask; an absent reader has none.
+      and 255. A reader who looked and annotated nothing has an empty mask; an absent reader has none, or None.
     - the prompt, in image pixels: `input_boxes` with one box `[x1, y1, x2, y2]`, or `input_points` `[[x, y], ...]` and
       `input_labels` (1 inside, 0 outside; all inside by default), or both. By default it is the tight box around the
       union of the masks.
@@ -66,7 +66,7 @@ class ProbabilisticSamCollator:
         for name in ("image", "masks"):
             if row.get(name) is None:
                 raise ValueError(f"no {name!r} among its columns {', '.join(map(str, row))}")
-        masks = [np.asarray(open_image(encoded_or_image(mask))) for mask in row["masks"]]
+        masks = [np.asarray(open_image(encoded_or_image(mask))) for mask in row["masks"] if mask is not None]
         if len(masks) > self.num_readers:
             raise ValueError(f"{len(masks)} masks, but num_readers is {self.num_readers}")
         prompt: dict[str, Any] = {name: [row[name]] for name in PROMPTS if row.get(name) is not None}

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import io
 import json
+import re
 import struct
 import zlib
 
@@ -20,6 +21,7 @@ from probabilistic_sam.data.format import (
     FEATURES,
     decode_image,
     decode_masks,
+    decode_row,
     encode_png,
     image_row,
     load_split,
@@ -498,7 +500,7 @@ def test_builds_of_other_software_need_three_columns(tmp_path, saved):
         rows.to_parquet(tmp_path / "data" / "train-00000-of-00001.parquet")
     train = load_split(tmp_path, "train")
     assert train.features == UNDECODED and train["patient_id"] == ["a", "b"]
-    assert {name for name, value in train[0].items() if value is not None} == set(columns)
+    assert {name for name, value in train[0].items() if value is not None} == {*columns, "image_id"}
     np.testing.assert_array_equal(decode_image(train[1]), decode_image(first))
     assert [len(decode_masks(row)) for row in train] == [3, 1]
     assert row_seed(train[0], "union_box") != row_seed(train[1], "union_box")
@@ -507,16 +509,150 @@ def test_builds_of_other_software_need_three_columns(tmp_path, saved):
         load_split(tmp_path, "test")
 
 
-def test_rows_of_other_software_that_do_not_decode_are_named():
+def hand_made(path, columns, **types):
+    """A saved `DatasetDict` with one split `train`, as other software makes it."""
+    features = datasets.Features({name: types.get(name) or FEATURES[name] for name in columns})
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict(columns, features=features)}).save_to_disk(path)
+    return path
+
+
+def pngs(*arrays):
+    return [{"bytes": encode_png(array), "path": None} for array in arrays]
+
+
+GREY = np.arange(12, dtype=np.uint8).reshape(3, 4)
+CORNER, NOTHING = np.zeros((2, 3, 4), dtype=bool)
+CORNER[0, 0] = True
+
+
+def test_rows_without_an_identity_are_numbered(tmp_path):
+    columns = {"image": pngs(GREY) * 3, "masks": [pngs(CORNER)] * 3, "patient_id": ["a"] * 3}
+    train = load_split(hand_made(tmp_path / "none", columns), "train")
+    assert train["image_id"] == ["0", "1", "2"]
+    assert len({row_seed(row, "union_box") for row in train}) == 3
+    some = columns | {"image_id": ["x", None, None], "slice_index": [None, 7, None]}
+    assert load_split(hand_made(tmp_path / "some", some), "train")["image_id"] == ["x", None, "2"]
+
+
+def test_absent_readers_may_be_null_and_rows_nobody_annotated_are_left_out(tmp_path, capsys):
+    masks = [[None, *pngs(CORNER, NOTHING)], [*pngs(NOTHING), None], [], [None, *pngs(CORNER)], [None, None]]
+    columns = {"image": pngs(GREY) * 5, "masks": masks, "patient_id": list("abcde")}
+    train = load_split(hand_made(tmp_path / "data", columns), "train")
+    assert (
+        capsys.readouterr().out
+        == f"{tmp_path / 'data'}: split 'train': 3 of 5 rows left out, which no reader annotated\n"
+    )
+    encoded = train.with_format("arrow")[:].to_pylist()
+    assert [(row["patient_id"], row["image_id"]) for row in encoded] == [("a", "0"), ("d", "3")]
+    np.testing.assert_array_equal(decode_masks(encoded[0]), [CORNER, NOTHING])
+    np.testing.assert_array_equal(decode_masks(encoded[1]), [CORNER])
+    columns["masks"] = masks[1:3] * 2 + masks[4:]
+    with pytest.raises(UserError, match="'train': no reader annotated any of its 5 rows; accepted: at least one mask"):
+        load_split(hand_made(tmp_path / "nobody", columns), "train")
+
+
+def test_columns_are_cast_where_nothing_is_lost(tmp_path):
+    value, of = datasets.Value, datasets.List
+    columns = {
+        "image": pngs(GREY) * 2, "masks": [pngs(CORNER)] * 2, "patient_id": [7, 8], "image_id": ["x", "y"],
+        "scan_id": [1.0, None], "nodule_id": [3, None], "z_mm": [5, 6], "malignancy": [[1], [None]],
+        "source": [None, None], "reader_ids": [["r"], ["r"]],
+    }  # fmt: skip
+    types = {
+        "image": datasets.Image(mode="L"), "masks": of(datasets.Image(mode="L")), "patient_id": value("int64"),
+        "image_id": value("large_string"), "scan_id": value("float64"), "nodule_id": value("int64"),
+        "z_mm": value("int32"), "malignancy": of(value("int64")), "source": value("null"),
+        "reader_ids": of(value("large_string")),
+    }  # fmt: skip
+    train = load_split(hand_made(tmp_path / "data", columns, **types), "train")
+    assert train.features == UNDECODED
+    expected = columns | {"patient_id": ["7", "8"]}
+    for name in types.keys() - {"image", "masks"}:
+        assert train[name] == expected[name], name
+    np.testing.assert_array_equal(decode_row(train[0])[0], GREY)
+    for number, (name, kind, values) in enumerate(
+        [
+            ("nodule_id", value("int64"), [2**40, 1]),
+            ("nodule_id", value("float64"), [0.5, 1]),
+            ("image_id", value("float64"), [1.0, 2.0]),
+            ("source", value("bool"), [True, False]),
+            ("patient_id", datasets.ClassLabel(names=["a", "b"]), [0, 1]),
+            ("image", value("string"), ["a.png", "b.png"]),
+        ]
+    ):
+        path = hand_made(tmp_path / str(number), columns | {name: values}, **types | {name: kind})
+        with pytest.raises(UserError, match=rf"column '{name}' is {re.escape(str(kind))}; accepted: ") as error:
+            load_split(path, "train")
+        assert "\n" not in str(error.value)
+
+
+def test_split_of_another_name_is_named_with_the_way_to_rename_it(tmp_path):
+    columns = {"image": pngs(GREY), "masks": [pngs(CORNER)], "patient_id": ["a"]}
+    hand_made(tmp_path, columns)
+    (tmp_path / "train").rename(tmp_path / "val")
+    message = (
+        r"has no split 'validation'; to rename one in Python: data\['validation'\] = data.pop\('val'\); accepted: "
+    )
+    with pytest.raises(UserError, match=message + "a dataset with train, validation, test"):
+        load_split(tmp_path, "validation")
+
+
+@pytest.mark.parametrize(("orientation", "turns"), [(1, 0), (3, 2), (6, -1), (8, 1)])
+def test_images_and_masks_are_upright(orientation, turns):
+    exif = PIL.Image.Exif()
+    exif[PIL.Image.ExifTags.Base.Orientation] = orientation
+
+    def turned(array):
+        buffer = io.BytesIO()
+        PIL.Image.fromarray(array).save(buffer, format="PNG", exif=exif)
+        return {"bytes": buffer.getvalue(), "path": None}
+
+    for image in (GREY, GREY.astype(np.uint16) * 300, np.stack([GREY, GREY + 1, GREY + 2], axis=-1)):
+        row = {"image": turned(image), "masks": [turned(CORNER), *pngs(np.rot90(CORNER, turns))]}
+        pixels, masks = decode_row(row)
+        np.testing.assert_array_equal(pixels, np.rot90(image, turns))
+        np.testing.assert_array_equal(masks, [np.rot90(CORNER, turns)] * 2)
+        opened = {"image": PIL.Image.open(io.BytesIO(row["image"]["bytes"]))}
+        np.testing.assert_array_equal(decode_image(opened), np.rot90(image, turns))
+
+
+def test_masks_have_two_values():
+    for values in (CORNER, CORNER * 1, CORNER.astype(np.uint8) * 255, CORNER.astype(np.float32), NOTHING * 1.0):
+        image = PIL.Image.fromarray(values) if values.dtype != int else values
+        np.testing.assert_array_equal(decode_masks({"masks": [image]})[0], values > 0)
+    labels = np.array([[0, 1, 2, 3]], dtype=np.uint8)
+    for values, found in (
+        (labels, "1, 2, 3"), (labels // 2 * 2, "2"), (np.array([[1, 255]], np.uint8), "1, 255"),
+        (labels * np.float32(0.25), "0.25, 0.5, 0.75"), (labels.astype(np.uint16) // 3 * 65535, "65535"),
+    ):  # fmt: skip
+        with pytest.raises(
+            UserError, match=f"^patient_id p: mask has values .*{found}.*; accepted: 1 bit, or grey with"
+        ):
+            decode_masks({"masks": [PIL.Image.fromarray(values)], "patient_id": "p"})
+    for mode in ("P", "RGB", "LA", "RGBA"):
+        with pytest.raises(UserError, match="mask in colours or with transparency; accepted: 1 bit"):
+            decode_masks({"masks": [PIL.Image.new(mode, (4, 3))]})
+
+
+def test_rows_of_other_software_that_do_not_decode_are_named(tmp_path):
     row = make_row() | {"image_id": "x"}
     for mode, value in (("RGBA", (0, 0, 0, 0)), ("I", 70_000), ("F", 0.5)):
-        with pytest.raises(UserError, match=f"0001, image_id x: image of mode {mode}; accepted: 8 or 16 bit grey"):
+        with pytest.raises(
+            UserError, match=f"slice_index 0, image_id x: image of mode {mode}; accepted: 8 or 16 bit grey"
+        ):
             decode_image(row | {"image": PIL.Image.new(mode, (2, 2), value)})
     for kind, deep in (("png", rgb16_png()), ("tiff", rgb16_tiff())):
         with pytest.raises(UserError, match="image_id x: image with more than 8 bits per channel in colour"):
             decode_image(row | {"image": {"bytes": deep, "path": f"a.{kind}"}})
     with pytest.raises(UserError, match="image_id x: no image"):
         decode_image(row | {"image": None})
+    for name, decode in (("image", decode_image), ("mask", decode_masks)):
+        for bad in ({"bytes": b"x", "path": None}, {"bytes": None, "path": str(tmp_path / "nowhere.png")}):
+            with pytest.raises(UserError, match=f"image_id x: {name} does not decode"):
+                decode(row | {"image": bad, "masks": [bad]})
+    wide = row | {"image": {"bytes": encode_png(np.zeros((64, 65), np.uint8)), "path": None}}
+    with pytest.raises(UserError, match="image_id x: image of 65x64 pixels and masks of 64x64; accepted: one size"):
+        decode_row(wide)
     for masks in (None, [], [PIL.Image.new("1", (2, 2)), PIL.Image.new("1", (2, 3))]):
         with pytest.raises(UserError, match=r"image_id x: masks of shapes .*; accepted: one or more masks"):
             decode_masks(row | {"masks": masks})

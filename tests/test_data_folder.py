@@ -2,8 +2,10 @@
 
 import io
 import json
+import struct
 import sys
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +122,17 @@ def test_images_of_every_kind_keep_their_pixels(tmp_path):
         assert decode_image(row).dtype == (np.uint8 if expected.dtype == np.uint8 else np.uint16)
 
 
+def test_photos_are_larger_than_slices(tmp_path):
+    photo, mask = np.zeros((2049, 2048), np.uint8), np.zeros((2049, 2048), np.uint8)
+    mask[5:9, 5:9] = 255
+    save(tmp_path / f"images/{TRAIN[0]}.png", photo)
+    save(tmp_path / f"masks/ann/{TRAIN[0]}.png", mask)
+    (row,) = FolderSource(tmp_path)._rows(TRAIN[0], tmp_path / f"images/{TRAIN[0]}.png")
+    assert decode_image(row).shape == (2049, 2048) and decode_masks(row).sum() == 16
+    with pytest.raises(UserError, match="2048x2049 pixels; accepted: at most 4,194,304"):  # those of an archive
+        image_row(row["image"]["bytes"], [], "image", [])
+
+
 @pytest.mark.parametrize("low", [-2000, 0])
 def test_dicom_files_keep_their_values_and_spacing(tmp_path, low):
     from dicom_files import write_slice
@@ -221,7 +234,7 @@ def test_command_writes_a_build_with_what_the_user_states(build, tmp_path):
 def test_table_gives_groups_spacing_and_splits(build, tmp_path):
     make_folder(tmp_path / "in", ["a", "b", "c"])
     table = tmp_path / "in/table.csv"
-    table.write_text(f"id,group,spacing_mm\na,{TRAIN[0]},0.5\nb,{TRAIN[0]},\nc,{VALIDATION[0]},2\n")
+    table.write_text(f"id,group,spacing_mm\na,{TRAIN[0]},0.5\nb, {TRAIN[0]} ,\nc,{VALIDATION[0]},2\n")
     assert build("--input", tmp_path / "in", "--output", tmp_path / "hash")[0] == 0
     train = load_split(tmp_path / "hash", "train")
     assert train["patient_id"] == [TRAIN[0]] * 2 and train["pixel_spacing_mm"] == [0.5, None]
@@ -256,6 +269,13 @@ def tiff(pixels) -> bytes:
     return buffer.getvalue()
 
 
+def png_header(width: int, height: int) -> bytes:
+    """The beginning of a PNG: its size, and no pixels."""
+    chunks = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0), b"IDAT"
+    written = [struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(written)
+
+
 FIRST = TRAIN[0]
 
 
@@ -269,7 +289,11 @@ FIRST = TRAIN[0]
         ),
         (f"masks/ann/{FIRST}.png", square(0, 0, 2) // 2, "mask has values 127; accepted: 1 bit, or grey with values"),
         (f"masks/ann/{FIRST}.png", GREY, "mask has values 5, 10, 15, 20; accepted: 1 bit"),
-        (f"masks/ann/{FIRST}.png", np.stack([GREY] * 3, axis=-1), "mask in colours; accepted: 1 bit"),
+        (
+            f"masks/ann/{FIRST}.png",
+            np.stack([GREY] * 3, axis=-1),
+            "mask in colours or with transparency; accepted: 1 bit",
+        ),
         (f"masks/ann/{FIRST}.tif", square(0, 0, 2), f"same id as {FIRST}.png; accepted: one file per id"),
         ("masks/ann/other.png", square(0, 0, 2), "other.png: no image has the id 'other'; accepted: images/ID"),
         ("masks/eve/other.png", square(0, 0, 2), "eve: none of its 1 files has the id of an image"),
@@ -292,7 +316,8 @@ FIRST = TRAIN[0]
         (f"images/{FIRST}.png", tiff(np.full((6, 8), 0.5, dtype=np.float32)), "grey values with fractions; accepted"),
         (f"images/{FIRST}.png", tiff(np.full((6, 8), -3, dtype=np.int32)), "grey values from -3 to -3; accepted"),
         (f"images/{FIRST}.png", GREY[:1, :1], "image of 1x1 pixels; accepted: at least 2x2"),
-        (f"images/{FIRST}.png", np.zeros((2049, 2048), dtype=np.uint8), "has 2048 x 2049 pixels; accepted"),
+        (f"images/{FIRST}.png", png_header(8001, 8000), "has 8001 x 8000 pixels; accepted: .* 64 million pixels"),
+        (f"masks/ann/{FIRST}.png", np.stack([GREY, square(1, 2, 2)], axis=-1), "mask with transparency; accepted: 1"),
         ("table.csv", b"id,group\nzz,a\n", "line 2: no image has the id 'zz'; accepted: ids of files in images/"),
         ("table.csv", f"id\n{FIRST}\n{FIRST}\n".encode(), "line 3: id .* is repeated; accepted: one line per image"),
         ("table.csv", b"name\n", "columns name; accepted: id, and any of group, spacing_mm, split"),

@@ -406,6 +406,17 @@ def test_cache_takes_rgb_images(make, model, processor, colour_rows):
         assert np.allclose(cache.embeddings[1, number], expected, atol=5e-3, rtol=5e-3)
 
 
+def test_masks_of_another_size_are_refused_before_any_view_is_encoded(make, dataset):
+    rows = dataset.with_format("arrow")[:].to_pylist()
+    rows[4]["image"] = {"bytes": encode_png(np.zeros((40, 50), np.uint8)), "path": None}
+    patient = rows[4]["patient_id"]
+    with pytest.raises(
+        UserError,
+        match=f"^patient_id {patient}, nodule_id 0, slice_index 1: image of 50x40 pixels and masks of .*: one size",
+    ):
+        make(dataset=datasets.Dataset.from_list(rows, features=dataset.features))
+
+
 def test_grey_image_in_three_channels_equals_the_grey_image(masks):
     """Gamma, noise and contrast belong to the image, so equal channels stay equal."""
     processor = ProbabilisticSamProcessor(SIZE, 24, stretch_percentiles=(0, 100))

@@ -104,6 +104,27 @@ def test_expected_share_of_empty_samples_is_that_of_the_readers(script, run_fold
         script.main()
 
 
+def test_readers_who_annotate_every_image_leave_the_presence(script, run_folder, tmp_path, monkeypatch, capsys):
+    def everybody():
+        for row in tiny_rows({"train": 1, "validation": 1}):
+            masks = [row["masks"][0]["bytes"]] * 3  # the first reader always annotated
+            names = ("patient_id", "scan_id", "nodule_id", "slice_index", "source")
+            yield image_row(row["image"]["bytes"], masks, "image", ["m"] * 3, **{name: row[name] for name in names})
+
+    write_dataset(everybody(), tmp_path / "all", "Made for a test.")
+    (run_folder / "data.json").write_text("{}")
+    arguments = ["--run", run_folder, "--dataset", tmp_path / "all", "--output", tmp_path / "done"]
+    monkeypatch.setattr(sys, "argv", ["finish_run.py", *map(str, arguments)])
+    script.main()
+    assert (
+        "the share of empty masks is 0, which no finite shift reaches: the presence stays\n" in capsys.readouterr().out
+    )
+    assert json.loads((tmp_path / "done" / "finish.json").read_text())["shift"] is None
+    assert (tmp_path / "done" / "data.json").read_text() == "{}"
+    before, after = (ProbabilisticSamModel.from_pretrained(path) for path in (run_folder, tmp_path / "done"))
+    assert torch.allclose(after.prior.lin2.bias, before.prior.lin2.bias + 0.5)
+
+
 def test_a_folder_that_is_no_run(tmp_path):
     done = run_forked(SCRIPT, "--run", tmp_path, "--dataset", tmp_path, "--output", tmp_path / "done")
     assert done.returncode == 2 and "has no config.json" in done.stderr and "Traceback" not in done.stderr

@@ -25,6 +25,10 @@ def test_figure_has_a_line_of_panels_per_row(tmp_path, capsys, monkeypatch):
     assert len(titles) == 8 and titles[3] == titles[7] == "mean of the samples"
     assert all("readers, " in title for title in titles[1::4])
     assert all(title.startswith("3 samples, ") for title in titles[2::4])
+    assert [title.split(", ")[1] for title in titles[::4]] == ["slice 1", "slice 2"]
+    row = {"patient_id": "p", "image_id": "3"}
+    titles = [plot_samples.row_title(row | more) for more in ({}, {"image_id": "p"})]
+    assert titles == ["p, 3", "p"]
     with pytest.raises(UserError, match="--rows is 0; accepted: 1 to 20"):
         plot_samples.main([*command, "--rows", "0", "--output", str(tmp_path / "a.png")])
     with pytest.raises(UserError, match="no such folder; accepted: a PNG file in an existing folder"):

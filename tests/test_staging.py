@@ -158,6 +158,30 @@ def test_card_of_a_run_states_its_files_and_nothing_about_the_shipped_weights(ru
     assert f"{ours:.3f}" not in card.text and "1,740" not in card.text and "MobileSAM" not in card.text
 
 
+def test_card_of_a_run_states_only_what_is_known_of_its_data(changed, tmp_path):
+    def text(name, **files):
+        for file, content in files.items():
+            (changed / f"{file}.json").write_text(json.dumps(content))
+        stage_model(changed, tmp_path / name, "alice/eyes")
+        return ModelCard.load(tmp_path / name / "README.md").text
+
+    def data(sources, **more):
+        return {"train": {"slices": 7, "patients": 2, "sources": sources, **more}}
+
+    plain = text("a", data=data([None]))  # as earlier versions wrote it
+    assert "- train: 7 slices of 2 patients\n\nThe split is that of the dataset.\n" in plain
+    assert "mean of those of steps" not in plain and "```\n\n## Results" in plain
+    mixed = text("b", data=data([None, "eyes"], hash_split=False))
+    assert "2 patients, source eyes\n\nThe split is that of the dataset.\n" in mixed
+    hashed = data(["eyes"], hash_split=True)
+    finish = {"run_steps": [4, 8], "shift": -0.5, "empty_share_readers": 0.25, "empty_share_before": 0.125}
+    finished = text("c", data=hashed, finish=finish)
+    assert "The split is by patient, from `int(sha256(" in finished and "split is that of" not in finished
+    assert "```\n\nThe weights are the mean of those of steps 4 and 8. The presence was shifted by -0.5" in finished
+    assert "masks, 25.0% (before: 12.5%).\n\n## Results" in finished
+    assert "8. The presence was not calibrated.\n" in text("d", finish=finish | {"shift": None})
+
+
 def test_card_of_a_run_with_results_has_a_table_and_a_model_index(changed, tmp_path):
     result = json.loads((SHIPPED / "results" / "validation.json").read_text())
     result |= {"split": "test", "dataset": "/data/eyes"}
@@ -305,6 +329,11 @@ def break_results(run):
         (lambda run: (run / "model.safetensors").write_bytes(b"x"), "cannot be loaded"),
         (lambda run: (run / "README.md").write_text("---\na: [\n---\n"), "README.md"),
         (break_json, "data.json is not valid JSON"),
+        (lambda run: (run / "data.json").write_text('{"train": 3}'), "data.json is not a file of training/train.py"),
+        (
+            lambda run: (run / "finish.json").write_text('{"run_steps": 1}'),
+            "finish.json is not a file of training/fin",
+        ),
         (break_results, "r.json is not a results file of training/evaluate.py"),
     ],
 )

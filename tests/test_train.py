@@ -27,12 +27,13 @@ from transformers import AutoModel, AutoProcessor
 pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
 
+import datasets
 from accelerate import Accelerator
 
 from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamProcessor, evaluation
 from probabilistic_sam.data import split_of
 from probabilistic_sam.data.build import write_dataset
-from probabilistic_sam.data.format import decode_masks, image_row, load_split
+from probabilistic_sam.data.format import FEATURES, decode_masks, encode_png, image_row, load_split
 from probabilistic_sam.errors import UserError
 from probabilistic_sam.metrics import summarize
 from probabilistic_sam.training import checkpoint, loop, models
@@ -182,8 +183,8 @@ def test_run_folder_holds_one_checkpoint_the_configuration_and_the_best_scores(f
         "log.jsonl", "checkpoint-8",
     }  # fmt: skip
     assert json.loads((finished / "data.json").read_text()) == {
-        "train": {"slices": 12, "patients": 4, "sources": ["test"]},
-        "validation": {"slices": 6, "patients": 2, "sources": ["test"]},
+        "train": {"slices": 12, "patients": 4, "sources": ["test"], "hash_split": True},
+        "validation": {"slices": 6, "patients": 2, "sources": ["test"], "hash_split": True},
     }
     config = yaml.safe_load((finished / "training_config.yaml").read_text())
     assert config["max_steps"] == 8 and config["ema_decay"] == 0.995
@@ -906,6 +907,58 @@ def test_checkpoint_of_an_earlier_version_says_why(script, tmp_path):
 def test_earlier_run_is_not_overwritten(train, finished):
     with pytest.raises(UserError, match="holds checkpoints of an earlier run; accepted: a new folder"):
         train(finished)
+
+
+def test_processes_that_would_train_on_their_own_are_refused(monkeypatch):
+    alone = SimpleNamespace(num_processes=1, distributed_type="NO", device=torch.device("cpu"))
+    monkeypatch.setattr(loop, "Accelerator", lambda **options: alone)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="started 2 processes, but accelerate sees 1.* ACCELERATE_USE_CPU=true in fro"):
+        loop.start_accelerator(TrainingConfig(base_model="x"))
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert loop.start_accelerator(TrainingConfig(base_model="x")) is alone
+
+
+@pytest.fixture(scope="module")
+def hand_made(tmp_path_factory):
+    """A saved `DatasetDict` of three columns: absent readers are null, and nobody annotated the first row."""
+    path, masks = tmp_path_factory.mktemp("hand-made") / "data", np.zeros((SIZE, SIZE), bool)
+    empty = {"bytes": encode_png(masks), "path": None}
+    splits = {"train": [], "validation": []}
+    for number, row in enumerate(tiny_rows({"train": 4, "validation": 2})):
+        masks = [None, *row["masks"][1:]] if row["num_nonempty"] > 1 and number % 2 else row["masks"]
+        image = {"image": row["image"], "masks": masks, "patient_id": "a" if number < 12 else "b"}
+        splits["train" if number < 12 else "validation"].append(image)
+    features = datasets.Features({name: FEATURES[name] for name in ("image", "masks", "patient_id")})
+    for rows in splits.values():
+        rows[0] = rows[0] | {"masks": [empty, None, empty]}
+    made = {split: datasets.Dataset.from_list(rows, features=features) for split, rows in splits.items()}
+    datasets.DatasetDict(made).save_to_disk(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "more", [("encoder=cached",), ("encoder=frozen",), ("--max_steps", 0, "model.model_type=ellipse")]
+)
+def test_dataset_of_three_columns(train, hand_made, workspace, tmp_path, capsys, more):
+    if "model.model_type=ellipse" in more:  # which has none of the other fields
+        config = {key: value for key, value in CONFIG.items() if key != "model"}
+        (tmp_path / "ellipse.yaml").write_text(yaml.safe_dump(config | {"base_model": "random"}))
+        more = ("--config", tmp_path / "ellipse.yaml", *more)
+    train(tmp_path / "run", "--dataset", hand_made, "--cache_dir", tmp_path / "cache", "--max_steps", 2, *more)
+    printed = capsys.readouterr().out
+    for split, count in (("train", 12), ("validation", 6)):
+        assert f"split '{split}': 1 of {count} rows left out, which no reader annotated" in printed
+    data = json.loads((tmp_path / "run" / "data.json").read_text())
+    assert data["train"] == {"slices": 11, "patients": 1, "sources": [], "hash_split": split_of("a") == "train"}
+    scores = tmp_path / "scores.json"
+    command = ["--model", tmp_path / "run", "--dataset", hand_made, "--num_samples", 3, "--num_workers", 0]
+    load_script("evaluate").main([str(part) for part in (*command, "--output", scores)])
+    assert json.loads(scores.read_text())["num_slices"] == 5
+    figure = tmp_path / "samples.png"
+    command = ["--model", tmp_path / "run", "--dataset", hand_made, "--num_samples", 3, "--output", figure]
+    load_script("plot_samples").main([str(part) for part in command])
+    assert figure.is_file()
 
 
 def test_sharded_weights_are_refused(script, train, tmp_path, monkeypatch):

@@ -38,7 +38,7 @@ def make_row(masks=None, **columns):
 def test_rows_become_a_batch_with_absent_readers():
     batch = ProbabilisticSamCollator(PROCESSOR, num_readers=3, num_samples=5)(
         [
-            make_row([square(10, 18), square(12, 16)]),
+            make_row([square(10, 18), None, square(12, 16)]),
             make_row([square(10, 18), np.zeros((SIZE, SIZE)), square(12, 14)], patient_id="x"),
         ]
     )

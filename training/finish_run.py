@@ -3,7 +3,8 @@
     python training/finish_run.py --run RUN --dataset LIDC --output FINISHED
 
 The presence of the prior is shifted by one number, so that over the validation split, with the prompt `union_box`, the
-expected share of empty samples equals the readers' share of empty masks. FINISHED is a run folder like RUN.
+expected share of empty samples equals the readers' share of empty masks. It stays where no mask is empty, or all are.
+FINISHED is a run folder like RUN.
 """
 
 import argparse
@@ -43,8 +44,9 @@ def main() -> None:
     model.save_pretrained(arguments.output)
     processor.save_pretrained(arguments.output)
     (arguments.output / "finish.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    if (arguments.run / "training_config.yaml").exists():
-        shutil.copy(arguments.run / "training_config.yaml", arguments.output)
+    for name in ("training_config.yaml", "data.json"):  # which the model card reads
+        if (arguments.run / name).exists():
+            shutil.copy(arguments.run / name, arguments.output)
     print(f"wrote {arguments.output}: {record}")
 
 

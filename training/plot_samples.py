@@ -8,11 +8,12 @@ masks by default.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from probabilistic_sam.data import row_prompt
-from probabilistic_sam.data.format import decode_image, decode_masks, load_split
+from probabilistic_sam.data.format import decode_row, load_split
 from probabilistic_sam.errors import UserError, run
 from probabilistic_sam.evaluation import choose_rows
 from probabilistic_sam.inference import load_model, quiet_transformers, sample_image
@@ -40,21 +41,28 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def row_title(row: Mapping[str, Any]) -> str:
+    """What identifies a row: image, image of a patient, or slice of a patient."""
+    patient, image = row["patient_id"], row["image_id"]
+    if image is None:
+        return f"{patient}, slice {row['slice_index']}"
+    return image if image == patient else f"{patient}, {image}"
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Sample masks for the chosen rows and write the figure."""
     args = parse_args(argv)
     quiet_transformers()
     dataset = load_split(args.dataset, args.split)
-    rows = [dataset[index] for index in choose_rows(dataset, args.rows, "plotted rows")]
+    rows = dataset.select(choose_rows(dataset, args.rows, "plotted rows")).with_format("arrow")[:].to_pylist()
     model, processor = load_model(args.model, baselines=True)
-    images, readers = [decode_image(row) for row in rows], [decode_masks(row) for row in rows]
+    images, readers = zip(*map(decode_row, rows), strict=True)
     boxes = [row_prompt(row, masks, "union_box")["input_boxes"] for row, masks in zip(rows, readers, strict=True)]
     samples = [
         sample_image(model, processor, image, {"box": box}, args.num_samples, args.seed).masks
         for image, box in zip(images, boxes, strict=True)
     ]
-    titles = [row["image_id"] or f"{row['patient_id']}, slice {row['slice_index']}" for row in rows]
-    save_figure(comparison_figure(images, readers, samples, boxes, titles), args.output)
+    save_figure(comparison_figure(images, readers, samples, boxes, [row_title(row) for row in rows]), args.output)
     print(f"wrote {args.output}: {len(rows)} rows of {args.split}, {args.num_samples} samples each")
 
 

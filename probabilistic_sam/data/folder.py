@@ -1,6 +1,6 @@
 """Source `folder`: your own images with the masks of several readers, as files in folders.
 
-    DIR/images/ID.EXT           PNG, TIFF, JPEG or DICOM; grey (8 or 16 bit) or RGB (8 bit)
+    DIR/images/ID.EXT           PNG, TIFF, JPEG or DICOM; grey (8 or 16 bit) or RGB (8 bit); up to 64 million pixels
     DIR/masks/READER/ID.png     or ID.tif: one folder per reader; 1 bit, or values 0/1 or 0/255
     DIR/table.csv               optional: columns id and any of group, spacing_mm, split
 
@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import PIL.Image
 import scipy.ndimage
 
 from ..dicom_slice import read_dicom
 from ..errors import UserError
-from ..processing_image_files import open_image
+from ..processing_image_files import MAX_PIXELS, open_image
 from .card import Origin
-from .format import MAX_PIXELS, encode_png, image_row
+from .format import ACCEPTED_MASK, binary_mask, encode_png, image_row
 from .splits import SPLITS
 
 LAYOUT = "accepted: images/ID.EXT, masks/READER/ID.png (or .tif) and optionally table.csv"
@@ -161,6 +162,7 @@ class FolderSource:
                 [encode_png(mask) for mask in one],
                 str(path),
                 [str(mask_path) for mask_path in paths.values()],
+                MAX_PIXELS,
                 patient_id=self._group(image_id),
                 image_id=image_id + suffix,
                 reader_ids=list(paths),
@@ -280,7 +282,7 @@ def _table_line(line: dict[str, str], place: str) -> TableLine:
             spacing_mm = math.nan
         if not 0 < spacing_mm <= MAX_SPACING_MM:
             raise UserError(f"{place}: spacing_mm is {text!r}; accepted: a number of mm, up to {MAX_SPACING_MM:g}")
-    return TableLine(line.get("group") or None, spacing_mm, split)
+    return TableLine(line.get("group", "").strip() or None, spacing_mm, split)
 
 
 def _read_image(path: Path) -> tuple[np.ndarray, float | None]:
@@ -292,7 +294,7 @@ def _read_image(path: Path) -> tuple[np.ndarray, float | None]:
             if values.min() < 0:
                 values = np.maximum(values + DICOM_OFFSET, 0)
         else:
-            values = np.asarray(open_image(path, "the image", MAX_PIXELS))
+            values = np.asarray(open_image(path, "the image"))
         if min(values.shape[:2]) < 2:
             raise ValueError(f"image of {values.shape[1]}x{values.shape[0]} pixels; accepted: at least 2x2")
         return values if values.dtype == np.uint8 else _sixteen_bits(values), spacing_mm
@@ -318,22 +320,19 @@ def _sixteen_bits(values: np.ndarray) -> np.ndarray:
 def _read_mask(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     """Boolean mask (H, W) of an image of this shape."""
     try:
-        values = np.asarray(open_image(path, "the mask", MAX_PIXELS))
+        image = open_image(path, "the mask")
+        with PIL.Image.open(path) as file:
+            if file.mode == "LA":  # `open_image` drops the transparency, which may be the mask
+                raise UserError(f"mask with transparency; {ACCEPTED_MASK}")
+        mask = binary_mask(image)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
-    accepted = "accepted: 1 bit, or grey with values 0/1 or 0/255"
-    if values.ndim != 2:
-        raise UserError(f"{path}: mask in colours; {accepted}")
-    if values.shape != shape:
+    if mask.shape != shape:
         raise UserError(
-            f"{path}: mask is {values.shape[1]}x{values.shape[0]} pixels; accepted: {shape[1]}x{shape[0]}, the size "
-            f"of its image"
+            f"{path}: mask is {mask.shape[1]}x{mask.shape[0]} pixels; accepted: {shape[1]}x{shape[0]}, the size of "
+            f"its image"
         )
-    found = set(np.unique(values).tolist()) - {0}
-    if found not in (set(), {1}, {255}):
-        shown = ", ".join(f"{value:g}" for value in sorted(found)[:4])
-        raise UserError(f"{path}: mask has values {shown}; {accepted}")
-    return values != 0
+    return mask
 
 
 def _larger_side(masks: np.ndarray) -> int:

@@ -21,8 +21,8 @@ A row is one image with the masks of its readers; for LIDC-IDRI, one CT slice of
 | `source` | string | source of `training/build_dataset.py` that produced the row |
 
 Unknown values are null, also inside lists; the required columns are always known. A reader who did not look at an
-image is absent from the lists of its row. A source also yields `pixels_sha256` (`image_row`), which goes into the
-manifest and is not written.
+image is absent from the lists of its row; datasets made by other software may have null in place of the mask. A source
+also yields `pixels_sha256` (`image_row`), which goes into the manifest and is not written.
 
 A build is a folder that `datasets.load_dataset` opens, locally or from the Hub:
 
@@ -44,7 +44,9 @@ import datasets
 import huggingface_hub
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import pyarrow as pa
+from tqdm import tqdm
 
 from ..errors import UserError
 from ..hub.push import check_repo_name, reason
@@ -53,14 +55,16 @@ from .splits import SPLITS
 
 NUM_READERS = 4  # per slice of LIDC-IDRI
 MAX_READERS = 127  # per row: `num_nonempty` is an int8
-MAX_PIXELS = 2048 * 2048  # per image; a CT slice has 512 x 512
+MAX_PIXELS = 2048 * 2048  # per image of an archive; a CT slice has 512 x 512
 FORMAT_VERSION = 1  # of the columns and of how their content is hashed
 REQUIRED = ("image", "masks", "patient_id")
+NAMING = ("patient_id", "nodule_id", "slice_index", "image_id")  # columns that name a row in errors
 ACCEPTED_BUILD = (
     "accepted: the output of training/build_dataset.py or another build of `datasets` with the columns "
     f"{', '.join(REQUIRED)}: a folder, or its name on the Hub, organisation/name"
 )
 ACCEPTED_IMAGE = "accepted: 8 or 16 bit grey, or 8 bit RGB"
+ACCEPTED_MASK = "accepted: 1 bit, or grey with values 0/1 or 0/255"
 
 # Columns of the readers' ratings, with pylidc's names; 1..5, calcification 1..6, internal structure 1..4
 RATINGS = {
@@ -105,7 +109,15 @@ ROW_SCHEMA = FEATURES.arrow_schema.append(pa.field("pixels_sha256", pa.binary())
 RowKey = tuple[str, int, int, str]  # patient, nodule, slice, image; -1 and "" where unknown
 
 
-def image_row(png: bytes, mask_pngs: Sequence[bytes], name: str, mask_names: Sequence[str], **columns: Any) -> dict:
+def image_row(
+    png: bytes,
+    mask_pngs: Sequence[bytes],
+    name: str,
+    mask_names: Sequence[str],
+    max_pixels: int = MAX_PIXELS,
+    /,
+    **columns: Any,
+) -> dict:
     """Make a row from PNG files; columns that are not given are null.
 
     The image's bytes are kept; masks are re-encoded as 1-bit PNG. In addition to the columns, the row has
@@ -116,6 +128,7 @@ def image_row(png: bytes, mask_pngs: Sequence[bytes], name: str, mask_names: Seq
         mask_pngs: one per reader, at most `MAX_READERS`, 1 bit or 8 bit grey with a single nonzero value.
         name: name of the image in error messages, such as its path in an archive.
         mask_names: the same for the masks.
+        max_pixels: largest accepted width times height.
         **columns: other columns of `FEATURES`.
 
     Raises:
@@ -124,11 +137,11 @@ def image_row(png: bytes, mask_pngs: Sequence[bytes], name: str, mask_names: Seq
     """
     if len(mask_pngs) > MAX_READERS:
         raise UserError(f"{name}: {len(mask_pngs)} masks; accepted: at most {MAX_READERS}")
-    size, *digests = _check_image(png, name)
+    size, *digests = _check_image(png, name, max_pixels)
     masks, num_nonempty = [], 0
     for mask_png, mask_name in zip(mask_pngs, mask_names, strict=True):
         try:
-            one_bit, mask_size, nonempty, digest = _one_bit_mask(mask_png)
+            one_bit, mask_size, nonempty, digest = _one_bit_mask(mask_png, max_pixels)
         except ValueError as error:
             raise UserError(f"{mask_name}: {error}") from error
         if mask_size != size:
@@ -151,20 +164,46 @@ def encode_png(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def decode_image(row: Mapping[str, Any]) -> np.ndarray:
-    """Pixels of a row's image: grey (H, W), uint8 or uint16, or RGB (H, W, 3), uint8.
+def encoded_rows(rows: datasets.Dataset, *names: str) -> datasets.Dataset:
+    """These columns in the format "arrow", which leaves images encoded, and those that name a row in errors."""
+    names = (*names, *(name for name in NAMING if name in rows.features))
+    return rows.select_columns(list(names)).with_format("arrow")
+
+
+def decode_row(row: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Image and masks of a row, see `decode_image` and `decode_masks`, which have one size."""
+    masks = decode_masks(row)
+    return decode_image(row, masks.shape[1:]), masks
+
+
+def decode_image(row: Mapping[str, Any], size: tuple[int, ...] | None = None) -> np.ndarray:
+    """Pixels of a row's image: grey (H, W), uint8 or uint16, or RGB (H, W, 3), uint8; upright by its orientation tag.
 
     The row's images may be encoded or decoded.
 
+    Args:
+        row: of a dataset.
+        size: (H, W) of the row's masks, where they are known.
+
     Raises:
-        UserError: an image of another kind, which only a build by other software can hold.
+        UserError: an image of another kind or size, which only a build by other software can hold.
     """
     if row["image"] is None:
         raise UserError(f"{_row_name(row)}: no image; {ACCEPTED_IMAGE}")
-    image = _open(row["image"])
-    if loses_bits(image):
-        raise UserError(f"{_row_name(row)}: image with more than 8 bits per channel in colour; {ACCEPTED_IMAGE}")
-    pixels = np.asarray(image)
+    try:
+        image = _open(row["image"])
+        if loses_bits(image):
+            raise UserError(f"{_row_name(row)}: image with more than 8 bits per channel in colour; {ACCEPTED_IMAGE}")
+        pixels = np.asarray(_upright(image))
+    except UserError:
+        raise
+    except Exception as error:  # Pillow raises almost anything for a damaged file
+        raise UserError(f"{_row_name(row)}: image does not decode ({error}); {ACCEPTED_IMAGE}") from error
+    if size is not None and pixels.shape[:2] != size:
+        raise UserError(
+            f"{_row_name(row)}: image of {pixels.shape[1]}x{pixels.shape[0]} pixels and masks of {size[1]}x{size[0]}; "
+            "accepted: one size"
+        )
     if image.mode in ("L", "RGB"):
         return pixels
     if image.mode.startswith("I") and pixels.min() >= 0 and pixels.max() <= np.iinfo(np.uint16).max:
@@ -173,17 +212,43 @@ def decode_image(row: Mapping[str, Any]) -> np.ndarray:
 
 
 def decode_masks(row: Mapping[str, Any]) -> np.ndarray:
-    """Boolean masks (R, H, W) of a row, including empty ones. The row's images may be encoded or decoded.
+    """Boolean masks (R, H, W) of the readers of a row, including empty ones; without absent readers.
+
+    The row's images may be encoded or decoded.
 
     Raises:
-        UserError: no masks, or masks of several sizes, which only a build by other software can hold.
+        UserError: no masks, masks of several sizes or with more than two values, which only a build by other software
+            can hold.
     """
-    # Compare rather than cast: in Pillow's 1-bit arrays true is the byte 255, which a cast to bool keeps
-    masks = [np.asarray(_open(mask)) != 0 for mask in row["masks"] or ()]
+    try:
+        masks = [binary_mask(_upright(_open(mask))) for mask in row["masks"] or () if mask is not None]
+    except UserError as error:
+        raise UserError(f"{_row_name(row)}: {error}") from error
+    except Exception as error:  # Pillow raises almost anything for a damaged file
+        raise UserError(f"{_row_name(row)}: mask does not decode ({error}); {ACCEPTED_MASK}") from error
     shapes = sorted({mask.shape for mask in masks})
-    if len(shapes) != 1 or len(shapes[0]) != 2:
+    if len(shapes) != 1:
         raise UserError(f"{_row_name(row)}: masks of shapes {shapes}; accepted: one or more masks (H, W) of one shape")
     return np.stack(masks)
+
+
+def binary_mask(image: Any) -> np.ndarray:
+    """Boolean mask (H, W) of a Pillow image or an array.
+
+    Raises:
+        UserError: not grey, or other values than 0 and 1 or 0 and 255.
+    """
+    values = np.asarray(image)
+    if values.ndim != 2 or getattr(image, "mode", None) == "P":  # whose values are numbers of colours
+        raise UserError(f"mask in colours or with transparency; {ACCEPTED_MASK}")
+    # Compare rather than cast: in Pillow's 1-bit arrays true is the byte 255, which a cast to bool keeps
+    mask = values != 0
+    if values.dtype != bool and mask.any():
+        found = values[mask]
+        if found.min() != found.max() or found[0] not in (1, 255):
+            some = ", ".join(f"{value:g}" for value in np.unique(found)[:4])
+            raise UserError(f"mask has values {some}; {ACCEPTED_MASK}")
+    return mask
 
 
 def load_split(dataset: str | os.PathLike[str], split: str) -> datasets.Dataset:
@@ -199,16 +264,18 @@ def load_split(dataset: str | os.PathLike[str], split: str) -> datasets.Dataset:
         split: one of `SPLITS`.
 
     Returns:
-        Rows with the columns of `FEATURES`; optional columns that the dataset lacks are null. Images are not decoded:
+        Rows that at least one reader annotated, with the columns of `FEATURES`; optional columns that the dataset
+        lacks are null, except that rows without an identity have their number in `image_id`. Images are not decoded:
         `decode_image` does it, and refuses what Pillow would silently decode with fewer bits.
 
     Raises:
         UserError: `dataset` is neither a folder nor a repository, is not a build, lacks files or columns, or does not
-            have the split (the message lists those it has).
+            have the split (the message lists those it has); masks that do not decode; no row that a reader annotated.
     """
     directory = _build_folder(dataset)
     saved = (directory / "dataset_dict.json").is_file()
-    return _with_all_columns((_saved_split if saved else _parquet_split)(directory, split, dataset), dataset)
+    rows = _with_all_columns((_saved_split if saved else _parquet_split)(directory, split, dataset), dataset)
+    return _annotated_rows(rows, f"{dataset}: split {split!r}")
 
 
 def _parquet_split(directory: Path, split: str, dataset: str | os.PathLike[str]) -> datasets.Dataset:
@@ -217,7 +284,8 @@ def _parquet_split(directory: Path, split: str, dataset: str | os.PathLike[str])
     if not present:
         raise UserError(f"{dataset}: holds no data/*.parquet; {ACCEPTED_BUILD}")
     if split not in present:
-        raise UserError(f"{dataset}: has no split {split!r}; accepted: {', '.join(present)}")
+        names = {path.name.split("-")[0] for path in (directory / "data").glob("*-*-of-*.parquet")}
+        raise _missing_split(dataset, split, names)
     _check_shards([path.name for path in shards[split]], split, dataset)
     paths = [str(path) for path in shards[split]]
     try:
@@ -227,32 +295,109 @@ def _parquet_split(directory: Path, split: str, dataset: str | os.PathLike[str])
 
 
 def _saved_split(directory: Path, split: str, dataset: str | os.PathLike[str]) -> datasets.Dataset:
-    present = [name for name in SPLITS if (directory / name).is_dir()]
-    if split not in present:
-        raise UserError(f"{dataset}: has no split {split!r}; accepted: {', '.join(present) or 'none of ours'}")
+    names = {path.name for path in directory.iterdir() if path.is_dir()}
+    if split not in names:
+        raise _missing_split(dataset, split, names)
     try:
         return datasets.Dataset.load_from_disk(str(directory / split))
     except (pa.ArrowInvalid, OSError, ValueError, KeyError) as error:
         raise UserError(f"{dataset}: split {split!r} does not open as a saved dataset: {error}") from error
 
 
+def _missing_split(dataset: str | os.PathLike[str], split: str, names: Iterable[str]) -> UserError:
+    """The error for a split that is not among the names of a dataset's splits."""
+    present = ", ".join(name for name in SPLITS if name in names) or f"a dataset with {', '.join(SPLITS)}"
+    others = sorted(set(names) - set(SPLITS))
+    rename = f"; to rename one in Python: data[{split!r}] = data.pop({others[0]!r})" if others else ""
+    return UserError(f"{dataset}: has no split {split!r}{rename}; accepted: {present}")
+
+
 def _with_all_columns(rows: datasets.Dataset, dataset: str | os.PathLike[str]) -> datasets.Dataset:
-    """Check the columns, and add those that are missing as nulls."""
+    """Check the columns and give them their types, add those that are missing as nulls, and number the rows."""
     for name in REQUIRED:
         if name not in rows.features:
             raise UserError(f"{dataset}: has no column {name!r}; {ACCEPTED_BUILD}")
-    if isinstance(rows.features["image"], datasets.Image):
-        rows = rows.cast_column("image", FEATURES["image"])  # a split that was saved as we open it is not decoded
     for name, feature in FEATURES.items():
         if name in rows.features and rows.features[name] != feature:
-            raise UserError(f"{dataset}: column {name!r} is {rows.features[name]}; accepted: {feature}")
+            try:
+                rows = _with_type(rows, name, feature)
+            except (TypeError, pa.ArrowException) as error:
+                found = rows.features[name]
+                why = f" ({' '.join(str(error).split())})" if str(error) else ""
+                raise UserError(f"{dataset}: column {name!r} is {found}; accepted: {feature}{why}") from error
     if None in rows.unique("patient_id"):
         raise UserError(f"{dataset}: column 'patient_id' has nulls; accepted: the patient or group of every row")
     missing = datasets.Features({name: feature for name, feature in FEATURES.items() if name not in rows.features})
     if missing:
         nulls = datasets.Dataset.from_dict({name: [None] * len(rows) for name in missing}, features=missing)
         rows = datasets.concatenate_datasets([rows, nulls], axis=1)
+    rows = _with_identity(rows)
     return rows.select_columns(list(FEATURES)).cast_column("image", datasets.Image(decode=False))
+
+
+def _with_type(rows: datasets.Dataset, name: str, feature: Any) -> datasets.Dataset:
+    """Cast a column without loss: integers and floats of other widths, and large strings and integers to strings.
+
+    Raises:
+        TypeError: a column of another kind.
+        pyarrow.ArrowException: a value that the type does not hold.
+    """
+    found = rows.features[name]
+    if name == "image" and isinstance(found, datasets.Image):  # with a mode, or saved as `load_split` opens it
+        return rows.cast_column(name, feature)
+    if name == "masks" and isinstance(found, datasets.List) and isinstance(found.feature, datasets.Image):
+        rows = rows.select_columns(rows.column_names)  # a copy
+        rows.info.features[name] = feature  # how it is decoded; what is stored is the same
+        return rows
+    if name in REQUIRED[:2] or not _may_cast(found, feature):
+        raise TypeError
+    cast = _column(rows, name).cast(datasets.Features({name: feature}).arrow_schema.field(0).type)
+    return rows.remove_columns(name).add_column(name, cast, feature=feature)
+
+
+def _may_cast(found: Any, wanted: Any) -> bool:
+    """Whether values of one type may be values of another; pyarrow then checks each of them."""
+    if isinstance(found, (datasets.List, datasets.LargeList)) and isinstance(wanted, datasets.List):
+        return _may_cast(found.feature, wanted.feature)
+    if not isinstance(found, datasets.Value) or not isinstance(wanted, datasets.Value):
+        return False
+    kind = found.pa_type
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    if pa.types.is_null(kind) or pa.types.is_integer(kind):
+        return True
+    return is_text if pa.types.is_string(wanted.pa_type) else pa.types.is_floating(kind)
+
+
+def _with_identity(rows: datasets.Dataset) -> datasets.Dataset:
+    """Number the rows in `image_id` where neither it nor nodule and slice identify a row within its patient."""
+    columns = [_column(rows, name).to_pylist() for name in ("image_id", "nodule_id", "slice_index")]
+    identities = list(zip(*columns, strict=True))
+    if (None, None, None) not in identities:
+        return rows
+    numbered = [str(n) if known == (None, None, None) else known[0] for n, known in enumerate(identities)]
+    return rows.remove_columns("image_id").add_column("image_id", numbered, feature=FEATURES["image_id"])
+
+
+def _column(rows: datasets.Dataset, name: str) -> pa.ChunkedArray:
+    return rows.select_columns([name]).with_format("arrow")[:].column(0)
+
+
+def _annotated_rows(rows: datasets.Dataset, name: str) -> datasets.Dataset:
+    """Leave out the rows that no reader annotated, and print their number; masks decode only where it is not known."""
+    known, encoded = _column(rows, "num_nonempty").to_pylist(), encoded_rows(rows, "masks")
+    is_main, annotated = os.environ.get("RANK", "0") == "0", []  # one of several processes prints
+    for index, count in enumerate(tqdm(known, desc="checking masks", delay=2, leave=False, disable=not is_main)):
+        if count is None:
+            row = encoded[index].to_pylist()[0]
+            count = any(row["masks"] or ()) and decode_masks(row).any()
+        if count:
+            annotated.append(index)
+    left_out = len(rows) - len(annotated)
+    if not annotated:
+        raise UserError(f"{name}: no reader annotated any of its {left_out} rows; accepted: at least one mask")
+    if left_out and is_main:
+        print(f"{name}: {left_out} of {len(rows)} rows left out, which no reader annotated")
+    return rows.select(annotated) if left_out else rows
 
 
 def split_content(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -324,9 +469,9 @@ def _check_shards(names: Sequence[str], split: str, dataset: str | os.PathLike[s
         )
 
 
-def _check_image(png: bytes, name: str) -> tuple[tuple[int, int], bytes]:
+def _check_image(png: bytes, name: str, max_pixels: int) -> tuple[tuple[int, int], bytes]:
     try:
-        image = _decode_png(png)
+        image = _decode_png(png, max_pixels)
     except ValueError as error:
         raise UserError(f"{name}: {error}") from error
     bits = png[24]  # in the header; Pillow reads 16-bit RGB as 8 bits
@@ -335,23 +480,24 @@ def _check_image(png: bytes, name: str) -> tuple[tuple[int, int], bytes]:
     return image.size, _array_sha256(np.asarray(image))
 
 
-def _decode_png(png: bytes) -> PIL.Image.Image:
+def _decode_png(png: bytes, max_pixels: int) -> PIL.Image.Image:
     if not png.startswith(b"\x89PNG\r\n\x1a\n"):
         raise ValueError("not a PNG file")
     try:
         image = PIL.Image.open(io.BytesIO(png), formats=["PNG"])
-        if image.width * image.height <= MAX_PIXELS:
+        if image.width * image.height <= max_pixels:
+            image = _upright(image)
             image.load()
     except Exception as error:  # Pillow raises almost anything for a damaged file
         raise ValueError(f"PNG does not decode ({error})") from error
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"image of {image.width}x{image.height} pixels; accepted: at most {MAX_PIXELS:,} pixels")
+    if image.width * image.height > max_pixels:
+        raise ValueError(f"image of {image.width}x{image.height} pixels; accepted: at most {max_pixels:,} pixels")
     return image
 
 
 @functools.lru_cache(maxsize=256)  # more than a third of all masks are the same empty file
-def _one_bit_mask(png: bytes) -> tuple[bytes, tuple[int, int], bool, bytes]:
-    image = _decode_png(png)
+def _one_bit_mask(png: bytes, max_pixels: int) -> tuple[bytes, tuple[int, int], bool, bytes]:
+    image = _decode_png(png, max_pixels)
     if image.mode not in ("1", "L"):
         raise ValueError(f"PNG of mode {image.mode}; accepted: 1 bit, or 8 bit grey with a single nonzero value")
     mask = np.asarray(image)
@@ -363,14 +509,21 @@ def _one_bit_mask(png: bytes) -> tuple[bytes, tuple[int, int], bool, bytes]:
 
 
 def _row_name(row: Mapping[str, Any]) -> str:
-    known = [f"{name} {row[name]}" for name in ("patient_id", "image_id") if row.get(name) is not None]
+    known = [f"{name} {row[name]}" for name in NAMING if row.get(name) is not None]
     return ", ".join(known) or "a row"
 
 
-def _open(image: Any) -> PIL.Image.Image:
+def _open(image: Any) -> Any:
     if not isinstance(image, Mapping):
         return image
     return PIL.Image.open(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"]))
+
+
+def _upright(image: Any) -> Any:
+    """A Pillow image turned by its orientation tag, as `datasets` does; without a copy where there is none."""
+    if hasattr(image, "getexif") and image.getexif().get(PIL.Image.ExifTags.Base.Orientation, 1) != 1:
+        return PIL.ImageOps.exif_transpose(image)
+    return image
 
 
 def _array_sha256(array: np.ndarray) -> bytes:

@@ -150,8 +150,8 @@ def results_section(result: dict, name: str) -> str:
         f"{conditions(result)}. Mean over evaluation seeds {', '.join(map(str, seeds))}; in brackets, 95 % intervals "
         f"from a bootstrap over patients.{selected if result['split'] == 'validation' else ''}\n\n"
         f"{results_table(result)}\n\n"
-        "`all`: at least one reader annotated. `four_readers`: all four annotated. `shape`: at least two annotated; "
-        "only non-empty masks are compared.\n\n"
+        "`all`: at least one reader annotated. `four_readers`: at least four readers, all of whom annotated. `shape`: "
+        "at least two annotated; only non-empty masks are compared.\n\n"
         f"Source: `{name}`, commit `{result['commit'][:12]}`, written by\n\n```\n{result['command']}\n```"
     )
 
@@ -207,8 +207,8 @@ def run_card(run: Path, name: str, example: Mapping[str, Any]) -> ModelCard:
     """The card of a run folder of `training/train.py`. It contains only what the files of the run state.
 
     Args:
-        run: folder with any of `training_config.yaml`, `data.json`, `best.json` and `results/*.json` (written by
-            `training/evaluate.py`).
+        run: folder with any of `training_config.yaml`, `data.json`, `best.json`, `finish.json` (written by
+            `training/finish_run.py`) and `results/*.json` (written by `training/evaluate.py`).
         name: repository name on the Hub.
         example: entry of `examples/examples.json`.
 
@@ -238,10 +238,6 @@ def run_card(run: Path, name: str, example: Mapping[str, Any]) -> ModelCard:
             f"checkpoint, GED was {best['all/ged']:.3f}. This is optimistic, because these slices selected the "
             "checkpoint."
         )
-    counts = [
-        f"- {split}: {item['slices']:,} slices of {item['patients']:,} patients, source {', '.join(item['sources'])}"
-        for split, item in read_json(run / "data.json").items()
-    ]
     config = run / "training_config.yaml"
     title = name.split("/")[-1]
     data = ModelCardData(
@@ -257,10 +253,47 @@ def run_card(run: Path, name: str, example: Mapping[str, Any]) -> ModelCard:
         example,
         name,
         title=title,
-        training_data="\n".join([*counts, "", SPLIT] if counts else ["The run does not state its training data."]),
+        training_data=data_section(run / "data.json"),
         training=config.read_text().strip() if config.is_file() else "# the run contains no training_config.yaml",
+        finish=finish_section(run / "finish.json"),
         results="\n\n".join(sections) or "The run contains no results.",
     )
+
+
+def data_section(path: Path) -> str:
+    """The `data.json` of a run: sizes of its splits, and whether the split is that of the hash."""
+    splits = read_json(path)
+    if not splits:
+        return "The run does not state its training data."
+    try:
+        lines = []
+        for split, item in splits.items():
+            sources = ", ".join(source for source in item["sources"] if source)
+            line = f"- {split}: {item['slices']:,} slices of {item['patients']:,} patients"
+            lines.append(f"{line}, source {sources}" if sources else line)
+        is_hash = all(item.get("hash_split") for item in splits.values())  # absent from files of earlier versions
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{path} is not a file of training/train.py ({error!r})") from error
+    return "\n".join([*lines, "", SPLIT if is_hash else "The split is that of the dataset."])
+
+
+def finish_section(path: Path) -> str:
+    """The `finish.json` of a run, if it has one: which weights were averaged, and how the presence was shifted."""
+    record = read_json(path)
+    if not record:
+        return ""
+    try:
+        best, last = record["run_steps"]
+        text = f"The weights are the mean of those of steps {best} and {last}. "
+        if record["shift"] is None:
+            return text + "The presence was not calibrated."
+        return text + (
+            f"The presence was shifted by {record['shift']:g}, so that on the validation split the expected share of "
+            f"empty samples is that of the readers' empty masks, {record['empty_share_readers']:.1%} (before: "
+            f"{record['empty_share_before']:.1%})."
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not a file of training/finish_run.py ({error!r})") from error
 
 
 def read_json(path: Path) -> dict:

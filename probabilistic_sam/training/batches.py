@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..data import NODULE_BOX
-from ..data.format import decode_image, decode_masks
+from ..data.format import decode_image, decode_masks, encoded_rows
 from ..data.volumes import group_nodules
 from ..errors import UserError
 from ..processing_probabilistic_sam import ProbabilisticSamProcessor
@@ -61,8 +61,7 @@ class TrainingWindows(Dataset[dict[str, torch.Tensor]]):
         config: TrainingConfig,
         cache: EmbeddingCache | None = None,
     ):
-        # The format "arrow" leaves images encoded; only what a window needs is decoded
-        self.rows = rows.select_columns(["masks"] if cache else ["image", "masks"]).with_format("arrow")
+        self.rows = encoded_rows(rows, *([] if cache else ["image"]), "masks")  # decoded when a window needs them
         self.processor, self.augmentation, self.cache = processor, config.augmentation, cache
         self.nodules: dict[int, tuple[int, ...]] = {}  # all rows of a row's nodule
         if NODULE_BOX in config.prompts:
@@ -100,12 +99,7 @@ class TrainingWindows(Dataset[dict[str, torch.Tensor]]):
             turned = view.turn(seen)
             image = {"image_embeddings": self.cache.embedding(key.row, number)}
         else:
-            pixels = decode_image(row)
-            if pixels.shape[:2] != masks.shape[1:]:
-                raise UserError(
-                    f"row {key.row} of the training split has an image of {pixels.shape[:2]} pixels and masks of "
-                    f"{masks.shape[1:]}; accepted: one size"
-                )
+            pixels = decode_image(row, masks.shape[1:])
             view, turned = turn_randomly(seen, self.processor, rng, **self.augmentation)
             window = view_window(pixels, view, self.processor)
             image = {"window": self.processor.resize(window) if view.window[2] > self.processor.image_size else window}
@@ -186,9 +180,13 @@ class StepSampler(Sampler[list[WindowKey]]):
 
 
 def reader_counts(rows: datasets.Dataset) -> np.ndarray:
-    """Number of readers of each row, without reading any mask."""
-    counts = [pc.list_value_length(table["masks"]) for table in rows.with_format("arrow").iter(1000)]
-    return np.concatenate([part.to_numpy() for part in counts])
+    """Number of readers of each row, without reading any mask; absent readers do not count."""
+    counts = []
+    for table in rows.select_columns(["masks"]).with_format("arrow").iter(1000):
+        for masks in table["masks"].chunks:
+            present = pc.list_parent_indices(masks).filter(pc.is_valid(pc.list_flatten(masks)))
+            counts.append(np.bincount(present, minlength=len(masks)))
+    return np.concatenate(counts)
 
 
 def collate(items: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -65,8 +65,11 @@ def encoded_content(rows: datasets.Dataset) -> str:
         for row in table.to_pylist():
             image, masks = row.pop("image"), row.pop("masks")
             digest.update(json.dumps(row, sort_keys=True).encode())
-            for item in (image, *masks):
-                content = Path(item["path"]).read_bytes() if item["bytes"] is None else item["bytes"]
+            for item in filter(None, (image, *masks)):
+                try:
+                    content = Path(item["path"]).read_bytes() if item["bytes"] is None else item["bytes"]
+                except OSError as error:
+                    raise UserError(f"image {item['path']} of the dataset cannot be read: {error.strerror}") from error
                 digest.update(hashlib.sha256(content).digest())
     return digest.hexdigest()
 

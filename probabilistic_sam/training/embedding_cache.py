@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from filelock import FileLock
 from tqdm.auto import tqdm
 
-from ..data.format import decode_image, decode_masks
+from ..data.format import decode_row, encoded_rows
 from ..errors import UserError
 from ..processing_probabilistic_sam import ProbabilisticSamProcessor
 from .windows import View, effective_augmentation, plain_view, random_view, view_pixel_values
@@ -50,7 +50,7 @@ class EmbeddingCache:
         bf16: * encode in bfloat16.
 
     Raises:
-        UserError: the file cannot be written, or the disk has no room for it.
+        UserError: a row that does not decode; the file cannot be written, or the disk has no room for it.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class EmbeddingCache:
     ):
         self.processor, self.seed, self.num_views = processor, seed, num_views
         self.augmentation = augmentation or {}
-        rows = dataset.select_columns(["image", "masks"]).with_format("arrow")  # images stay encoded
+        rows = encoded_rows(dataset, "image", "masks")
         key = {
             "version": CACHE_VERSION,
             "vision_encoder": encoder_hash(model),
@@ -161,8 +161,7 @@ class EmbeddingCache:
             batch, pixels = jobs[start : start + batch_size], []
             for index, view in batch:
                 if cached is None or cached[0] != index:
-                    row = rows[index].to_pylist()[0]
-                    cached = index, decode_image(row), decode_masks(row)
+                    cached = index, *decode_row(rows[index].to_pylist()[0])
                 _, image, masks = cached
                 pixels.append(view_pixel_values(image, self.view(index, view, masks), self.processor))
             with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=bf16):
@@ -204,12 +203,11 @@ def pixels_hash(rows: datasets.Dataset) -> str:
     """SHA-256 of all images and masks, decoded one after the other; rows in the format "arrow"."""
     digest = hashlib.sha256()
     for table in rows.iter(1):
-        row = table.to_pylist()[0]
-        image = decode_image(row)
+        image, masks = decode_row(table.to_pylist()[0])
         if image.ndim == 3:  # RGB
             digest.update(repr(image.shape).encode())
         digest.update(image.tobytes())
-        digest.update(np.packbits(decode_masks(row)).tobytes())
+        digest.update(np.packbits(masks).tobytes())
     return digest.hexdigest()
 
 

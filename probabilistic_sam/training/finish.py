@@ -33,8 +33,10 @@ def average(model: torch.nn.Module, last: dict[str, torch.Tensor]) -> None:
 @torch.no_grad()
 def calibrate_presence(
     model: ProbabilisticSamModel, processor: ProbabilisticSamProcessor, rows: datasets.Dataset
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Shift the presence of the prior so that the expected share of empty samples equals that of empty masks.
+
+    Where no mask is empty, or all are, no finite shift does that; the presence then stays, with a printed note.
 
     Args:
         model: changed in place.
@@ -42,13 +44,18 @@ def calibrate_presence(
         rows: whose mean share is matched, with the prompt `union_box`.
 
     Returns:
-        `shift`, `empty_share_readers`, and `empty_share_before`, the expected share without the shift.
+        `shift` (None if the presence stays), `empty_share_readers`, and `empty_share_before`, the expected share
+        without the shift.
     """
     means, shares = presence_means(model, processor, rows)
-    shift = find_shift(means, shares)
-    model.prior.lin2.bias[0] += shift
+    shift = None
+    if 0 < shares.mean() < 1:
+        shift = find_shift(means, shares)
+        model.prior.lin2.bias[0] += shift
+    else:
+        print(f"the share of empty masks is {shares.mean():g}, which no finite shift reaches: the presence stays")
     return {
-        "shift": round(shift, 4),
+        "shift": None if shift is None else round(shift, 4),
         "empty_share_readers": round(float(shares.mean()), 4),
         "empty_share_before": round(float(ndtr(-means).mean()), 4),
     }

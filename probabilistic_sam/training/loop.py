@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from .. import ProbabilisticSamConfig, ProbabilisticSamModel, ProbabilisticSamProcessor
 from ..baselines import EllipseModel
 from ..conversion import save_model
+from ..data import split_of
 from ..data.format import load_split
 from ..errors import UserError
 from ..files import write_text
@@ -126,6 +127,13 @@ def start_accelerator(config: TrainingConfig) -> Accelerator:
     """Join the other processes, if any."""
     # The loop itself chooses what runs in bfloat16, so that validation stays in float32
     accelerator = Accelerator(mixed_precision="no")
+    started = int(os.environ.get("WORLD_SIZE") or 1)
+    if accelerator.num_processes != started:
+        raise UserError(
+            f"the launcher started {started} processes, but accelerate sees {accelerator.num_processes}, so that each "
+            "would train on its own; accepted: a GPU for each process, or ACCELERATE_USE_CPU=true in front of the "
+            "command for processes on the CPU"
+        )
     if accelerator.distributed_type in SHARDED:
         raise UserError(
             f"accelerate is configured for {accelerator.distributed_type}, which shards the weights, but averages and "
@@ -171,14 +179,15 @@ def check_push(config: TrainingConfig, push_to: str | None) -> None:
 
 def describe_run(directory: Path, config: TrainingConfig, rows: dict[str, datasets.Dataset], writes: bool) -> None:
     """Make the run folder, and write the configuration and the sizes of the splits, which the model card reads."""
-    counts = {
-        split: {
+    counts = {}
+    for split, part in rows.items():
+        patients = set(part["patient_id"])
+        counts[split] = {
             "slices": len(part),
-            "patients": len(part.unique("patient_id")),
-            "sources": sorted(part.unique("source")),
+            "patients": len(patients),
+            "sources": sorted(set(part["source"]) - {None}),
+            "hash_split": all(split_of(patient) == split for patient in patients),
         }
-        for split, part in rows.items()
-    }
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if writes:

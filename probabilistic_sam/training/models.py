@@ -105,7 +105,8 @@ def fit_ellipse(model: EllipseModel, rows) -> None:
     """Fit to the readers' masks of the training split and to the boxes that evaluation uses."""
 
     def boxes() -> Iterator[tuple[list[float], np.ndarray]]:
-        for row in rows.remove_columns("image").with_format(None):
+        for table in rows.remove_columns("image").with_format("arrow").iter(1):
+            row = table.to_pylist()[0]
             masks = decode_masks(row)
             prompt: Any = row_prompt(row, masks, "union_box")
             yield prompt["input_boxes"], masks

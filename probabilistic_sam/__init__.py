@@ -13,7 +13,7 @@ from .processing_probabilistic_sam import ProbabilisticSamProcessor
 from .thinning import thin_samples
 from .trainer_collator import ProbabilisticSamCollator
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 AutoConfig.register(TinyViTVisionConfig.model_type, TinyViTVisionConfig)
 AutoConfig.register(ProbabilisticSamConfig.model_type, ProbabilisticSamConfig)

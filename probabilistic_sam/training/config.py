@@ -243,7 +243,7 @@ def convert(values: Mapping[str, Any], types: Mapping[str, Any], prefix: str = "
             raise ValueError(f"unknown field {prefix + str(name)!r}; accepted: {', '.join(sorted(types))}")
         if new in result:
             raise ValueError(f"{prefix}{new} is given twice, once by its old name; accepted: {new} alone")
-        if types[new] is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        if types[new] in (float, float | int) and isinstance(value, (int, str)) and not isinstance(value, bool):
             with contextlib.suppress(ValueError, OverflowError):  # what stays text is refused as such
                 value = float(value)
         if isinstance(value, float) and not math.isfinite(value):

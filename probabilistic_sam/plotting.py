@@ -331,8 +331,9 @@ def scan_figure(
         _plot_histogram(axes, volumes)
         low, median, high = np.quantile(volumes, [0.05, 0.5, 0.95])
         axes.axvline(median, color="0.2", linewidth=1, linestyle="--", label=f"median {median:,.0f} mm$^3$")
-        axes.axvspan(low, high, color="0.92", zorder=0, label=f"90 % of the samples: {low:,.0f} to {high:,.0f} mm$^3$")
-        axes.legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0, fontsize=9)
+        label = f"90 % of the samples: {low:,.0f} to {high:,.0f} mm$^3$"
+        axes.axvspan(low, high, facecolor="0.2", alpha=0.15, edgecolor="none", label=label)
+        axes.legend(frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, fontsize=9)
     else:
         _note(axes, "too few readers would outline a nodule")
     axes.set(xlabel="volume if outlined (mm$^3$)", ylabel="samples", xlim=(0, None))

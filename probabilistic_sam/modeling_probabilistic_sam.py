@@ -805,7 +805,7 @@ class ProbabilisticSamModel(SamModel):
                 parts = latents.split(max(1, MAX_DECODED // math.prod(lead)), dim=2)
                 chunks = [self.decode_outlines(embeddings, part) for part in parts]
                 outlines, iou_scores = (torch.cat(chunk, dim=2) for chunk in zip(*chunks, strict=True))
-            # Not `> 0` with the branches exchanged: NaN stays NaN instead of looking like an empty mask
+            # Written so that NaN stays NaN: `> 0` would make an empty mask of it
             masks = torch.where(latents[..., 0, None, None] <= 0, EMPTY_LOGIT, outlines)
             values |= {"pred_masks": masks, "iou_scores": iou_scores, "latents": latents, "outline_masks": outlines}
             values["presence"] = torch.special.ndtr(prior_mean[..., 0])

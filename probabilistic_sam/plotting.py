@@ -354,17 +354,13 @@ def grid_figure(
     images: Sequence[np.ndarray],
     readers: Sequence[np.ndarray],
     titles: Sequence[str],
-    columns: int = 4,
-    window: tuple[float, float] = (0, 255),
 ) -> Figure:
-    """Grid of slices with the readers' outlines; grey ones have the same grey scale.
+    """Grid of slices with the readers' outlines, four per line; grey values from 0 to 255.
 
     Args:
         images: (H, W) grey values or (H, W, 3) uint8 each.
         readers: (M, H, W) bool for each image, including empty masks.
         titles: line above each slice.
-        columns: slices per line.
-        window: grey values that are plotted black and white.
 
     Raises:
         UserError: no image, lists of different lengths, or shapes that do not fit together.
@@ -372,7 +368,7 @@ def grid_figure(
     if not len(images) == len(readers) == len(titles) >= 1:
         counts = f"{len(images)} images, {len(readers)} stacks of readers and {len(titles)} titles"
         raise UserError(f"{counts} to plot; accepted: the same number of each, at least one")
-    gap, line = 0.1, 0.3
+    gap, line, columns = 0.1, 0.3, 4
     panel = (WIDTH_INCHES - 2 * MARGIN - (columns - 1) * gap) / columns
     rows = -(-len(images) // columns)
     figure = Figure(figsize=(WIDTH_INCHES, rows * (line + panel) + MARGIN), dpi=DPI, facecolor="white")
@@ -384,7 +380,7 @@ def grid_figure(
         left, top = MARGIN + column * (panel + gap), line + row * (line + panel)
         axes = _add_axes(figure, left, top, panel, title, size=9)
         whole = zoom_window((image.shape[0], image.shape[1]))
-        _show(axes, image, whole, cmap="gray", vmin=window[0], vmax=window[1])
+        _show(axes, image, whole, cmap="gray", vmin=0, vmax=255)
         for reader, mask in enumerate(masks):
             _plot_outline(axes, mask, READER_COLORS[reader % len(READER_COLORS)], 0.8, alpha=0.7)
     return figure

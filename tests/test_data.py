@@ -554,16 +554,29 @@ def test_absent_readers_may_be_null_and_rows_nobody_annotated_are_left_out(tmp_p
 def test_columns_are_cast_where_nothing_is_lost(tmp_path):
     value, of = datasets.Value, datasets.List
     columns = {
-        "image": pngs(GREY) * 2, "masks": [pngs(CORNER)] * 2, "patient_id": [7, 8], "image_id": ["x", "y"],
-        "scan_id": [1.0, None], "nodule_id": [3, None], "z_mm": [5, 6], "malignancy": [[1], [None]],
-        "source": [None, None], "reader_ids": [["r"], ["r"]],
-    }  # fmt: skip
+        "image": pngs(GREY) * 2,
+        "masks": [pngs(CORNER)] * 2,
+        "patient_id": [7, 8],
+        "image_id": ["x", "y"],
+        "scan_id": [1.0, None],
+        "nodule_id": [3, None],
+        "z_mm": [5, 6],
+        "malignancy": [[1], [None]],
+        "source": [None, None],
+        "reader_ids": [["r"], ["r"]],
+    }
     types = {
-        "image": datasets.Image(mode="L"), "masks": of(datasets.Image(mode="L")), "patient_id": value("int64"),
-        "image_id": value("large_string"), "scan_id": value("float64"), "nodule_id": value("int64"),
-        "z_mm": value("int32"), "malignancy": of(value("int64")), "source": value("null"),
+        "image": datasets.Image(mode="L"),
+        "masks": of(datasets.Image(mode="L")),
+        "patient_id": value("int64"),
+        "image_id": value("large_string"),
+        "scan_id": value("float64"),
+        "nodule_id": value("int64"),
+        "z_mm": value("int32"),
+        "malignancy": of(value("int64")),
+        "source": value("null"),
         "reader_ids": of(value("large_string")),
-    }  # fmt: skip
+    }
     train = load_split(hand_made(tmp_path / "data", columns, **types), "train")
     assert train.features == UNDECODED
     expected = columns | {"patient_id": ["7", "8"]}
@@ -622,9 +635,12 @@ def test_masks_have_two_values():
         np.testing.assert_array_equal(decode_masks({"masks": [image]})[0], values > 0)
     labels = np.array([[0, 1, 2, 3]], dtype=np.uint8)
     for values, found in (
-        (labels, "1, 2, 3"), (labels // 2 * 2, "2"), (np.array([[1, 255]], np.uint8), "1, 255"),
-        (labels * np.float32(0.25), "0.25, 0.5, 0.75"), (labels.astype(np.uint16) // 3 * 65535, "65535"),
-    ):  # fmt: skip
+        (labels, "1, 2, 3"),
+        (labels // 2 * 2, "2"),
+        (np.array([[1, 255]], np.uint8), "1, 255"),
+        (labels * np.float32(0.25), "0.25, 0.5, 0.75"),
+        (labels.astype(np.uint16) // 3 * 65535, "65535"),
+    ):
         with pytest.raises(
             UserError, match=f"^patient_id p: mask has values .*{found}.*; accepted: 1 bit, or grey with"
         ):

@@ -164,8 +164,9 @@ def test_only_a_folder_with_a_result_and_nothing_else_is_replaced(tmp_path, name
 def test_every_folder_of_a_table_must_be_a_result(tmp_path, name, foreign):
     owned = (*(f"nodule-[0-9]*/{file}" for file in RESULT), "summary.csv")
     write_result(tmp_path / "out" / "nodule-0", "masks/sample-00.png")
-    write_result((tmp_path / "out" / name).parent) if name.endswith("json") else None
-    if not name.endswith("json"):
+    if name.endswith("json"):
+        write_result((tmp_path / "out" / name).parent)
+    else:
         (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "out" / name).write_text("mine")
     before = contents(tmp_path)

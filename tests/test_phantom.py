@@ -129,7 +129,7 @@ def test_vascular_tree_reaches_every_point_and_tapers():
 def test_grid_figure_has_a_panel_and_a_title_for_each_slice():
     readers = np.stack([disc(), np.zeros((128, 128), dtype=bool)])
     image = phantom_slice(made_nodule(), 0)
-    figure = grid_figure([image] * 5, [readers, readers[:0], readers, readers, readers], list("abcde"), columns=2)
+    figure = grid_figure([image] * 5, [readers, readers[:0], readers, readers, readers], list("abcde"))
     assert [axes.get_title() for axes in figure.axes] == list("abcde")
     assert {axes.images[0].get_clim() for axes in figure.axes} == {(0, 255)}
     figure.canvas.draw()

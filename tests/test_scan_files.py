@@ -265,8 +265,12 @@ def test_dicom_seg_of_slices_that_are_not_axial_has_the_frames_of_the_source(tmp
 
 def test_dicom_seg_that_needs_too_much_memory(tmp_path, monkeypatch):
     write_series(tmp_path / "axial", hounsfield((5, 6, 7)))
-    write_series(tmp_path / "coronal", hounsfield((5, 6, 7)), positions=[[0, y, 0] for y in range(5)],
-                 ImageOrientationPatient=[1, 0, 0, 0, 0, -1])  # fmt: skip
+    write_series(
+        tmp_path / "coronal",
+        hounsfield((5, 6, 7)),
+        positions=[[0, y, 0] for y in range(5)],
+        ImageOrientationPatient=[1, 0, 0, 0, 0, -1],
+    )
     monkeypatch.setattr(scan_files, "MAX_SEGMENT_VOXELS", 3 * 5 * 6 * 7)
     with open_scan(tmp_path / "axial") as axial, open_scan(tmp_path / "coronal") as coronal:
         scan_files.check_formats(["dicom-seg-samples"], axial, 2, 7)
@@ -278,8 +282,9 @@ def test_dicom_seg_that_needs_too_much_memory(tmp_path, monkeypatch):
         assert choose_formats(coronal)[1] == []
         monkeypatch.setattr(scan_files, "MAX_SEGMENT_VOXELS", 3 * 5 * 6 * 7 - 1)
         assert choose_formats(coronal) == (
-            ["nifti", "png"], ["DICOM SEG is left out: its slices are not axial and have too many voxels"]
-        )  # fmt: skip
+            ["nifti", "png"],
+            ["DICOM SEG is left out: its slices are not axial and have too many voxels"],
+        )
 
 
 def test_an_enhanced_ct_comes_back_with_its_geometry(tmp_path):

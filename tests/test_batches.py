@@ -257,8 +257,9 @@ import sys, warnings
 import torch
 from probabilistic_sam.training.batches import make_loader
 class Windows(torch.utils.data.Dataset):
-    def __getitem__(self, key):  # the server has imported the training loop, so no worker has to
-        return {"labels": torch.tensor([["probabilistic_sam.training.loop" in sys.modules]]), "annotated": torch.tensor([1])}
+    def __getitem__(self, key):
+        imported = "probabilistic_sam.training.loop" in sys.modules  # by the server, before it forked this worker
+        return {"labels": torch.tensor([[imported]]), "annotated": torch.tensor([1])}
 if __name__ == "__main__":
     warnings.simplefilter("ignore")  # of memory that cannot be pinned without a GPU
     loader = make_loader(Windows(), [[0], [1]], 2, torch.device("cuda"))

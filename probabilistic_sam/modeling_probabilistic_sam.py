@@ -467,14 +467,21 @@ class LatentNetwork(nn.Module):
 # ----------------------------------------------------------------------------------------------------------- noise
 
 
-def check_generators(generators: Sequence[torch.Generator], count: int) -> None:
-    """Check that there is one generator per image.
+def check_generators(generator: torch.Generator | Sequence[torch.Generator] | None, count: int) -> None:
+    """Check that there is a generator for all images, one for each of `count` images, or none.
 
     Raises:
-        ValueError: another number.
+        ValueError: another number of them, or something else.
     """
-    if len(generators) != count:
-        raise ValueError(f"{len(generators)} generators are for as many images, but there are {count}.")
+    several = isinstance(generator, Sequence) and not isinstance(generator, str)
+    items = list(generator) if several else [generator]  # type: ignore[arg-type]
+    if not all(isinstance(item, torch.Generator | None) for item in items):
+        raise ValueError(
+            f"generator is {generator!r}; accepted: torch.Generator().manual_seed(seed), a list with one per image, "
+            "or None"
+        )
+    if several and len(items) != count:
+        raise ValueError(f"{len(items)} generators are for as many images, but there are {count}.")
 
 
 def to_device(noise: torch.Tensor, device: torch.device | str) -> torch.Tensor:
@@ -490,10 +497,10 @@ def normal_noise(
     """Standard normal noise of the generator, by default the CPU's: one seed gives the same noise on any device.
 
     Raises:
-        ValueError: a number of generators other than the number of images.
+        ValueError: a number of generators other than the number of images, or something else than generators.
     """
+    check_generators(generator, shape[0])
     if isinstance(generator, Sequence):
-        check_generators(generator, shape[0])
         return torch.cat([normal_noise((1, *shape[1:]), item, device) for item in generator])
     source = "cpu" if generator is None else generator.device
     return to_device(torch.empty(shape, device=source).normal_(generator=generator), device)
@@ -511,10 +518,10 @@ def spread_noise(
     probability of an empty mask is 1/4, for example, 4 of 16 samples are empty.
 
     Raises:
-        ValueError: a number of generators other than the number of images.
+        ValueError: a number of generators other than the number of images, or something else than generators.
     """
+    check_generators(generator, shape[0])
     if isinstance(generator, Sequence):
-        check_generators(generator, shape[0])
         return torch.cat([spread_noise((1, *shape[1:]), item, device) for item in generator])
     source = "cpu" if generator is None else generator.device
     # On the CPU from here on: float32 cannot resolve levels close to 1, and Apple's GPU has no float64

@@ -215,6 +215,13 @@ def test_damaged_zips_links_and_wrong_sizes_are_refused(tmp_path, build):
     whole = path.read_bytes()
     path.write_bytes(whole.replace(b"0123456789", b"9876543210", 1))
     assert_refused(build("slices", "--input", path, "--output", tmp_path / "out"), f"at or after {name} (Bad CRC-32")
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr(name, bytes(1000))
+    packed, start = bytearray(path.read_bytes()), 30 + len(name)  # of the compressed bytes
+    packed[start + 9 : start + 12] = b"\xff\xff\xff"
+    path.write_bytes(packed)
+    message = f"damaged, encrypted or truncated, at or after {name} (Corrupt input data)"
+    assert_refused(build("slices", "--input", path, "--output", tmp_path / "out"), message)
     # The directory at the end promises fewer bytes than there are
     path.write_bytes(whole.replace((1000).to_bytes(4, "little") * 2, (10).to_bytes(4, "little") * 2))
     assert_refused(build("slices", "--input", path, "--output", tmp_path / "out"), f"at or after {name}")

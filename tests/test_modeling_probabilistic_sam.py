@@ -616,6 +616,15 @@ def test_one_generator_per_image_makes_images_independent(model, inputs):
         model.sample(**inputs, generator=generators[:1])
 
 
+@pytest.mark.parametrize("wrong", [0, "0", np.random.default_rng(0), [torch.Generator(), 1]])
+def test_only_generators_are_sources_of_noise(model, inputs, wrong):
+    for arguments in ({}, {"labels": tiny_labels()}):
+        with pytest.raises(
+            ValueError, match=r"^generator is .*; accepted: torch\.Generator\(\)\.manual_seed\(seed\), a list"
+        ):
+            model(**inputs, **arguments, generator=wrong)
+
+
 def test_one_generator_per_image_makes_reconstructions_independent(model, inputs):
     labels = tiny_labels()
     generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]

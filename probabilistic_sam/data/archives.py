@@ -6,6 +6,7 @@ never unpacked to disk; links are not followed.
 
 import gzip
 import io
+import lzma
 import os
 import re
 import stat
@@ -19,6 +20,10 @@ from typing import IO
 
 from ..errors import UserError
 
+# What zipfile raises for damaged and encrypted archives
+DAMAGED_ZIP = (
+    zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError, zlib.error, lzma.LZMAError
+)  # fmt: skip
 MAX_MEMBER_BYTES = 4 * 2**20
 MAX_MEMBERS = 1_000_000  # the public sets have about 95,000 and 64,000
 
@@ -125,7 +130,7 @@ def _zip_files(path: Path, layout: Layout) -> Iterator[NamedFile]:
                     raise UserError(f"{name}: is a link or device; accepted: regular files and folders")
                 _check_size(member.file_size, name)
                 yield name, archive.read(member)  # never more than `file_size`; a wrong checksum is an error
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError, zlib.error) as error:
+    except DAMAGED_ZIP as error:
         raise UserError(f"{path}: damaged, encrypted or truncated, at or after {name} ({error})") from error
 
 

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import sam_parts, tiny_inputs, tiny_labels, tiny_model, tiny_vit_parts
 
-# peft and we use the names of gradient checkpointing that transformers 5.20 knows
+# peft and we use the names of gradient checkpointing that all accepted versions of transformers know
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
 
 DECODER = ["q_proj", "k_proj", "v_proj", "out_proj"]  # as recommended in the README

@@ -475,7 +475,7 @@ def check_generators(generator: torch.Generator | Sequence[torch.Generator] | No
     """
     several = isinstance(generator, Sequence) and not isinstance(generator, str)
     items = list(generator) if several else [generator]  # type: ignore[arg-type]
-    if not all(isinstance(item, torch.Generator | None) for item in items):
+    if not all(item is None or isinstance(item, torch.Generator) for item in items):
         raise ValueError(
             f"generator is {generator!r}; accepted: torch.Generator().manual_seed(seed), a list with one per image, "
             "or None"
@@ -790,6 +790,7 @@ class ProbabilisticSamModel(SamModel):
         )
         prior_mean, prior_log_std = self.predict_prior(lead, features, coarse_maps)
 
+        # Completed with `update`, since PyTorch 2.7 cannot trace `|=`
         values = {"prior_mean": prior_mean, "prior_log_std": prior_log_std}
         if labels is not None:
             if generator is None and not self.training:
@@ -798,7 +799,9 @@ class ProbabilisticSamModel(SamModel):
             readers = Readers.read(labels, reader_mask, annotated, lead, size)
             posterior = self.posterior(features, coarse_maps, readers.targets.flatten(0, 1).to(features.dtype))
             mean, log_std = (item.unflatten(0, lead) for item in posterior)
-            values |= self.train_on_readers(embeddings, mean, log_std, prior_mean, prior_log_std, readers, generator)
+            values.update(
+                self.train_on_readers(embeddings, mean, log_std, prior_mean, prior_log_std, readers, generator)
+            )
         if labels is None or not self.training:
             if latents is None:
                 noise = spread_noise((*lead, num_samples, self.config.latent_dim), generator, self.device)
@@ -814,8 +817,10 @@ class ProbabilisticSamModel(SamModel):
                 outlines, iou_scores = (torch.cat(chunk, dim=2) for chunk in zip(*chunks, strict=True))
             # Written so that NaN stays NaN: `> 0` would make an empty mask of it
             masks = torch.where(latents[..., 0, None, None] <= 0, EMPTY_LOGIT, outlines)
-            values |= {"pred_masks": masks, "iou_scores": iou_scores, "latents": latents, "outline_masks": outlines}
-            values["presence"] = torch.special.ndtr(prior_mean[..., 0])
+            presence = torch.special.ndtr(prior_mean[..., 0])
+            values.update(
+                pred_masks=masks, iou_scores=iou_scores, latents=latents, outline_masks=outlines, presence=presence
+            )
         return ProbabilisticSamOutput(**values)
 
     def train_on_readers(

@@ -264,13 +264,13 @@ class ProbabilisticUNetModel(PixelModel):
         values = {"prior_mean": prior_mean, "prior_log_std": prior_log_std}
         if labels is not None:
             readers = Readers.read(labels, reader_mask, annotated, lead, flat.shape[-1])
-            values |= self.train_on_readers(maps, features, prior_mean, prior_log_std, readers, generator)
+            values.update(self.train_on_readers(maps, features, prior_mean, prior_log_std, readers, generator))
         if labels is None or not self.training:
             noise = spread_noise((*lead, num_samples, self.config.latent_dim), generator, self.device)
             latents = prior_mean[:, :, None] + torch.exp(prior_log_std)[:, :, None] * noise
             chunks = latents.flatten(0, 1).split(max(1, MAX_DECODED // len(flat)), dim=1)
             masks = torch.cat([self.decode(features, part) for part in chunks], dim=1).unflatten(0, lead)
-            values |= {"pred_masks": masks, "latents": latents}
+            values.update(pred_masks=masks, latents=latents)
         return ProbabilisticSamOutput(**values)
 
     def train_on_readers(

@@ -74,6 +74,7 @@ def drop_channels(features: torch.Tensor, share: float, generator: torch.Generat
     """
     if share == 0:
         return features
+    check_generators(generator, len(features))
     source = "cpu" if generator is None else generator.device
     kept = to_device(torch.rand(features.shape[:2], generator=generator, device=source), features.device) >= share
     kept = kept.view(*kept.shape, *[1] * (features.ndim - 2))

@@ -252,6 +252,24 @@ def test_workers_give_the_same_batches(rows, processor):
         assert one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
 
 
+@pytest.mark.parametrize("num_kept", [0, 2, 4])
+def test_rows_stay_decoded_until_they_fill_the_memory(processor, monkeypatch, num_kept):
+    images = np.random.default_rng(0).integers(0, 256, (4, SIZE, SIZE), dtype=np.uint8)
+    rows = some_rows(*((image, [square(), square(low=10)]) for image in images))
+    size = SIZE * SIZE + 2 * SIZE * SIZE // 8  # of a row in bytes: a byte per pixel, and a bit per pixel and mask
+    module = TrainingWindows.__module__
+    monkeypatch.setattr(f"{module}.KEPT_BYTES", num_kept * size + size - 1)
+    windows = TrainingWindows(rows, processor, make_config())
+    keys = [WindowKey(row, 0, (row,), "center_box") for row in range(4)]
+    first = [windows[key] for key in keys]
+    decoded = []
+    monkeypatch.setattr(f"{module}.decode_masks", lambda row: decoded.append(1) or decode_masks(row))
+    for key, item in zip(keys, first, strict=True):
+        again = windows[key]
+        assert again.keys() == item.keys() and all(torch.equal(again[name], item[name]) for name in item)
+    assert len(decoded) == 4 - num_kept
+
+
 WORKERS_OF_A_GPU = """
 import sys, warnings
 import torch

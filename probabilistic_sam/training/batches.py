@@ -24,6 +24,8 @@ from .config import TrainingConfig
 from .embedding_cache import EmbeddingCache
 from .windows import View, turn_randomly, view_prompt, view_readers, view_window
 
+KEPT_BYTES = 2**28  # of decoded rows, in each process that cuts windows
+
 
 class WindowKey(NamedTuple):
     """What a window follows from.
@@ -44,6 +46,8 @@ class WindowKey(NamedTuple):
 class TrainingWindows(Dataset[dict[str, torch.Tensor]]):
     """The windows of a split's rows, which are read from the memory-mapped dataset when they are needed.
 
+    Decoding takes longer than cutting, so rows stay decoded until they fill `KEPT_BYTES`.
+
     Args:
         rows: of the split.
         processor: cuts the windows.
@@ -63,6 +67,8 @@ class TrainingWindows(Dataset[dict[str, torch.Tensor]]):
     ):
         self.rows = encoded_rows(rows, *([] if cache else ["image"]), "masks")  # decoded when a window needs them
         self.processor, self.augmentation, self.cache = processor, config.augmentation, cache
+        self.kept: dict[int, tuple[np.ndarray, int, np.ndarray]] = {}  # row -> bits of masks, width, pixels
+        self.room = KEPT_BYTES
         self.nodules: dict[int, tuple[int, ...]] = {}  # all rows of a row's nodule
         if NODULE_BOX in config.prompts:
             nodules, left_out = group_nodules(rows)
@@ -86,8 +92,7 @@ class TrainingWindows(Dataset[dict[str, torch.Tensor]]):
         Raises:
             UserError: a row without annotated pixels, or with an image of another size than its masks.
         """
-        row = self.rows[key.row].to_pylist()[0]
-        masks, rng = decode_masks(row), np.random.default_rng(key.seed)
+        (masks, pixels), rng = self.decode(key.row), np.random.default_rng(key.seed)
         if not masks.any():
             raise UserError(f"row {key.row} of the training split has no annotated pixel; accepted: at least one")
         seen = masks  # by whoever gives the prompt; the last one covers the other slices of the nodule
@@ -99,7 +104,6 @@ class TrainingWindows(Dataset[dict[str, torch.Tensor]]):
             turned = view.turn(seen)
             image = {"image_embeddings": self.cache.embedding(key.row, number)}
         else:
-            pixels = decode_image(row, masks.shape[1:])
             view, turned = turn_randomly(seen, self.processor, rng, **self.augmentation)
             window = view_window(pixels, view, self.processor)
             image = {"window": self.processor.resize(window) if view.window[2] > self.processor.image_size else window}
@@ -107,10 +111,23 @@ class TrainingWindows(Dataset[dict[str, torch.Tensor]]):
         prompt = view_prompt(turned, place, "union_box" if key.prompt == NODULE_BOX else key.prompt, rng, size)
         return prompt | view_readers(turned[: len(masks)], place, size // 4) | image
 
+    def decode(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Masks (R, H, W) of a row, and pixels of `decode_image`, not to be changed; with a cache an empty array."""
+        if index in self.kept:
+            bits, width, pixels = self.kept[index]
+            return np.unpackbits(bits, axis=-1, count=width).view(bool), pixels
+        row = self.rows[index].to_pylist()[0]
+        masks = decode_masks(row)
+        pixels = np.empty((0, 0)) if self.cache else decode_image(row, masks.shape[1:])
+        bits = np.packbits(masks, axis=-1)
+        if bits.nbytes + pixels.nbytes <= self.room:
+            self.room -= bits.nbytes + pixels.nbytes
+            self.kept[index] = bits, masks.shape[-1], pixels
+        return masks, pixels
+
     def nodule_mask(self, row: int, masks: np.ndarray) -> np.ndarray:
         """Union (H, W) of all readers' masks on all slices of a row's nodule; `masks` (R, H, W) are the row's own."""
-        others = [other for other in self.nodules.get(row, ()) if other != row]
-        unions = [decode_masks(item).any(axis=0) for item in self.rows[others].to_pylist()] if others else []
+        unions = [self.decode(other)[0].any(axis=0) for other in self.nodules.get(row, ()) if other != row]
         return np.any([masks.any(axis=0), *unions], axis=0)
 
 

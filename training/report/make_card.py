@@ -66,8 +66,8 @@ COMPARED = {  # stem of the results files (stem.json, stem_seed0.json, ...) -> r
     "oracle_majority": "oracle: majority vote of the readers (`shape`: of those who annotated)",
     "oracle_readers": "oracle: masks of randomly chosen readers",
 }
-COMPARED_PYLIDC = {"validation": COMPARED["public"]} | {  # the rows of the comparison that have the other truth, too
-    f"pylidc_{stem}": COMPARED[stem] for stem in (OURS, "probabilistic_unet", "dropout_sam", "dropout_unet")
+COMPARED_PYLIDC = {"validation": COMPARED["public"]} | {  # the same rows with the other truth, where they have results
+    f"pylidc_{stem}": title for stem, title in COMPARED.items() if stem != "public"
 }
 SHIPPED_RUN = "psam_lidc_gpu/log.jsonl"  # in COSTS
 COMPARED_RUN = f"comparison/{OURS}_seed0.jsonl"

@@ -82,6 +82,7 @@ ABLATIONS = {
     "ablation_prior_without_prompt": "prior without the prompt",
     "cpu_probabilistic_sam": "CPU budget: Probabilistic SAM",
     "cpu_prior_without_prompt": "CPU budget: prior without the prompt",
+    "cpu_no_detail": "CPU budget: without the detail network",
     "cpu_no_pretraining": "CPU budget: without MobileSAM's pretrained weights",
     "cpu_reference_recipe": "CPU budget: recipe of the paper's public code (prior from raw pixels, mean BCE, beta 10)",
 }

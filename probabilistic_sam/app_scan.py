@@ -120,7 +120,7 @@ def show_slice(opened: OpenedScan | None, index: Any, contrast: Any) -> str:
     return picture(values, CONTRASTS[contrast])
 
 
-def read_nodule(scan: Scan, value: Any, first: Any, last: Any, formats: Sequence[str], num_samples: int) -> Nodule:
+def read_nodule(scan: Scan, value: Any, first: Any, last: Any) -> Nodule:
     """The nodule that the browser sent.
 
     Raises:
@@ -137,7 +137,7 @@ def read_nodule(scan: Scan, value: Any, first: Any, last: Any, formats: Sequence
             "probabilistic-sam segment"
         )
     nodule = Nodule(box, int(first), int(last))
-    check_nodule(scan, nodule, formats, num_samples)
+    check_nodule(scan, nodule)
     return nodule
 
 
@@ -172,8 +172,8 @@ def sample_nodule(
         raise UserError("no scan yet; drop a file: a zip with a DICOM series, a multi-frame DICOM file, .nii, .nii.gz")
     check_numbers(num_samples, seed)
     scan = opened.scan
-    formats, left_out = choose_formats(scan)
-    nodule = read_nodule(scan, prompt, first, last, formats, int(num_samples))
+    nodule = read_nodule(scan, prompt, first, last)
+    formats, left_out = choose_formats(scan, nodule.last - nodule.first + 1, int(num_samples))
     sampled = sample_scan(model, processor, scan, nodule.box, (nodule.first, nodule.last), int(num_samples), int(seed))
 
     def write(folder: Path) -> tuple[dict[str, Any], np.ndarray]:

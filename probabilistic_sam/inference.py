@@ -23,6 +23,7 @@ import huggingface_hub
 import numpy as np
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors import SafetensorError
 
@@ -173,7 +174,9 @@ def load_model(
     try:
         model, info = classes[model_type].from_pretrained(name, output_loading_info=True)
         processor = ProbabilisticSamProcessor.from_pretrained(name)
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, EOFError) as error:
+    except (
+        OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, EOFError, StrictDataclassError,
+    ) as error:  # fmt: skip
         raise UserError(f"model {name} cannot be loaded ({_first_line(error)}); {accepted}") from error
     missing = sorted(info["missing_keys"])
     if missing:
@@ -230,8 +233,17 @@ def value_summary(values: np.ndarray, scale: float = 1.0) -> dict[str, Any] | No
     if not len(values):
         return None
     values = np.asarray(values) * scale
-    quantiles = {str(level): round(float(np.quantile(values, level)), 4) for level in QUANTILES}
-    return {"mean": round(float(values.mean()), 4), "quantiles": quantiles, "samples": values.round(4).tolist()}
+    quantiles = {str(level): shortened(np.quantile(values, level)) for level in QUANTILES}
+    return {
+        "mean": shortened(values.mean()),
+        "quantiles": quantiles,
+        "samples": [shortened(value) for value in values],
+    }
+
+
+def shortened(value: float) -> float:
+    """A number with four decimals, or four significant digits if it is small, such as mm^2 under a microscope."""
+    return round(float(value), 4) if abs(value) >= 0.1 else float(f"{value:.4g}")
 
 
 def write_masks(folder: Path, masks: np.ndarray) -> None:
@@ -454,6 +466,8 @@ def _model_type(name: str | os.PathLike) -> str | None:
     except (OSError, ValueError) as error:
         place = "" if Path(name).is_dir() else ", neither here nor on the Hub"
         raise UserError(f"the configuration of model {name} cannot be read{place} ({_first_line(error)})") from error
+    if not isinstance(config, dict):
+        raise UserError(f"the configuration of model {name} is no JSON object; accepted: that of a Probabilistic SAM")
     return config.get("model_type")
 
 

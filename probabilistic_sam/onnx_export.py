@@ -58,6 +58,7 @@ from . import ProbabilisticSamModel, ProbabilisticSamProcessor, __version__
 from .errors import UserError
 from .files import replaced_directory
 from .modeling_probabilistic_sam import EMPTY_LOGIT
+from .provenance import weights_hash
 
 OPSET = 20  # the first with Gelu; onnxruntime-web runs it
 GRAPHS = ("vision_encoder", "box_decoder", "point_decoder")
@@ -152,17 +153,28 @@ def export_onnx(
 def export_metadata(
     model: ProbabilisticSamModel, processor: ProbabilisticSamProcessor, name: str = ""
 ) -> dict[str, str]:
-    """What the files say about their model: its name, versions and sizes, and the settings of the processor."""
+    """What the files say about their model: name, versions, sizes, hash of the weights, settings of the processor."""
+    tied = set(model.all_tied_weights_keys)  # not in files of weights
     entries: dict[str, Any] = {
         "model": name,
         "commit": getattr(model.config, "_commit_hash", None),  # of a model from the Hub
         "probabilistic_sam": __version__,
-        "image_size": model.config.prompt_encoder_config.image_size,
         "latent_dim": model.config.latent_dim,
-        "crop_size": processor.crop_size,
-        "stretch_percentiles": " ".join(f"{value:g}" for value in processor.stretch_percentiles),
+        "weights": weights_hash({key: value for key, value in model.state_dict().items() if key not in tied}),
     }
-    return {key: str(value) for key, value in entries.items() if value not in (None, "")}
+    named = {key: str(value) for key, value in entries.items() if value not in (None, "")}
+    return named | processor_settings(processor)
+
+
+def processor_settings(processor: ProbabilisticSamProcessor) -> dict[str, str]:
+    """The settings with which the windows of the graphs are cut; without `crop_size` where it is None."""
+    percentiles = " ".join(f"{value:g}" for value in processor.stretch_percentiles)
+    settings = {
+        "image_size": processor.image_size,
+        "crop_size": processor.crop_size,
+        "stretch_percentiles": percentiles,
+    }
+    return {key: str(value) for key, value in settings.items() if value is not None}
 
 
 def trace(model: ProbabilisticSamModel, graph: str) -> Any:

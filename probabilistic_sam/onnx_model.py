@@ -12,6 +12,8 @@ import huggingface_hub
 import numpy as np
 import torch
 from huggingface_hub.errors import EntryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from . import ProbabilisticSamOutput, ProbabilisticSamProcessor
 from .errors import UserError
@@ -24,10 +26,12 @@ from .modeling_probabilistic_sam import (
     check_values,
     spread_noise,
 )
-from .onnx_export import DECODER_OUTPUTS, GRAPHS
+from .onnx_export import DECODER_OUTPUTS, GRAPHS, processor_settings
+from .provenance import weights_hash
 
 FILES = tuple(f"onnx/{graph}.onnx" for graph in GRAPHS)
 HOW_TO_EXPORT = "python training/export_onnx.py --model MODEL --output MODEL/onnx writes them"
+SETTINGS = ("image_size", "crop_size", "stretch_percentiles")  # of the processor, in the metadata of the graphs
 
 
 class OnnxModel:
@@ -149,7 +153,8 @@ def load_onnx_model(
     """Load the graphs in `onnx/` of a folder or of a repository on the Hub, and the processor.
 
     Raises:
-        UserError: missing or unreadable files, onnxruntime is not installed, or a device other than the CPU.
+        UserError: missing or unreadable files, graphs of other weights than those in the folder or of another
+            processor, onnxruntime is not installed, or a device other than the CPU.
     """
     folder = Path(name)
     if not folder.is_dir():
@@ -167,4 +172,27 @@ def load_onnx_model(
         processor = ProbabilisticSamProcessor.from_pretrained(folder)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"the processor of {name} cannot be loaded ({error})") from error
-    return OnnxModel(folder / "onnx").to(device), processor
+    model = OnnxModel(folder / "onnx").to(device)
+    check_export(model, processor, folder)
+    return model, processor
+
+
+def check_export(model: OnnxModel, processor: ProbabilisticSamProcessor, folder: Path) -> None:
+    """Raise `UserError` unless the graphs are those of the processor and of the weights, if any, in a folder.
+
+    Weights may have been trained further, or calibrated, since the graphs were written.
+    """
+    expected: dict[str, str | None] = {**dict.fromkeys(SETTINGS), **processor_settings(processor)}
+    try:
+        weights = {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"the weights in {folder} cannot be read ({error})") from error
+    if weights:  # a cached repository of the Hub may have graphs only
+        expected["weights"] = weights_hash(weights)
+    for graph, session in model.sessions.items():
+        stated = session.get_modelmeta().custom_metadata_map
+        for name, value in expected.items():
+            if stated.get(name) != value:
+                found = "" if name == "weights" else f" {stated.get(name)} instead of {value}"
+                place = folder / "onnx" / f"{graph}.onnx"
+                raise UserError(f"{place} is out of date: it has other {name}{found}; {HOW_TO_EXPORT}")

@@ -3,12 +3,12 @@
 import itertools
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import GeneratorType
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import Pipeline
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
@@ -83,7 +83,7 @@ class ProbabilisticMaskGenerationPipeline(Pipeline):
             threshold: probability above which a pixel belongs to a mask, 0.5 by default.
             batch_size: images that are prepared at a time, and windows in one forward pass, 1 by default. If the
                 processor has a `crop_size`, each prompt has its own window.
-            num_workers: processes that prepare images, none by default.
+            num_workers: processes that prepare images, none by default, and none for a generator.
             **unknown: refused.
 
         Returns:
@@ -110,8 +110,10 @@ class ProbabilisticMaskGenerationPipeline(Pipeline):
             images = [images]  # so that `batch_size` applies to its windows
         elif isinstance(images, tuple):
             images = list(images)
-        elif hasattr(images, "__iter__") and not isinstance(images, (list, GeneratorType)):
-            images = (image for image in images)  # a dataset or column, which transformers would treat as one image
+        elif isinstance(images, Sequence) or hasattr(images, "__getitems__"):  # the latter for `datasets.Dataset`
+            images = images if isinstance(images, (list, Dataset)) else Items(images)
+        elif hasattr(images, "__iter__") and not isinstance(images, GeneratorType):
+            images = (image for image in images)  # which transformers would treat as one image
         if images == []:  # which transformers does not accept
             return []
         results = super().__call__(
@@ -198,8 +200,10 @@ class ProbabilisticMaskGenerationPipeline(Pipeline):
         self, inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params
     ) -> Iterator[list[dict[str, Any]]]:
         """Results image by image; a batch has one item per window, not per image as in transformers."""
-        sized = hasattr(inputs, "__len__")
-        dataset = (PipelineDataset if sized else PipelineIterator)(inputs, self.preprocess, preprocess_params)
+        if hasattr(inputs, "__len__"):
+            dataset = PipelineDataset(inputs, self.preprocess, preprocess_params)
+        else:  # every worker process would run through all images
+            dataset, num_workers = PipelineIterator(inputs, self.preprocess, preprocess_params), 0
         for images in DataLoader(dataset, num_workers=num_workers, batch_size=batch_size, collate_fn=list):
             for outputs in self.forward(images, batch_size=batch_size, **forward_params):
                 yield self.postprocess(outputs, **postprocess_params)
@@ -210,6 +214,19 @@ class ProbabilisticMaskGenerationPipeline(Pipeline):
         self.model.save_pretrained(save_directory, **kwargs)
         self.processor.include_code()
         self.processor.save_pretrained(save_directory)
+
+
+class Items(Dataset):
+    """A dataset or column of `datasets` as one of PyTorch, which transformers does not take for a single image."""
+
+    def __init__(self, items: Any):
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.items[index]
 
 
 def refuse_unknown(unknown: Mapping[str, Any]) -> None:

@@ -31,6 +31,7 @@ PROMPT_COLOR = "#FFD400"
 WIDTH_INCHES, DPI = 12.8, 125  # 1600 px
 MARGIN = 0.15
 LEGEND_COLUMNS = 4
+PLAIN: dict[str, Any] = {"parse_math": False}  # for text that may come from names of files, which may hold "$"
 EDGE_COLOR, EDGE_WIDTH = "black", 0.7  # of lines on colour images, in points on each side
 SAMPLES_SHOWN = 8
 SLICES_SHOWN = 6
@@ -148,7 +149,9 @@ def sample_figure(
     bottom = top + panel + 0.2 * legend_rows + 0.42
     figure = Figure(figsize=(WIDTH_INCHES, bottom + small + MARGIN), dpi=DPI, facecolor="white")
     if title:
-        figure.text(MARGIN / WIDTH_INCHES, 1 - 0.12 / figure.get_figheight(), title, va="top", size=13, weight="bold")
+        figure.text(
+            MARGIN / WIDTH_INCHES, 1 - 0.12 / figure.get_figheight(), title, va="top", size=13, weight="bold", **PLAIN
+        )
 
     left = MARGIN
     axes = _add_axes(figure, left, top, panel, "slice")
@@ -303,7 +306,7 @@ def scan_figure(
     line = panel + 0.45
     figure = Figure(figsize=(WIDTH_INCHES, top + panel + line + below), dpi=DPI, facecolor="white")
     height = figure.get_figheight()
-    figure.text(MARGIN / WIDTH_INCHES, 1 - 0.12 / height, title, va="top", size=12, weight="bold")
+    figure.text(MARGIN / WIDTH_INCHES, 1 - 0.12 / height, title, va="top", size=12, weight="bold", **PLAIN)
     if len(chosen) < len(slices):
         left_out = f"{len(chosen)} of {len(slices)} slices"
         figure.text(1 - MARGIN / WIDTH_INCHES, 1 - 0.12 / height, left_out, va="top", ha="right", size=10, color="0.3")
@@ -443,7 +446,7 @@ def calibration_figure(pixels: np.ndarray, emptiness: np.ndarray, title: str) ->
         title: line above the panels.
     """
     figure = Figure(figsize=(WIDTH_INCHES, 5.4), dpi=DPI, facecolor="white", layout="constrained")
-    figure.suptitle(title, size=13, weight="bold")
+    figure.suptitle(title, size=13, weight="bold", **PLAIN)
     panels = figure.subplots(1, 2)
     labels = (
         ("mean probability of a pixel", "share of readers who annotated it", "share of pixels (bars)"),
@@ -475,7 +478,7 @@ def volume_figure(nodules: Sequence[Mapping[str, Any]], levels: Sequence[float],
     readers = [np.array([volume for volume in nodule["readers_mm3"] if volume > 0]) for nodule in nodules]
     order = np.argsort([volumes.mean() for volumes in readers], kind="stable")
     figure = Figure(figsize=(WIDTH_INCHES, 5.4), dpi=DPI, facecolor="white", layout="constrained")
-    figure.suptitle(title, size=13, weight="bold")
+    figure.suptitle(title, size=13, weight="bold", **PLAIN)
     axes, curve = figure.subplots(1, 2, width_ratios=(2, 1))
 
     seen = [(rank, nodules[index]["quantiles_mm3"]) for rank, index in enumerate(order)]
@@ -612,7 +615,7 @@ def _add_axes(figure: Figure, left: float, top: float, side: float, title: str, 
     """A square panel, placed in inches from the top left corner of the figure."""
     width, height = figure.get_size_inches()
     axes = figure.add_axes((left / width, 1 - (top + side) / height, side / width, side / height))
-    axes.set_title(title, fontsize=size, pad=4)
+    axes.set_title(title, fontsize=size, pad=4, **PLAIN)
     axes.set(xticks=[], yticks=[], facecolor="0.92")
     for spine in axes.spines.values():
         spine.set_visible(False)

@@ -1,14 +1,17 @@
-"""The provenance of a results file."""
+"""The provenance of results files, and a hash of weights."""
 
+import hashlib
 import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+import torch
 
 
 def provenance(root: Path, packages: Sequence[str]) -> dict[str, Any]:
@@ -44,3 +47,11 @@ def git_commit(root: Path) -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head.stdout.strip() + ("+dirty" if changes.stdout.strip() else "")
+
+
+def weights_hash(weights: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of names and values, the same in every precision that float32 holds exactly."""
+    digest = hashlib.sha256()
+    for name, value in sorted(weights.items()):
+        digest.update(name.encode() + value.detach().cpu().float().numpy().tobytes())
+    return digest.hexdigest()

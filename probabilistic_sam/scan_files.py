@@ -8,7 +8,6 @@ from the headers of the input.
 import gzip
 import io
 import json
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from pydicom.sr.codedict import codes
 
 from . import __version__
 from .errors import UserError
-from .inference import presence_words, value_summary
+from .inference import presence_words, shortened, value_summary
 from .plotting import save_figure, scan_figure
 from .processing_probabilistic_sam import QUANTILES, binary_entropy
 from .scan_sampling import SampledScan
@@ -53,11 +52,15 @@ SUMMARY_COLUMNS = (
 LARGEST_MM = 30.0  # nodules of LIDC-IDRI
 
 
-def choose_formats(scan: Scan, asked: Sequence[str] | None = None) -> tuple[list[str], list[str]]:
+def choose_formats(
+    scan: Scan, num_slices: int, num_samples: int, asked: Sequence[str] | None = None
+) -> tuple[list[str], list[str]]:
     """The formats to write, and warnings about those left out.
 
     Args:
         scan: an open scan.
+        num_slices: of the largest nodule.
+        num_samples: of each nodule.
         asked: some of `FORMATS`; None takes all that the scan allows, except the samples as DICOM SEG.
 
     Raises:
@@ -66,26 +69,36 @@ def choose_formats(scan: Scan, asked: Sequence[str] | None = None) -> tuple[list
     wanted = [name for name in asked or ["dicom-seg"] if name.startswith("dicom-seg")]
     if asked and not wanted or not asked and not scan.headers:
         return list(asked or ["nifti", "png"]), []
-    problem = segmentation_problem(scan)
+    segments = num_samples if "dicom-seg-samples" in wanted else len(LEVELS)
+    problem = segmentation_problem(scan, num_slices, segments)
     if not problem:
         return list(asked or ["nifti", "dicom-seg", "png"]), []
     if asked:
-        raise UserError(f"{wanted[0]} cannot be written: {problem}; accepted: --format nifti png")
+        raise UserError(f"{wanted[-1]} cannot be written: {problem}; accepted: --format nifti png")
     return ["nifti", "png"], [f"DICOM SEG is left out: {problem}"]
 
 
-def segmentation_problem(scan: Scan) -> str:
-    """Why no DICOM SEG can be written for a scan; empty if it can."""
+def segmentation_problem(scan: Scan, num_slices: int, num_segments: int) -> str:
+    """Why no DICOM SEG can be written for a scan; empty if it can.
+
+    Args:
+        scan: an open scan.
+        num_slices: of a nodule.
+        num_segments: of one file.
+    """
     if not scan.headers:
         return f"it refers to the DICOM images of the scan, but this is {scan.kind}"
-    missing = [name for name in REFERENCED_UIDS if not scan.headers[0].get(name)]
-    if missing:
-        return f"the scan has no {missing[0]}"
-    if not is_stored_axially(scan) and len(LEVELS) * math.prod(scan.stored.spatial_shape) > MAX_SEGMENT_VOXELS:
-        return "its slices are not axial and have too many voxels"
+    for name in REFERENCED_UIDS:
+        if not all(header.get(name) for header in scan.headers):
+            return f"a file of the scan has no {name}"
+    frames, rows, columns = scan.stored.spatial_shape
+    voxels = (num_slices if is_stored_axially(scan) else frames) * rows * columns
+    if num_segments * voxels > MAX_SEGMENT_VOXELS:
+        most = MAX_SEGMENT_VOXELS // voxels
+        return f"{num_segments} segments in {num_slices} slices need too much memory, which allows {most}"
     try:
         with one_line_errors("a header of the scan", "used"):
-            headers = source_headers(scan.headers[:1], scan.stored.spacing[0])
+            headers = source_headers(scan.headers, scan.stored.spacing[0])
             blank = segment_volume(scan, 0, np.zeros((1, *scan.stored.spatial_shape[1:], 1), np.uint8))
             tracking, series = ("Nodule", highdicom.UID()), highdicom.UID()
             segmentation = segments(headers, blank, ["Nodule"], tracking, "LEVELS", series, 1)
@@ -98,19 +111,6 @@ def segmentation_problem(scan: Scan) -> str:
 def is_stored_axially(scan: Scan) -> bool:
     """Whether the slices of the file are those of the scan."""
     return orientation(scan.stored)[0] in "HF"
-
-
-def check_formats(formats: Sequence[str], scan: Scan, num_slices: int, num_samples: int) -> None:
-    """Raise `UserError` for DICOM SEG that needs too much memory."""
-    wanted = [name for name in formats if name.startswith("dicom-seg")]
-    segments = num_samples if "dicom-seg-samples" in formats else len(LEVELS)
-    frames, rows, columns = scan.stored.spatial_shape
-    voxels = (num_slices if is_stored_axially(scan) else frames) * rows * columns
-    if wanted and segments * voxels > MAX_SEGMENT_VOXELS:
-        raise UserError(
-            f"{wanted[-1]} of {segments} segments in {num_slices} slices needs too much memory; accepted: at most "
-            f"{MAX_SEGMENT_VOXELS // voxels} segments, or nifti"
-        )
 
 
 def write_scan_result(
@@ -215,8 +215,8 @@ def all_readers_summary(values: np.ndarray, presence: float) -> dict[str, Any]:
         return float(np.quantile(values, min(1.0, (level - absent) / presence)))
 
     return {
-        "mean": round(float(presence * values.mean()), 4) if len(values) else None,
-        "quantiles": {str(level): round(quantile(level), 4) for level in QUANTILES},
+        "mean": shortened(presence * values.mean()) if len(values) else None,
+        "quantiles": {str(level): shortened(quantile(level)) for level in QUANTILES},
     }
 
 
@@ -236,14 +236,14 @@ def slice_centre(scan: Scan, index: int) -> list[float]:
 
 
 def slice_uid(scan: Scan, index: int) -> str | None:
-    """SOP instance UID of a slice; None unless the scan has one file per axial slice."""
+    """SOP instance UID of a slice; None unless the scan has one file per axial slice, and where a file has none."""
     if len(scan.headers) != scan.shape[0]:
         return None
     point = np.linalg.inv(scan.stored.affine) @ scan.geometry.affine @ [index, 0, 0, 1]
     corner = np.linalg.inv(scan.stored.affine) @ scan.geometry.affine @ [0, 0, 0, 1]
     if scan.shape[0] > 1 and abs((point - corner)[0]) < index - 0.5:
         return None  # slices of the file are not axial
-    return str(scan.headers[round(float(point[0]))].SOPInstanceUID)
+    return str(scan.headers[round(float(point[0]))].get("SOPInstanceUID") or "") or None
 
 
 # --------------------------------------------------------------------------------------------------------------- NIfTI
@@ -327,6 +327,9 @@ def write_segmentations(folder: Path, scan: Scan, sampled: SampledScan, with_sam
 def source_headers(originals: Sequence[pydicom.Dataset], step_mm: float) -> list[pydicom.Dataset]:
     """Headers of a scan as highdicom takes them: text in UTF-8, and an empty value for a missing tag of type 2.
 
+    highdicom also wants the very same orientation in all files, so they get that of the first one; `open_scan` has
+    checked that they agree up to rounding.
+
     Args:
         originals: headers, which do not change.
         step_mm: distance between slices, for a missing slice thickness; highdicom could not read the file without.
@@ -343,6 +346,8 @@ def source_headers(originals: Sequence[pydicom.Dataset], step_mm: float) -> list
                 setattr(header, keyword, None)
         if not header.get("SliceThickness"):
             header.add_new("SliceThickness", "DS", round(step_mm, 6))
+        if "ImageOrientationPatient" in header:
+            header.add_new("ImageOrientationPatient", "DS", list(originals[0].ImageOrientationPatient))
         headers.append(header)
     return headers
 

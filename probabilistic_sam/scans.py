@@ -47,7 +47,8 @@ GAP_TOLERANCE = 0.01  # of the distance between slices
 END_TOLERANCE = 0.25  # of the distance between slices; coordinates may be rounded, or those of the slices' faces
 AXIAL = "HPL"  # slices to the head, rows to the back, columns to the left
 KNOWN_SPACING_MM = (0.46, 0.98)  # of the pixels of LIDC-IDRI
-SPACING_MARGIN = 1.25  # factor from which a spacing is far outside
+KNOWN_DISTANCE_MM = (0.5, 5.0)  # between the slices of LIDC-IDRI
+SPACING_MARGIN = 1.25  # factor from which either is far outside
 NOT_SCANS = ("SEG", "RTSTRUCT", "RTDOSE", "SR", "PR", "KO", "REG")  # modalities without slices to annotate
 SHOWN_SERIES = 8
 ACCEPTED = f"accepted: {SCANS}"
@@ -113,12 +114,14 @@ class Scan:
         texts = []
         if self.modality not in (None, "CT"):
             texts.append(f"the modality of this scan is {self.modality}; the shipped weights know CT only")
-        (_, rows, columns), (low, high) = self.spacing_mm, KNOWN_SPACING_MM
-        if min(rows, columns) < low / SPACING_MARGIN or max(rows, columns) > high * SPACING_MARGIN:
-            texts.append(
-                f"the pixel spacing of this scan is {rows:.3g} x {columns:.3g} mm; the shipped weights know "
-                f"{low:g} to {high:g} mm"
-            )
+        slices, rows, columns = self.spacing_mm
+        spacings = {
+            f"the pixel spacing of this scan is {rows:.3g} x {columns:.3g} mm": ((rows, columns), KNOWN_SPACING_MM),
+            f"the slices of this scan are {slices:.3g} mm apart": ((slices,), KNOWN_DISTANCE_MM),
+        }
+        for text, (values, (low, high)) in spacings.items():
+            if min(values) < low / SPACING_MARGIN or max(values) > high * SPACING_MARGIN:
+                texts.append(f"{text}; the shipped weights know {low:g} to {high:g} mm")
         return texts
 
     def read(self, first: int, last: int) -> np.ndarray:
@@ -543,8 +546,16 @@ def check_slices(first: int, last: int, scan: Scan) -> None:
         raise UserError(f"slices {first} to {last} reach outside the scan of {count}; accepted: 0 to {count - 1}")
 
 
+def is_oblique(scan: Scan) -> bool:
+    """Whether the axes of a scan are not those of the patient, by more than a milliradian."""
+    directions = np.abs(scan.geometry.affine[:3, :3]) / np.linalg.norm(scan.geometry.affine[:3, :3], axis=0)
+    return bool((np.sort(directions, axis=0)[1] > 1e-3).any())
+
+
 def box_in_patient(scan: Scan, box: Sequence[float], first: int, last: int) -> list[float]:
     """Extent of a box in patient coordinates: x1, y1, z1, x2, y2, z2 in mm.
+
+    In an oblique scan this is a larger box, from which `box_in_pixels` does not lead back.
 
     Args:
         scan: the scan.

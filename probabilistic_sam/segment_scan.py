@@ -18,14 +18,13 @@ from .scan_files import (
     SCAN_RESULT_FILES,
     SUMMARY_COLUMNS,
     box_warnings,
-    check_formats,
     choose_formats,
     result_line,
     summary_row,
     write_scan_result,
 )
 from .scan_sampling import sample_scan
-from .scans import Scan, box_in_patient, box_in_pixels, check_slices, open_scan
+from .scans import Scan, box_in_patient, box_in_pixels, check_slices, is_oblique, open_scan
 from .segment import Options, finite_number, table_rows
 
 COLUMNS = ("x1", "y1", "x2", "y2", "first", "last")
@@ -74,10 +73,11 @@ def segment_scan(
     """
     with open_scan(path, series) as scan:
         nodules = find_nodules(scan, box, slices, box_mm, table)
-        formats, left_out = choose_formats(scan, formats)
-        lines = [f"warning: {warning}" for warning in (*scan.warnings, *left_out)]
         for nodule in nodules:
-            check_nodule(scan, nodule, formats, options.num_samples)
+            check_nodule(scan, nodule)
+        num_slices = max(nodule.last - nodule.first + 1 for nodule in nodules)
+        formats, left_out = choose_formats(scan, num_slices, options.num_samples, formats)
+        lines = [f"warning: {warning}" for warning in (*scan.warnings, *left_out)]
         folders = ["."] if table is None else [f"nodule-{index}" for index in range(len(nodules))]
         owned = list(SCAN_RESULT_FILES)
         if table is not None:
@@ -138,12 +138,11 @@ def read_nodules(path: str) -> list[Nodule]:
     return nodules
 
 
-def check_nodule(scan: Scan, nodule: Nodule, formats: Sequence[str], num_samples: int) -> None:
-    """Raise `UserError` for a nodule outside the scan, or too large for a format."""
+def check_nodule(scan: Scan, nodule: Nodule) -> None:
+    """Raise `UserError` for a nodule outside the scan."""
     try:
         check_prompt({"box": nodule.box}, scan.shape[2], scan.shape[1])
         check_slices(nodule.first, nodule.last, scan)
-        check_formats(formats, scan, nodule.last - nodule.first + 1, num_samples)
     except UserError as error:
         raise UserError(f"{nodule.place}{error}") from error
 
@@ -154,7 +153,7 @@ def prompt_line(scan: Scan, nodule: Nodule) -> str:
     pixels = " ".join(f"{value:g}" for value in nodule.box)
     return (
         f"box {pixels} on slices {nodule.first} to {nodule.last} of 0 to {scan.shape[0] - 1}: patient x {x1} to {x2}, "
-        f"y {y1} to {y2}, z {z1} to {z2} mm (LPS)"
+        f"y {y1} to {y2}, z {z1} to {z2} mm (LPS{', a larger box, because the slices are oblique' * is_oblique(scan)})"
     )
 
 

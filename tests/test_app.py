@@ -304,7 +304,7 @@ def test_a_scan_whose_headers_do_not_suit_dicom_seg_is_sampled(scan_page, tmp_pa
         opened.close()
     with zipfile.ZipFile(archive) as file:
         assert ("levels.dcm" in file.namelist()) == has_seg
-    assert ("Warning: DICOM SEG is left out: the scan has no StudyInstanceUID" in words) == (not has_seg)
+    assert ("Warning: DICOM SEG is left out: a file of the scan has no StudyInstanceUID" in words) == (not has_seg)
 
 
 @pytest.mark.parametrize(

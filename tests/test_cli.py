@@ -101,6 +101,20 @@ def result_of(folder):
 # ---------------------------------------------------------------------------------------------------------- results
 
 
+def test_small_areas_keep_their_digits(run_segment):
+    result = result_of(run_segment("--pixel-spacing", 0.00065, "--num-samples", 5))  # 0.65 micrometres
+    expected = np.array(result["area_px"]["samples"]) * 0.00065**2
+    assert expected.any() and result["area_mm2"]["samples"] == pytest.approx(expected, rel=1e-3)
+    assert result["area_mm2"]["mean"] == pytest.approx(expected.mean(), rel=1e-3)
+    assert inference.shortened(1234567.0) == 1234567 and inference.shortened(12.34567) == 12.3457
+
+
+def test_names_of_files_are_no_mathematics(run_segment, image_path, tmp_path):
+    path = image_path.with_name("a$x^$b.png")
+    shutil.copy(image_path, path)
+    run_segment("--num-samples", 2, image=path)
+
+
 def test_masks_maps_and_areas_are_consistent(run_segment, capsys):
     out = run_segment("--num-samples", 12, "--pixel-spacing", 0.5, "--seed", 3)
     assert {path.name for path in out.iterdir()} == {Path(name).parts[0] for name in inference.RESULT_FILES}
@@ -919,6 +933,18 @@ def test_damaged_models_are_refused(run_segment, broken_dir, name):
     path = broken_dir / name
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(UserError, match="cannot be (read|loaded)"):
+        run_segment(model=broken_dir)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("[]", "configuration"), ({"latent_dim": "nine"}, "cannot be loaded .*latent_dim")]
+)
+def test_a_configuration_of_another_kind_is_refused(run_segment, broken_dir, content, message):
+    path = broken_dir / "config.json"
+    if isinstance(content, dict):
+        content = json.dumps(json.loads(path.read_text()) | content)
+    path.write_text(content)
+    with pytest.raises(UserError, match=message):
         run_segment(model=broken_dir)
 
 

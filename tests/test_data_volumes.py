@@ -97,10 +97,32 @@ def test_masks_and_box_are_those_of_all_slices():
     assert box != nodule_prompt(make_dataset(make_slice(3, 1.0, low))[0], union)  # other seed
 
 
-def test_different_numbers_of_readers_are_refused():
+def test_a_reader_who_is_absent_on_some_slices_is_refused():
     dataset = make_dataset(make_slice(0, 0.0), make_slice(1, 1.0, np.ones((3, SIDE, SIDE), bool)))
     (nodule,), _ = group_nodules(dataset)
-    with pytest.raises(
-        UserError, match=r"masks of shapes \(2, 32, 32\) and \(3, 32, 32\); accepted: the same readers"
-    ):
+    with pytest.raises(UserError, match="p scan 3 nodule 1: reader 2 is absent on some slices; accepted: the same"):
         stack_masks(nodule, dataset.select(nodule.rows))
+
+
+def test_readers_of_a_nodule_are_told_apart_by_name_or_place():
+    (nodule,), _ = group_nodules(make_dataset(make_slice(0, 0.0), make_slice(1, 1.0)))
+    a, b, c = np.eye(3, dtype=bool)[:, None]  # masks of one row, each with another pixel
+
+    def rows(*slices):
+        return [{"masks": masks, "reader_ids": names} for masks, names in slices]
+
+    stacked = stack_masks(nodule, rows(([a, b], ["ann", "bob"]), ([b, a], ["bob", "ann"])))
+    np.testing.assert_array_equal(stacked, [[a, a], [b, b]])
+    stacked = stack_masks(nodule, rows(([a, None, c], ["ann", "bob", "cy"]), ([c, a], ["cy", "ann"])))
+    np.testing.assert_array_equal(stacked, [[a, a], [c, c]])
+    stacked = stack_masks(nodule, rows(([a, None, c], None), ([a, None, c], None)))
+    np.testing.assert_array_equal(stacked, [[a, a], [c, c]])
+    for slices, reader in (
+        ((([a, c], ["ann", "cy"]), ([a, b], ["ann", "bob"])), "bob"),
+        ((([a, None, c], None), ([a, b, None], None)), "1"),
+    ):
+        with pytest.raises(UserError, match=f"p scan 3 nodule 1: reader {reader} is absent on some slices"):
+            stack_masks(nodule, rows(*slices))
+    for names in (["ann"], ["ann", "ann"]):
+        with pytest.raises(UserError, match=r"reader_ids .* of 2 masks; accepted: a different name for each mask"):
+            stack_masks(nodule, rows(([a, b], names), ([a, b], names)))

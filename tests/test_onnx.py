@@ -1,6 +1,7 @@
 """ONNX files: their graphs, masks as PyTorch gives them, the runtime `onnx` and the example without PyTorch."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -204,6 +205,29 @@ def test_loading_fails_in_one_line(exported, tmp_path, monkeypatch):
         load_model(exported, runtime="onnx")
     with pytest.raises(UserError, match=r"probabilistic-sam\[onnx\]"):
         export_onnx(tiny_model(), ProbabilisticSamProcessor(SIZE, 24), tmp_path / "new")
+
+
+def test_graphs_of_other_weights_or_windows_are_refused(exported, tmp_path):
+    shutil.copytree(exported, tmp_path / "run")
+    load_model(tmp_path / "run", runtime="onnx")
+    processor = load_model(exported)[1]
+    processor.crop_size = 96
+    processor.save_pretrained(tmp_path / "run")
+    message = "vision_encoder.onnx is out of date: it has other crop_size 64 instead of 96; .*export_onnx.py"
+    with pytest.raises(UserError, match=message):
+        load_model(tmp_path / "run", runtime="onnx")
+    processor.crop_size = 64
+    processor.save_pretrained(tmp_path / "run")
+    model = load_model(exported)[0]
+    with torch.no_grad():
+        model.prior.lin2.bias[0] -= 1.5  # as calibration moves the presence
+    model.save_pretrained(tmp_path / "run")
+    message = "vision_encoder.onnx is out of date: it has other weights; .*export_onnx"
+    with pytest.raises(UserError, match=message):
+        load_model(tmp_path / "run", runtime="onnx")
+    with pytest.raises(UserError, match=message):
+        stage_model(tmp_path / "run", tmp_path / "staged", "alice/tiny")
+    assert not (tmp_path / "staged").exists()
 
 
 def test_export_does_not_replace_foreign_files(tmp_path):

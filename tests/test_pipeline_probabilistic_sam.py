@@ -186,6 +186,16 @@ def test_dataset_columns_rows_and_generators_stream(pipe):
         assert same(results[0], expected[0]) and same(results[1][:1], expected[1])
 
 
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_worker_processes_neither_repeat_nor_reorder_images(pipe, num_workers):
+    images = [Image.fromarray(make_image(seed)) for seed in range(4)]
+    rows = datasets.Dataset.from_dict({"image": images}).cast_column("image", datasets.Image())
+    expected = [pipe(image, boxes=BOX) for image in images]
+    for several in (images, rows["image"], rows, (image for image in images), KeyDataset(rows, "image")):
+        results = pipe(several, boxes=BOX, batch_size=2, num_workers=num_workers)
+        assert all(same(*pair) for pair in zip(results, expected, strict=True))
+
+
 def test_batches_hold_the_windows_of_one_image_too(pipe, monkeypatch):
     sizes, sample = [], pipe.model.sample
     monkeypatch.setattr(

@@ -169,11 +169,11 @@ def test_a_nifti_comes_back_with_its_geometry(tmp_path, kind):
         sampled = samples_of(scan)
         result = write_scan_result(tmp_path / "out", scan, sampled, ["nifti"], "model")
         check_nifti(tmp_path / "out", scan, sampled, RAS @ affine, values.shape)
-        assert choose_formats(scan) == (["nifti", "png"], [])
+        assert choose_formats(scan, 2, 2) == (["nifti", "png"], [])
         with pytest.raises(
             UserError, match="dicom-seg cannot be written: it refers to the DICOM images .* NIfTI; acc"
         ):
-            choose_formats(scan, ["nifti", "dicom-seg"])
+            choose_formats(scan, 2, 2, ["nifti", "dicom-seg"])
     assert "SeriesInstanceUID" not in result["scan"] and result["slices"][0]["sop_instance_uid"] is None
 
 
@@ -195,7 +195,7 @@ def test_dicom_seg_of_any_alphabet_and_of_a_de_identified_series(tmp_path, tags,
     write_series(tmp_path / "in", hounsfield(), **tags)
     (tmp_path / "out").mkdir()
     with open_scan(tmp_path / "in") as scan:
-        assert choose_formats(scan) == (["nifti", "dicom-seg", "png"], [])
+        assert choose_formats(scan, 2, 2) == (["nifti", "dicom-seg", "png"], [])
         before = [header.to_json_dict() for header in scan.headers]
         sampled = samples_of(scan)
         write_scan_result(tmp_path / "out", scan, sampled, ["dicom-seg"], "model")
@@ -212,14 +212,19 @@ def test_dicom_seg_of_any_alphabet_and_of_a_de_identified_series(tmp_path, tags,
 @pytest.mark.parametrize(
     ("tags", "message"),
     [
-        ({"without": ["StudyInstanceUID"]}, "the scan has no StudyInstanceUID"),
-        ({"FrameOfReferenceUID": ""}, "the scan has no FrameOfReferenceUID"),
+        ({"without": ["StudyInstanceUID"]}, "a file of the scan has no StudyInstanceUID"),
+        ({"FrameOfReferenceUID": ""}, "a file of the scan has no FrameOfReferenceUID"),
+        ({"without": ["SOPInstanceUID"]}, "a file of the scan has no SOPInstanceUID"),
+        # The last slice only, which is no part of the nodule
+        ({"last": {"SOPInstanceUID": None}}, "a file of the scan has no SOPInstanceUID"),
+        ({"last": {"StudyInstanceUID": "1.2.4"}}, "a header of the scan cannot be used (.*)"),
         ({"PatientSex": "unknown"}, "a header of the scan cannot be used (.*unknown.*)"),
         ({"StudyDate": "2020"}, "a header of the scan cannot be used (.*)"),
     ],
 )
 def test_where_dicom_seg_cannot_be_written_it_is_left_out_or_refused(tmp_path, tiny_dir, capsys, tags, message):
-    write_series(tmp_path / "in", hounsfield(), **tags)
+    write_series(tmp_path / "in", hounsfield(), **{name: value for name, value in tags.items() if name != "last"})
+    change_last_slice(tmp_path / "in", **tags.get("last", {}))
     common = ["segment", tmp_path / "in", "--box", 10, 8, 20, 18, "--slices", 1, 2, "--model", tiny_dir]
     common = [str(word) for word in [*common, "--num-samples", 2, "--output", tmp_path / "out"]]
     with pytest.raises(UserError, match=f"dicom-seg cannot be written: {message}; accepted: --format nifti png"):
@@ -228,6 +233,28 @@ def test_where_dicom_seg_cannot_be_written_it_is_left_out_or_refused(tmp_path, t
     cli.main(common)
     assert re.search(f"^warning: DICOM SEG is left out: {message}$", capsys.readouterr().out, re.M)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {*NIFTI_FILES, "figure.png", "result.json"}
+
+
+def change_last_slice(folder, **tags):
+    path = sorted(folder.iterdir())[-1]
+    header = pydicom.dcmread(path)
+    for name, value in tags.items():
+        setattr(header, name, value)
+    header.save_as(path)
+
+
+def test_dicom_seg_of_slices_whose_orientations_differ_by_rounding(tmp_path):
+    write_series(tmp_path / "in", hounsfield())
+    change_last_slice(tmp_path / "in", ImageOrientationPatient=[1, 0.00002, 0, 0, 1, 0])
+    (tmp_path / "out").mkdir()
+    with open_scan(tmp_path / "in") as scan:
+        assert choose_formats(scan, 2, 2) == (["nifti", "dicom-seg", "png"], [])
+        sampled = samples_of(scan)
+        write_scan_result(tmp_path / "out", scan, sampled, ["dicom-seg"], "model")
+        levels = whole(scan, sampled, sampled.mean)[1:4] >= 0.5
+    volume = highdicom.seg.segread(tmp_path / "out" / SEG_FILES[1]).get_volume(combine_segments=False)
+    volume = volume.to_patient_orientation(scan.geometry.get_closest_patient_orientation())
+    np.testing.assert_array_equal(volume.array[..., 1], levels)
 
 
 @pytest.mark.parametrize("right", [[1, 0, 0], [0, 1, 0]])  # coronal and sagittal
@@ -273,18 +300,21 @@ def test_dicom_seg_that_needs_too_much_memory(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(scan_files, "MAX_SEGMENT_VOXELS", 3 * 5 * 6 * 7)
     with open_scan(tmp_path / "axial") as axial, open_scan(tmp_path / "coronal") as coronal:
-        scan_files.check_formats(["dicom-seg-samples"], axial, 2, 7)
-        with pytest.raises(UserError, match="accepted: at most 7 segments"):
-            scan_files.check_formats(["dicom-seg-samples"], axial, 2, 8)
+        assert choose_formats(axial, 2, 7, ["dicom-seg-samples"]) == (["dicom-seg-samples"], [])
+        message = "dicom-seg-samples cannot be written: 8 segments in 2 slices need too much memory, which allows 7"
+        with pytest.raises(UserError, match=f"{message}; accepted: --format nifti png"):
+            choose_formats(axial, 2, 8, ["dicom-seg", "dicom-seg-samples"])
         # Two axial slices take part of all the five coronal ones
-        with pytest.raises(UserError, match="accepted: at most 3 segments"):
-            scan_files.check_formats(["dicom-seg-samples"], coronal, 2, 7)
-        assert choose_formats(coronal)[1] == []
+        with pytest.raises(UserError, match="7 segments in 2 slices need too much memory, which allows 3"):
+            choose_formats(coronal, 2, 7, ["dicom-seg-samples"])
+        assert choose_formats(coronal, 2, 7)[1] == []
         monkeypatch.setattr(scan_files, "MAX_SEGMENT_VOXELS", 3 * 5 * 6 * 7 - 1)
-        assert choose_formats(coronal) == (
+        assert choose_formats(coronal, 2, 7) == (
             ["nifti", "png"],
-            ["DICOM SEG is left out: its slices are not axial and have too many voxels"],
+            ["DICOM SEG is left out: 3 segments in 2 slices need too much memory, which allows 2"],
         )
+        assert choose_formats(axial, 5, 7)[0] == ["nifti", "png"]
+        assert choose_formats(axial, 4, 7)[0] == ["nifti", "dicom-seg", "png"]
 
 
 def test_an_enhanced_ct_comes_back_with_its_geometry(tmp_path):

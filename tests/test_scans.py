@@ -153,6 +153,20 @@ def test_a_pixel_spacing_far_from_that_of_the_training_data_is_a_warning(tmp_pat
         assert scan.warnings == ([] if is_known else [text])
 
 
+@pytest.mark.parametrize(("step", "is_known"), [(0.5, True), (5.0, True), (6.0, True), (0.3, False), (9.0, False)])
+@pytest.mark.parametrize("is_nifti", [False, True])
+def test_a_distance_of_slices_far_from_that_of_the_training_data_is_a_warning(tmp_path, step, is_known, is_nifti):
+    hu = hounsfield((3, 8, 9))
+    if is_nifti:
+        values = hu.transpose(2, 1, 0).astype(np.int16)
+        path = write_nifti(tmp_path / "scan.nii.gz", values, np.diag([-0.7, -0.7, step, 1]))
+    else:
+        path = write_series(tmp_path, hu, positions=step * np.arange(3), PixelSpacing=[0.7, 0.7])
+    with open_scan(path) as scan:
+        text = f"the slices of this scan are {step:g} mm apart; the shipped weights know 0.5 to 5 mm"
+        assert scan.warnings == ([] if is_known else [text])
+
+
 def test_an_enhanced_ct_has_the_values_of_its_series(tmp_path):
     hu = hounsfield((4, 8, 9))
     write_series(tmp_path / "series", hu)
@@ -308,6 +322,15 @@ def test_a_printed_box_chooses_the_same_slices_when_it_is_given_back(tmp_path, s
             assert box_in_pixels(scan, [x1, y1, z1 - error, x2, y2, z2 + error])[1:] == (first, last)
             if first < last:
                 assert box_in_pixels(scan, [x1, y1, z1 + error, x2, y2, z2 - error])[1:] == (first, last)
+
+
+@pytest.mark.parametrize(("degrees", "is_oblique"), [(0, False), (0.01, False), (10, True)])
+def test_the_line_of_an_oblique_scan_says_that_its_box_in_mm_is_larger(tmp_path, degrees, is_oblique):
+    cosine, sine = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    affine = np.diag([-0.7, -0.7, 1.25, 1.0])
+    affine[:3] = np.array([[1, 0, 0], [0, cosine, -sine], [0, sine, cosine]]) @ affine[:3]
+    with open_scan(write_nifti(tmp_path / "scan.nii", hounsfield((30, 30, 20)).astype(np.int16), affine)) as scan:
+        assert ("a larger box, because the slices are oblique" in printed(scan, [4, 6, 20, 21], 3, 9)) == is_oblique
 
 
 def printed(scan, box, first, last):

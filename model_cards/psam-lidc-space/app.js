@@ -342,7 +342,7 @@ const unit = () => (spacing() ? "mm²" : "px");
 
 function rounded(area) {
   const value = area * (spacing() ?? 1) ** 2;
-  return value.toFixed(value && value < 100 ? 1 : 0);
+  return value && value < 1 ? String(Number(value.toPrecision(2))) : value.toFixed(value && value < 100 ? 1 : 0);
 }
 
 function showResult() {

@@ -187,10 +187,15 @@ function inRegion(logits, window, region) {
   return field;
 }
 
-/** Quantiles of areas by level, as in result.json of the package. */
+/** Quantiles of areas by level, rounded as in result.json of the package. */
 export function areaQuantiles(areas, scale = 1) {
   const sorted = Float64Array.from(areas, (area) => area * scale).sort();
-  return Object.fromEntries(QUANTILES.map((level) => [String(level), Number(quantile(sorted, level).toFixed(4))]));
+  return Object.fromEntries(QUANTILES.map((level) => [String(level), shortened(quantile(sorted, level))]));
+}
+
+/** A number with four decimals, or four significant digits if it is small, such as mm² under a microscope. */
+function shortened(value) {
+  return Number(value >= 0.1 ? value.toFixed(4) : value.toPrecision(4));
 }
 
 /** Segments of the contour line at `level` of a field in a region (marching squares), in image pixels. */

@@ -100,17 +100,38 @@ def group_nodules(dataset: datasets.Dataset) -> tuple[list[NoduleSlices], int]:
 def stack_masks(nodule: NoduleSlices, rows: Iterable[Mapping[str, Any]]) -> np.ndarray:
     """Masks of all readers on all slices of a nodule: (readers, slices, H, W) bool. A reader keeps their index.
 
+    Readers are told apart by `reader_ids`, or by their place in the list of masks where these are unknown.
+
     Args:
         nodule: the nodule.
         rows: its rows in order of z.
 
     Raises:
-        UserError: slices with different numbers of readers or sizes.
+        UserError: a reader who is absent on some of the slices, or masks of different sizes.
     """
-    slices = [decode_masks(row) for row in rows]
-    shapes = sorted({masks.shape for masks in slices})
+    slices = [dict(zip(present_readers(row, nodule), decode_masks(row), strict=True)) for row in rows]
+    readers = list(slices[0])
+    for masks in slices:
+        if different := sorted(map(str, masks.keys() ^ slices[0].keys())):
+            raise UserError(
+                f"{nodule}: reader {different[0]} is absent on some slices; accepted: the same readers on all slices"
+            )
+    shapes = sorted({mask.shape for masks in slices for mask in masks.values()})
     if len(shapes) > 1:
+        raise UserError(f"{nodule}: masks of shapes {shapes[0]} and {shapes[1]}; accepted: one size on all slices")
+    return np.stack([[masks[reader] for masks in slices] for reader in readers])
+
+
+def present_readers(row: Mapping[str, Any], nodule: NoduleSlices) -> list[str | int]:
+    """Names of the readers of a row who are not absent, or their places in the list of masks."""
+    places: list[str | int] = [place for place, mask in enumerate(row["masks"]) if mask is not None]
+    names = row.get("reader_ids")
+    if names is None:
+        return places
+    if len(names) == len(row["masks"]):
+        names = [names[place] for place in places]
+    if len(names) != len(places) or len(set(names)) < len(names):
         raise UserError(
-            f"{nodule}: masks of shapes {shapes[0]} and {shapes[1]}; accepted: the same readers and size on all slices"
+            f"{nodule}: reader_ids {names} of {len(places)} masks; accepted: a different name for each mask"
         )
-    return np.stack(slices, axis=1)
+    return list(names)

@@ -193,6 +193,7 @@ def breakdown_section(result: dict, name: str) -> str:
 def eval_results(result: dict, dataset_name: str, dataset_type: str) -> list[EvalResult]:
     """The main numbers of one results file for the model-index of a card."""
     shown = (("GED, all", "ged", "all"), ("GED, shape", "ged", "shape"), ("HM-IoU, all", "hm_iou", "all"))
+    names = ("truth", "prompt", "num_samples", "sampling")
     return [
         EvalResult(
             task_type="mask-generation",
@@ -202,7 +203,7 @@ def eval_results(result: dict, dataset_name: str, dataset_type: str) -> list[Eva
             metric_type=metric,
             metric_name=title,
             metric_value=round(result["results"][column][metric]["mean"], 4),
-            metric_args={name: result[name] for name in ("prompt", "num_samples", "sampling")},
+            metric_args={name: result[name] for name in names if result.get(name)},
         )
         for title, metric, column in shown
         if result["results"][column][metric]["mean"] is not None

@@ -43,8 +43,8 @@ def stage_model(source: str | os.PathLike[str], output: str | os.PathLike[str], 
         name: `organisation/name` on the Hub.
 
     Raises:
-        UserError: a bad name, a model that does not load, weights that are not safetensors, an output directory that
-            is not empty.
+        UserError: a bad name, a model that does not load, weights that are not safetensors, ONNX files of other
+            weights, an output directory that is not empty.
     """
     check_repo_name(name)
     source = Path(source)
@@ -53,6 +53,8 @@ def stage_model(source: str | os.PathLike[str], output: str | os.PathLike[str], 
     model, processor = load_model(source)
     if not any(source.glob("*.safetensors")):
         raise UserError(f"the weights in {source} are not safetensors; accepted: *.safetensors")
+    if any(source.glob("onnx/*.onnx")):
+        load_model(source, runtime="onnx")  # refuses graphs of earlier weights
     readme = source / "README.md"
     with replaced_directory(output, ()) as folder:
         for part in (model.config, processor):

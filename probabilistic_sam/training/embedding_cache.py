@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from ..data.format import decode_row, encoded_rows
 from ..errors import UserError
 from ..processing_probabilistic_sam import ProbabilisticSamProcessor
+from ..provenance import weights_hash
 from .windows import View, effective_augmentation, plain_view, random_view, view_pixel_values
 
 CACHE_VERSION = 2
@@ -212,9 +213,6 @@ def pixels_hash(rows: datasets.Dataset) -> str:
 
 
 def encoder_hash(model: Any) -> str:
-    """SHA-256 of the weights of a model's vision encoder, if it has one."""
-    digest = hashlib.sha256()
+    """`weights_hash` of a model's vision encoder, if it has one."""
     encoder = getattr(model, "vision_encoder", None)
-    for name, value in sorted(encoder.state_dict().items()) if encoder is not None else ():
-        digest.update(name.encode() + value.detach().cpu().float().numpy().tobytes())
-    return digest.hexdigest()
+    return weights_hash({} if encoder is None else encoder.state_dict())

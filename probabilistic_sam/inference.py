@@ -406,7 +406,7 @@ def _check_box(box: Any, width: int, height: int) -> None:
     values = _numbers(box)
     if values is None or values.shape != (4,):
         raise UserError("the box is not understood; accepted: four finite numbers x1 y1 x2 y2")
-    x1, y1, x2, y2 = values.tolist()
+    x1, y1, x2, y2 = values.astype(np.float32).tolist()  # the precision of the processor
     text = " ".join(f"{value:g}" for value in values)
     if x2 < x1 or y2 < y1:
         raise UserError(f"box {text} is turned around; accepted: x1 y1 x2 y2 with x1 < x2 and y1 < y2")

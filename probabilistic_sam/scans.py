@@ -44,6 +44,7 @@ MAX_BYTES = 2**31  # of all files of a scan
 MAX_OBLIQUE = 30.0  # degrees between the normal of the slices and the patient's long axis
 MAX_TILT = 0.1  # degrees between the normal of the slices and the direction in which they are stacked
 GAP_TOLERANCE = 0.01  # of the distance between slices
+ROUNDED_MM = 0.021  # by which two distances may differ, because positions may have two decimals
 END_TOLERANCE = 0.25  # of the distance between slices; coordinates may be rounded, or those of the slices' faces
 AXIAL = "HPL"  # slices to the head, rows to the back, columns to the left
 KNOWN_SPACING_MM = (0.46, 0.98)  # of the pixels of LIDC-IDRI
@@ -426,7 +427,7 @@ def stack(
             "stacked along their normal"
         )
     worst = int(np.abs(gaps - step).argmax())
-    if abs(gaps[worst] - step) > GAP_TOLERANCE * step:
+    if abs(gaps[worst] - step) > max(GAP_TOLERANCE * step, ROUNDED_MM):
         raise UserError(
             f"uneven or missing slices: most of {len(places)} slices are {step:g} mm apart, but {gaps[worst]:g} mm "
             f"between {brief(places[worst])} and {brief(places[worst + 1])}; accepted: one distance"

@@ -821,6 +821,7 @@ def test_missing_packages_are_named(tmp_path, monkeypatch):
         (("--box", "10", "30", "20", "10"), "turned around"),
         (("--box", "10", "10", "10", "30"), "no area"),
         (("--box", "10", "10", "20", "10"), "no area"),
+        (("--box", "10", "10", "10.0000001", "10.0000001"), "no area"),
         (("--box", "a", "10", "20", "20"), "'a' is not a finite number"),
         (("--box", "nan", "10", "20", "20"), "not a finite number"),
         (("--box", "10", "10", "1e999", "20"), "not a finite number"),

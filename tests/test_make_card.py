@@ -189,7 +189,7 @@ def test_nodules_have_one_row_per_model_and_the_number_of_samples_of_each_metric
     head, _, *rows = (line for line in text.splitlines() if line.startswith("|"))
     assert head.startswith("|  | GED in 3D ↓ (N = 16) | volume CRPS ↓ (N = 100) | coverage")
     assert rows[0].startswith(
-        "| **shared noise**: a sample is one reader | 0.210 [0.200, 0.220] | 0.200 [0.190, 0.210] |"
+        "| **shared noise**: one simulated reader per sample | 0.210 [0.200, 0.220] | 0.200 [0.190, 0.210] |"
     )
     assert rows[1].startswith("| mean mask: a single volume | 0.500 [0.490, 0.510] | 0.600 [")
     assert (
@@ -197,7 +197,8 @@ def test_nodules_have_one_row_per_model_and_the_number_of_samples_of_each_metric
         and len(rows) == 3
     )
     assert "Change in volume CRPS with shared noise: -67% against the mean mask." in text  # 0.2 and 0.6
-    assert "hold 20% of the annotating readers' volumes. 88% would be right, so they are too narrow." in text
+    assert "hold 20% of the annotating readers' volumes; those of a perfect model would hold 88%." in text
+    assert "The intervals are too narrow." in text
     worse = copy.deepcopy(nodules)
     worse["results"]["samples"]["volume_crps"] = entry(0.25)
     text = make_card.nodules_section(results | {"nodule_independent_100": worse})

@@ -137,6 +137,17 @@ def test_slices_outside_the_scan_and_too_many_at_once_are_refused(tmp_path, monk
                 scan.read(*slices)
 
 
+@pytest.mark.parametrize("step", [0.3125, 0.625, 2 / 3, 1.25])
+def test_positions_with_two_decimals_are_a_regular_stack(tmp_path, step):
+    positions = (-158.125 + step * np.arange(40)).round(2)
+    write_series(tmp_path, hounsfield((40, 8, 9)), positions=positions)
+    with open_scan(tmp_path) as scan:
+        assert scan.spacing_mm[0] == pytest.approx(step, abs=1e-3)
+    (tmp_path / "020.dcm").unlink()
+    with pytest.raises(UserError, match="uneven or missing slices"), open_scan(tmp_path):
+        pass
+
+
 def test_another_modality_is_a_warning(tmp_path):
     write_series(tmp_path, hounsfield((3, 8, 9)), Modality="MR")
     with open_scan(tmp_path) as scan:

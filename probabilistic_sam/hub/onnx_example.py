@@ -1,4 +1,4 @@
-"""Sample masks with onnxruntime, NumPy and Pillow only: python onnx_example.py [IMAGE X1 Y1 X2 Y2]."""
+"""Sample masks in a grey image with onnxruntime, NumPy and Pillow only: python onnx_example.py [IMAGE X1 Y1 X2 Y2]."""
 
 import json
 import math

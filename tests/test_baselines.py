@@ -114,7 +114,7 @@ def test_images_with_a_generator_each_have_the_samples_that_they_have_alone(mode
             generator = torch.Generator().manual_seed(seed)
             alone = model.sample(**one, num_samples=num_samples, generator=generator).pred_masks
             assert torch.allclose(together[index : index + 1], alone, atol=1e-4)
-    with pytest.raises(ValueError, match="1 generators are for as many images, but there are 2"):
+    with pytest.raises(ValueError, match=r"1 generators are for as many windows \(items of pixel_values\), not 2"):
         model.sample(**inputs, generator=generators[:1])
     with pytest.raises(ValueError, match="^generator is 0; accepted: "):
         model.sample(**inputs, generator=0)

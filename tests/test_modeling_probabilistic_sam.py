@@ -612,7 +612,7 @@ def test_one_generator_per_image_makes_images_independent(model, inputs):
         one = {name: value[index : index + 1] for name, value in inputs.items()}
         alone = model.sample(**one, num_samples=4, generator=torch.Generator().manual_seed(seed)).latents
         assert torch.allclose(alone, together[index : index + 1], atol=1e-5)
-    with pytest.raises(ValueError, match="1 generators are for as many images, but there are 2"):
+    with pytest.raises(ValueError, match=r"1 generators are for as many windows \(items of pixel_values\), not 2"):
         model.sample(**inputs, generator=generators[:1])
 
 
@@ -634,5 +634,5 @@ def test_one_generator_per_image_makes_reconstructions_independent(model, inputs
             one = {name: value[index : index + 1] for name, value in inputs.items()} | {"labels": labels[index, None]}
             alone = model(**one, generator=torch.Generator().manual_seed(seed)).reconstructed_masks
             assert torch.allclose(alone, together[index : index + 1], atol=1e-4)
-        with pytest.raises(ValueError, match="1 generators are for as many images, but there are 2"):
+        with pytest.raises(ValueError, match=r"1 generators are for as many windows \(items of pixel_values\), not 2"):
             model(**inputs, labels=labels, generator=generators[:1])

@@ -726,12 +726,19 @@ def test_arguments_of_sam_processor_are_accepted_or_refused(processor, image):
         processor(image, input_boxes=[[BOX]], device="nowhere")
 
 
+def test_windows_name_their_image():
+    inputs = ProbabilisticSamProcessor(32, 16)(
+        [np.zeros((40, 40)), np.ones((40, 40))], input_boxes=[[[4, 4, 9, 9], [20, 20, 30, 30]], [[8, 8, 12, 12]]]
+    )
+    assert inputs["image_indices"].tolist() == [0, 0, 1] and len(inputs["pixel_values"]) == 3
+
+
 def test_an_image_without_a_prompt_is_accepted_without_crop_size_only(processor, image):
     with pytest.raises(ValueError, match="a prompt must be given: input_boxes, input_points or input_masks"):
         processor(image)
     whole = ProbabilisticSamProcessor(256, crop_size=None)
     inputs = whole(image)  # for embeddings
-    assert set(inputs) == {"pixel_values", "windows", "original_sizes"}
+    assert set(inputs) == {"pixel_values", "windows", "original_sizes", "image_indices"}
     assert torch.equal(inputs["pixel_values"], whole(image, input_boxes=[[BOX]])["pixel_values"])
     with pytest.raises(ValueError, match="a prompt must be given"):
         whole(image, segmentation_maps=np.zeros((100, 128)))

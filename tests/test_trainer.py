@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny import SIZE, sam_parts, tiny_inputs, tiny_labels, tiny_model, tiny_rows, tiny_vit_parts
-from transformers import AutoModel, AutoProcessor, Trainer, TrainingArguments
+from transformers import AutoModel, AutoProcessor, Trainer, TrainingArguments, pipeline
 
 from probabilistic_sam import ProbabilisticSamCollator, ProbabilisticSamProcessor
 
@@ -42,7 +42,7 @@ def test_rows_become_a_batch_with_absent_readers():
             make_row([square(10, 18), np.zeros((SIZE, SIZE)), square(12, 14)], patient_id="x"),
         ]
     )
-    assert batch["num_samples"] == 5
+    assert batch["num_samples"].tolist() == [5, 5]  # tensors only, which accelerate can distribute
     assert batch["pixel_values"].shape == (2, 3, SIZE, SIZE)
     # The window is 6..22, shown at 32
     assert batch["input_boxes"].tolist() == [[[8.0, 8.0, 24.0, 24.0]]] * 2
@@ -115,6 +115,7 @@ def test_points_are_padded_to_the_largest_number_in_a_batch():
         ([make_row([np.zeros((SIZE, SIZE))])], "every mask is empty, .* give input_boxes or input_points"),
         ([make_row(input_boxes=[[1, 1, 9, 9], [2, 2, 8, 8]])], "several prompts; accepted: one prompt per row"),
         ([make_row(), make_row(input_points=[[12, 13]])], "prompts of one kind, got input_boxes, input_points"),
+        ([make_row(boxes=[[1, 1, 9, 9]])], "it has the column 'boxes', which is not read; accepted: input_boxes"),
         ([{"image": np.zeros((4, 4))}], "no 'masks' among its columns image"),
         ([make_row(image={"bytes": b"no image"})], "the image is not an image"),
     ],
@@ -208,10 +209,62 @@ def test_compute_metrics_gets_samples_of_the_prior_and_the_readers(base, tmp_pat
     np.testing.assert_allclose(seen[0].predictions[:2], expected, atol=1e-5)
 
 
+def test_checkpoints_open_as_a_pipeline(base, tmp_path):
+    rows = list(tiny_rows({"train": 1}, slices=2))
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=1, save_steps=1, per_device_train_batch_size=1, remove_unused_columns=False,
+        report_to=[], label_names=["labels", "reader_mask"], use_cpu=True,
+    )  # fmt: skip
+    collator = ProbabilisticSamCollator(PROCESSOR, num_readers=4)
+    Trainer(AutoModel.from_pretrained(base), arguments, collator, rows).train()
+    pipe = pipeline("probabilistic-mask-generation", model=str(tmp_path / "checkpoint-1"))
+    (result,) = pipe(np.zeros((SIZE, SIZE)), boxes=[10, 10, 20, 20], num_samples=2)
+    assert result["masks"].shape == (2, SIZE, SIZE) and pipe.processor.to_dict() == PROCESSOR.to_dict()
+
+
+def replica_of(model):
+    """What `torch.nn.DataParallel` makes on each GPU: a copy whose weights are no parameters."""
+    modules = list(model.modules())
+    copies = {module: module._replicate_for_data_parallel() for module in modules}
+    for module, copy in copies.items():
+        copy._modules = {name: child and copies[child] for name, child in module._modules.items()}
+        copy._parameters = {name: weight for name, weight in module._parameters.items() if weight is None}
+        for name, weight in module._parameters.items():
+            if weight is not None:
+                setattr(copy, name, weight.view_as(weight))  # a tensor
+    return copies[model]
+
+
+def test_replicas_of_several_gpus_in_one_process_run():
+    inputs, labels = tiny_inputs(), tiny_labels()
+    for model in (tiny_model(), tiny_model().train()):
+        for given in ({}, {"labels": labels}):
+            expected, found = (
+                item(**inputs, **given, num_samples=3, generator=torch.Generator().manual_seed(0))
+                for item in (model.eval(), replica_of(model))
+            )
+            assert torch.equal(found.pred_masks, expected.pred_masks)
+    model = tiny_model().train()
+    replica_of(model)(**inputs, labels=labels).loss.backward()
+
+
+def test_one_batch_serves_for_the_loss_and_for_samples():
+    inputs, labels = tiny_inputs(), tiny_labels()
+    model = tiny_model()
+    batch = inputs | {"labels": labels, "num_samples": torch.tensor([3])}
+    batch["reader_mask"] = torch.ones(labels.shape[:3], dtype=torch.bool)
+    assert model(**batch).loss.isfinite() and model.sample(**batch).pred_masks.shape[2] == 3
+    model(**inputs, return_dict=True)  # as accelerate's unwrapped models are called
+    for wrong in (torch.tensor([0]), torch.tensor([1.5])):
+        with pytest.raises(ValueError, match="num_samples must be"):
+            model(**inputs, num_samples=wrong)
+
+
 SCRIPT = """
 import sys
 from pathlib import Path
 sys.path[:0] = sys.argv[2:]
+import datasets
 import torch
 from tiny import tiny_model, tiny_rows, tiny_vit_parts
 from transformers import Trainer, TrainingArguments
@@ -219,13 +272,16 @@ from probabilistic_sam import ProbabilisticSamCollator, ProbabilisticSamProcesso
 
 torch.set_num_threads(1)
 rows = list(tiny_rows({"train": 2}, slices=2))
+train_rows = rows
+if "stream" in sys.argv[1]:  # accelerate's first process reads the rows and distributes the batches
+    train_rows = datasets.IterableDataset.from_generator(lambda: iter(rows))
 arguments = TrainingArguments(
     sys.argv[1], max_steps=2, per_device_train_batch_size=1, per_device_eval_batch_size=1, save_strategy="no",
     report_to=[], remove_unused_columns=False, label_names=["labels", "reader_mask"], gradient_checkpointing=True,
     disable_tqdm=True, use_cpu=True)
 trainer = Trainer(
     tiny_model(tiny_vit_parts, energy_weight=1.0), arguments,
-    ProbabilisticSamCollator(ProbabilisticSamProcessor(32, 16), num_readers=4, num_samples=2), rows, rows,
+    ProbabilisticSamCollator(ProbabilisticSamProcessor(32, 16), num_readers=4, num_samples=2), train_rows, rows,
     compute_metrics=lambda prediction: {"rows": len(prediction.predictions)})
 trainer.train()
 metrics = trainer.evaluate()
@@ -237,11 +293,12 @@ Path(sys.argv[1], f"result-{trainer.accelerator.process_index}").write_text(resu
 
 
 @pytest.mark.slow
-def test_two_processes_train_with_gradient_checkpointing(tmp_path):
+@pytest.mark.parametrize("name", ["run", "stream"])
+def test_two_processes_train_with_gradient_checkpointing(tmp_path, name):
     pytest.importorskip("accelerate")
     (tmp_path / "script.py").write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(tmp_path / "script.py"), str(tmp_path / "run"), str(ROOT), str(ROOT / "tests")]
+    command += [str(tmp_path / "script.py"), str(tmp_path / name), str(ROOT), str(ROOT / "tests")]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
@@ -252,6 +309,6 @@ def test_two_processes_train_with_gradient_checkpointing(tmp_path):
             os.killpg(process.pid, signal.SIGKILL)  # or processes of torchrun would remain
             raise
     assert process.returncode == 0, errors[-3000:]
-    results = [path.read_text().split() for path in (tmp_path / "run").glob("result-*")]
+    results = [path.read_text().split() for path in (tmp_path / name).glob("result-*")]
     assert len(results) == 2 and results[0] == results[1]  # both have the same weights
     assert results[0][:2] == ["2", "4"]

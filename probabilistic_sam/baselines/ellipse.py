@@ -94,12 +94,12 @@ class EllipseModel(PixelModel):
             raise UserError("the ellipse baseline needs a box; accepted: prompts with input_boxes")
         check_num_samples(num_samples)
         size = self.config.image_size // 4
-        noise = spread_noise((*input_boxes.shape[:2], num_samples, 2), generator, self.device)
+        noise = spread_noise((*input_boxes.shape[:2], num_samples, 2), generator, input_boxes.device)
         present = noise[..., 0] > torch.special.ndtri(self.probability_of_empty.float())  # (B, P, S)
         scale = torch.exp(self.log_scale_mean + self.log_scale_std * noise[..., 1])
         low, high = (input_boxes.float() * (size / self.config.image_size)).chunk(2, dim=-1)  # (B, P, 2), mask px
         radii = (((high - low) / 2)[:, :, None] * scale[..., None]).clamp(min=1e-3)  # (B, P, S, 2)
-        centres = torch.arange(size, device=self.device) + 0.5
+        centres = torch.arange(size, device=input_boxes.device) + 0.5
         offsets = (centres - ((low + high) / 2)[:, :, None, :, None]) / radii[..., None]  # (B, P, S, 2, size)
         x, y = offsets.unbind(dim=-2)
         distance = torch.sqrt(x[..., None, :] ** 2 + y[..., :, None] ** 2)  # 1 on the outline

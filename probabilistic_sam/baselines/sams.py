@@ -11,9 +11,9 @@ from ..modeling_probabilistic_sam import (
     ProbabilisticSamOutput,
     Readers,
     check_image_and_prompts,
-    check_num_samples,
     check_other_arguments,
     spread_noise,
+    whole_num_samples,
 )
 from .common import (
     DropoutSampling,
@@ -95,7 +95,8 @@ class LatentFreeSamModel(DropoutSampling, SamVariant):  # type: ignore[misc]
         """`num_samples` moved copies of each box (B, P, 4) and point (B, P, K, 2): (B, P * S, ...)."""
         boxes, points = prompts.get("input_boxes"), prompts.get("input_points")
         lead = prompts["input_points" if boxes is None else "input_boxes"].shape[:2]
-        noise = spread_noise((*lead, num_samples, 8), generator, self.device)
+        device = prompts["input_points" if boxes is None else "input_boxes"].device
+        noise = spread_noise((*lead, num_samples, 8), generator, device)
         relative, absolute = (2 * torch.special.ndtr(noise) - 1).chunk(2, dim=-1)  # (B, P, S, 4), uniform in -1..1
         moved = dict(prompts)
         if boxes is not None:
@@ -137,7 +138,7 @@ class LatentFreeSamModel(DropoutSampling, SamVariant):  # type: ignore[misc]
         input_masks: torch.Tensor | None = None,
         image_embeddings: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        num_samples: int = 1,
+        num_samples: int | torch.Tensor = 1,
         generator: torch.Generator | None = None,
         reader_mask: torch.Tensor | None = None,
         annotated: torch.Tensor | None = None,
@@ -153,7 +154,7 @@ class LatentFreeSamModel(DropoutSampling, SamVariant):  # type: ignore[misc]
         """
         check_other_arguments(kwargs)
         check_image_and_prompts(pixel_values, image_embeddings, input_points, input_labels, input_boxes, input_masks)
-        check_num_samples(num_samples)
+        count = 0 if self.training and labels is not None else whole_num_samples(num_samples)
         image_embeddings = to_embeddings(self.encode, pixel_values, image_embeddings)
         if input_points is not None and input_labels is None:
             input_labels = torch.ones_like(input_points[..., 0], dtype=torch.int)
@@ -173,12 +174,12 @@ class LatentFreeSamModel(DropoutSampling, SamVariant):  # type: ignore[misc]
         if labels is None or not self.training:
             moves = self.config.jitter > 0 and prompts.keys() != {"input_masks"}
             if moves:
-                prompts = self.move_prompts(num_samples, generator, prompts)
-            passes = 1 if moves else num_samples
+                prompts = self.move_prompts(count, generator, prompts)
+            passes = 1 if moves else count
             masks, iou_scores = self.passes(image_embeddings, prompts, passes, self.config.sampling_dropout, generator)
             # With moved prompts the shape is (B, P * S, 1, ...)
-            values["pred_masks"] = masks.flatten(1, 2).unflatten(1, (-1, num_samples))
-            values["iou_scores"] = iou_scores.flatten(1, 2).unflatten(1, (-1, num_samples))
+            values["pred_masks"] = masks.flatten(1, 2).unflatten(1, (-1, count))
+            values["iou_scores"] = iou_scores.flatten(1, 2).unflatten(1, (-1, count))
         return ProbabilisticSamOutput(**values)
 
     def passes(

@@ -14,10 +14,10 @@ from ..modeling_probabilistic_sam import (
     DetailBlock,
     ProbabilisticSamOutput,
     Readers,
-    check_num_samples,
     check_other_arguments,
     normal_noise,
     spread_noise,
+    whole_num_samples,
 )
 from .common import (
     MAP_CHANNELS,
@@ -114,7 +114,7 @@ class DropoutUNetModel(DropoutSampling, PixelModel):  # type: ignore[misc]
         input_masks: torch.Tensor | None = None,
         image_embeddings: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        num_samples: int = 1,
+        num_samples: int | torch.Tensor = 1,
         generator: torch.Generator | None = None,
         reader_mask: torch.Tensor | None = None,
         annotated: torch.Tensor | None = None,
@@ -126,7 +126,7 @@ class DropoutUNetModel(DropoutSampling, PixelModel):  # type: ignore[misc]
         evaluation mode only. The loss is the mean over `known_readers`.
         """
         check_other_arguments(kwargs)
-        check_num_samples(num_samples)
+        count = 0 if self.training and labels is not None else whole_num_samples(num_samples)
         maps = self.get_maps(
             pixel_values, image_embeddings, input_points=input_points, input_labels=input_labels,
             input_boxes=input_boxes, input_masks=input_masks,
@@ -139,7 +139,7 @@ class DropoutUNetModel(DropoutSampling, PixelModel):  # type: ignore[misc]
             loss = masked_mean(losses, known_readers(readers))
             values = {"loss": loss, "reconstruction_loss": loss}
         if labels is None or not self.training:
-            values["pred_masks"] = self.passes(maps, num_samples, self.config.sampling_dropout, generator)
+            values["pred_masks"] = self.passes(maps, count, self.config.sampling_dropout, generator)
         return ProbabilisticSamOutput(**values)
 
     def passes(
@@ -239,7 +239,7 @@ class ProbabilisticUNetModel(PixelModel):
         input_masks: torch.Tensor | None = None,
         image_embeddings: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        num_samples: int = 1,
+        num_samples: int | torch.Tensor = 1,
         generator: torch.Generator | None = None,
         reader_mask: torch.Tensor | None = None,
         annotated: torch.Tensor | None = None,
@@ -252,7 +252,7 @@ class ProbabilisticUNetModel(PixelModel):
         mean over `known_readers` of `bce_weight` BCE (summed over pixels) + `kl_weight` KL.
         """
         check_other_arguments(kwargs)
-        check_num_samples(num_samples)
+        count = 0 if self.training and labels is not None else whole_num_samples(num_samples)
         maps = self.get_maps(
             pixel_values, image_embeddings, input_points=input_points, input_labels=input_labels,
             input_boxes=input_boxes, input_masks=input_masks,
@@ -266,7 +266,7 @@ class ProbabilisticUNetModel(PixelModel):
             readers = Readers.read(labels, reader_mask, annotated, lead, flat.shape[-1])
             values.update(self.train_on_readers(maps, features, prior_mean, prior_log_std, readers, generator))
         if labels is None or not self.training:
-            noise = spread_noise((*lead, num_samples, self.config.latent_dim), generator, self.device)
+            noise = spread_noise((*lead, count, self.config.latent_dim), generator, prior_mean.device)
             latents = prior_mean[:, :, None] + torch.exp(prior_log_std)[:, :, None] * noise
             chunks = latents.flatten(0, 1).split(max(1, MAX_DECODED // len(flat)), dim=1)
             masks = torch.cat([self.decode(features, part) for part in chunks], dim=1).unflatten(0, lead)
@@ -289,7 +289,7 @@ class ProbabilisticUNetModel(PixelModel):
             dim=3,
         )  # (B, P, R, 7, h, w)
         mean, log_std = (item.unflatten(0, targets.shape[:3]) for item in self.posterior(seen.flatten(0, 2)))
-        latents = mean + torch.exp(log_std) * normal_noise(tuple(mean.shape), generator, self.device)
+        latents = mean + torch.exp(log_std) * normal_noise(tuple(mean.shape), generator, mean.device)
         masks = self.decode(features, latents.flatten(0, 1)).unflatten(0, lead)  # (B, P, R, h, w)
         kl = gaussian_kl(mean, log_std, prior_mean[:, :, None], prior_log_std[:, :, None]) * known[..., None]
         reconstruction = masked_mean(self.config.bce_weight * summed_bce(masks, targets), known)

@@ -23,6 +23,7 @@ from .push import check_repo_name, push_folder
 PACKAGE_DATA = Path(__file__).resolve().parent
 EXAMPLES = PACKAGE_DATA / "examples"
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+TRAINER_TAG = "generated_from_trainer"  # of the cards that transformers' `Trainer` writes
 NOTEBOOK = "notebook.ipynb"  # the Hub offers it for Colab and Kaggle
 OF_EVERY_MODEL = ("handler.py", "requirements.txt", "LICENSE", NOTEBOOK, "examples/*")
 ONNX_EXAMPLE = "onnx_example.py"  # only with the files of training/export_onnx.py
@@ -34,8 +35,8 @@ REPLACED = [*OF_THE_MODEL, *OF_EVERY_MODEL, "*.py"]
 def stage_model(source: str | os.PathLike[str], output: str | os.PathLike[str], name: str) -> None:
     """Write the Hub folder of a model.
 
-    A `README.md` in `source` becomes the card, with `HUB_NAME` replaced by `name`. Otherwise the card is generated
-    from the files of the run.
+    A `README.md` in `source` becomes the card, with `HUB_NAME` replaced by `name`, unless transformers' `Trainer`
+    wrote it. Otherwise the card is generated from the files of the run.
 
     Args:
         source: run folder of `training/train.py`, or `model_cards/psam-lidc`.
@@ -62,9 +63,8 @@ def stage_model(source: str | os.PathLike[str], output: str | os.PathLike[str], 
             part.save_pretrained(folder)
         copy_files(source, folder, *OF_THE_MODEL)  # weights keep their precision and shards
         copy_files(PACKAGE_DATA, folder, *OF_EVERY_MODEL, *[ONNX_EXAMPLE] * (folder / "onnx").is_dir())
-        if readme.is_file():
-            card = own_card(readme, name)
-        else:
+        card = own_card(readme, name) if readme.is_file() else None
+        if card is None or TRAINER_TAG in (card.data.to_dict().get("tags") or ()):
             card = run_card(source, name, read_json(EXAMPLES / "examples.json")["images"][0])
         (folder / "README.md").write_text(card.content, encoding="utf-8")
         notebook = (folder / NOTEBOOK).read_text(encoding="utf-8")

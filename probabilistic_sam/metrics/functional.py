@@ -39,6 +39,8 @@ def check_masks(**masks: np.ndarray) -> None:
     """Raise `ValueError` unless every argument is boolean (masks, H, W), with at least one mask and a common size."""
     sizes = set()
     for name, array in masks.items():
+        if not isinstance(array, np.ndarray):
+            raise ValueError(f"{name} must be a NumPy array, got {type(array).__name__}; a tensor has .cpu().numpy()")
         if array.ndim != 3 or array.dtype != bool or len(array) == 0:
             raise ValueError(
                 f"{name} must be a bool array (masks, H, W) with at least one mask, got {array.dtype} {array.shape}"

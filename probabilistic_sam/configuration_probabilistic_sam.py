@@ -116,6 +116,8 @@ class ProbabilisticSamConfig(SamConfig):
             raise ValueError('latent_injection was removed in version 0.2; only models with "sparse" can be opened')
         if self.latent_dim < 2:
             raise ValueError(f"latent_dim must be at least 2 (the first is the presence), got {self.latent_dim}")
+        if self.num_energy_samples < 0:
+            raise ValueError(f"num_energy_samples must be at least 0, got {self.num_energy_samples}")
         vision: Any = self.vision_config  # type: ignore[has-type]
         if isinstance(vision, dict) and vision.get("model_type") == TinyViTVisionConfig.model_type:
             self.vision_config = TinyViTVisionConfig(**vision)

@@ -60,6 +60,9 @@ class Sampling:
     num_candidates: int | None = None
 
 
+NOT_INPUTS = ("labels", "annotated", "image_indices")  # of the model, in what the processor returns for a row
+
+
 class PreparedRow(NamedTuple):
     """A decoded row.
 
@@ -254,7 +257,7 @@ def collate(indices: Sequence[int], rows: list[PreparedRow]) -> Batch:
     """A batch from its rows."""
     owners = [(index, reader) for index, row in enumerate(rows) for reader, _ in row.windows]
     windows = [features for row in rows for _, features in row.windows]
-    names = [name for name in (windows[0] if windows else ()) if name not in ("labels", "annotated")]
+    names = [name for name in (windows[0] if windows else ()) if name not in NOT_INPUTS]
     tensors = {name: torch.cat([torch.from_numpy(window[name]) for window in windows]) for name in names}
     places = (tensors.pop("windows"), tensors.pop("original_sizes")) if windows else (torch.empty(0),) * 2
     return Batch(indices, rows, owners, tensors, places)

@@ -133,7 +133,7 @@ def _remove_abandoned(parent: Path) -> None:
 
 def _exchange(target: Path, new: Path, previous: Path, owned: Sequence[str]) -> None:
     """Move the owned entries of a folder to `previous` and those of `new` into it; undo this if it fails."""
-    old = [entry for entry in target.iterdir() if not _is_ignored(entry) and _is_owned((entry.name,), owned, True)]
+    old = [entry for entry in target.iterdir() if not is_ignored(entry) and _is_owned((entry.name,), owned, True)]
     moves = [(entry, previous / entry.name) for entry in old]
     moves += [(entry, target / entry.name) for entry in new.iterdir()]
     done: list[tuple[Path, Path]] = []
@@ -175,8 +175,8 @@ def _foreign(target: Path, owned: Sequence[str], results: str | None) -> Iterato
     for name, folders, files in os.walk(target, onerror=fail):
         place = Path(name)
         relative = place.relative_to(target)
-        folders[:] = sorted(folder for folder in folders if not _is_ignored(place / folder))
-        entries = [file for file in sorted(files) if not _is_ignored(place / file)] + folders
+        folders[:] = sorted(folder for folder in folders if not is_ignored(place / folder))
+        entries = [file for file in sorted(files) if not is_ignored(place / file)] + folders
         if place == target:
             top = entries
         for entry in entries:
@@ -206,7 +206,8 @@ def _is_owned(parts: Sequence[str], owned: Sequence[str], is_folder: bool) -> bo
     )
 
 
-def _is_ignored(path: Path) -> bool:
+def is_ignored(path: Path) -> bool:
+    """Whether a file or folder is of a file manager, or a temporary one of another process."""
     return any(fnmatchcase(path.name, pattern) for pattern in IGNORED)
 
 

@@ -58,7 +58,7 @@ from . import ProbabilisticSamModel, ProbabilisticSamProcessor, __version__
 from .errors import UserError
 from .files import replaced_directory
 from .modeling_probabilistic_sam import EMPTY_LOGIT
-from .provenance import weights_hash
+from .provenance import model_hash
 
 OPSET = 20  # the first with Gelu; onnxruntime-web runs it
 GRAPHS = ("vision_encoder", "box_decoder", "point_decoder")
@@ -154,13 +154,12 @@ def export_metadata(
     model: ProbabilisticSamModel, processor: ProbabilisticSamProcessor, name: str = ""
 ) -> dict[str, str]:
     """What the files say about their model: name, versions, sizes, hash of the weights, settings of the processor."""
-    tied = set(model.all_tied_weights_keys)  # not in files of weights
     entries: dict[str, Any] = {
         "model": name,
         "commit": getattr(model.config, "_commit_hash", None),  # of a model from the Hub
         "probabilistic_sam": __version__,
         "latent_dim": model.config.latent_dim,
-        "weights": weights_hash({key: value for key, value in model.state_dict().items() if key not in tied}),
+        "weights": model_hash(model),
     }
     named = {key: str(value) for key, value in entries.items() if value not in (None, "")}
     return named | processor_settings(processor)

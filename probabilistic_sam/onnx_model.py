@@ -12,8 +12,6 @@ import huggingface_hub
 import numpy as np
 import torch
 from huggingface_hub.errors import EntryNotFoundError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from . import ProbabilisticSamOutput, ProbabilisticSamProcessor
 from .errors import UserError
@@ -27,7 +25,7 @@ from .modeling_probabilistic_sam import (
     spread_noise,
 )
 from .onnx_export import DECODER_OUTPUTS, GRAPHS, processor_settings
-from .provenance import weights_hash
+from .provenance import folder_hash
 
 FILES = tuple(f"onnx/{graph}.onnx" for graph in GRAPHS)
 HOW_TO_EXPORT = "python training/export_onnx.py --model MODEL --output MODEL/onnx writes them"
@@ -77,6 +75,11 @@ class OnnxModel:
         if torch.device(device).type != "cpu":
             raise UserError(f"runtime onnx runs on the CPU, got device {device}; accepted: cpu, or runtime torch")
         return self
+
+    @property
+    def weights(self) -> str | None:
+        """The `model_hash` of the exported model; None in files of version 0.3 and earlier."""
+        return self.sessions["vision_encoder"].get_modelmeta().custom_metadata_map.get("weights")
 
     def get_image_embeddings(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """As in `ProbabilisticSamModel`: (B, 3, S, S) to (B, C + 16, g, g)."""
@@ -183,12 +186,8 @@ def check_export(model: OnnxModel, processor: ProbabilisticSamProcessor, folder:
     Weights may have been trained further, or calibrated, since the graphs were written.
     """
     expected: dict[str, str | None] = {**dict.fromkeys(SETTINGS), **processor_settings(processor)}
-    try:
-        weights = {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"the weights in {folder} cannot be read ({error})") from error
-    if weights:  # a cached repository of the Hub may have graphs only
-        expected["weights"] = weights_hash(weights)
+    if weights := folder_hash(folder):  # a cached repository of the Hub may have graphs only
+        expected["weights"] = weights
     for graph, session in model.sessions.items():
         stated = session.get_modelmeta().custom_metadata_map
         for name, value in expected.items():

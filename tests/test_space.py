@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from chromium import start_chromium
+from deep_colour import rgb16_png
 from dicom_files import write_slice
 from PIL import Image
 from space_server import SpaceServer
@@ -264,6 +265,7 @@ def test_broken_and_huge_files_are_one_line(page):
         "empty.png": (png_header(4096, 4096), "is a (damaged|truncated) PNG"),
         "huge.png": (huge, "has 65 MB"),
         "turned.png": (turned.getvalue(), "is turned or mirrored by its EXIF orientation"),
+        "deep.png": (rgb16_png(), "has more than 8 bits per channel in colour or with transparency"),
     }
     for name, (content, problem) in expected.items():
         message = page.open(content, name)
@@ -333,6 +335,29 @@ def test_cancelled_sampling_leaves_the_page_ready(page):
     page.until(lambda: page.words("status") == "Cancelled")
     assert page.words("error") == "" and not page.find("results").is_displayed() and page.find("sample").is_enabled()
     assert page.sample(box=BOX, numSamples=1).masks.shape == (1, 128, 128)
+
+
+@pytest.mark.slow
+def test_a_hard_reload_samples_without_the_service_worker(page):
+    page.driver.execute_cdp_cmd("Page.reload", {"ignoreCache": True})
+    page.until(lambda: page.run("document.readyState") == "complete" and page.words("position").startswith("Box"))
+    assert page.run("navigator.serviceWorker.controller") is None
+    assert page.sample(box=BOX, numSamples=1).masks.shape == (1, 128, 128)
+    page.reload()
+    assert page.run("navigator.serviceWorker.controller !== null")
+
+
+@pytest.mark.slow
+def test_an_image_of_the_visitor_is_not_replaced_by_an_example_that_arrives_later(page):
+    late = """const asked = fetch; window.fetch = async (...given) => {
+        await new Promise((resolve) => setTimeout(resolve, 500)); return asked(...given); };"""
+    page.driver.execute_script(late)
+    page.driver.execute_script("document.querySelector('#examples button').click()")
+    assert page.open(PHANTOM, PHANTOM.name) == ""
+    mine = page.words("name")
+    time.sleep(1)
+    assert page.words("name") == mine and page.words("position") == ""
+    page.reload()
 
 
 @pytest.mark.slow

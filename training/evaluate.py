@@ -63,7 +63,7 @@ from probabilistic_sam.metrics import (
     summarize_nodules,
     summarize_seeds,
 )
-from probabilistic_sam.provenance import provenance
+from probabilistic_sam.provenance import model_hash, provenance
 from probabilistic_sam.workers import default_workers, start_workers
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -308,6 +308,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if is_oracle
         else load_model(args.model, device, baselines=True, runtime=args.runtime)
     )
+    weights = None if is_oracle else model_hash(model) if args.runtime == "torch" else model.weights
     check_output(args.output)
 
     # Before the evaluation, since the repository may change while it runs
@@ -330,7 +331,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 args.independent, workers, args.num_candidates,
             )  # fmt: skip
     if state.is_main_process:
-        content = {"model": args.model, "dataset": args.dataset, "truth": truth} | summarize_sampling(args)
+        content = {"model": args.model, "weights": weights, "dataset": args.dataset, "truth": truth}
+        content |= summarize_sampling(args)
         if args.level == "nodule":
             content |= {"noise": args.noise} | summarize_volumes(patients, runs, left_out)
         else:

@@ -13,7 +13,8 @@ import shutil
 from pathlib import Path
 
 from probabilistic_sam.data.format import load_split
-from probabilistic_sam.errors import UserError, run
+from probabilistic_sam.errors import run
+from probabilistic_sam.files import replaced_directory
 from probabilistic_sam.inference import choose_device, load_model
 from probabilistic_sam.training.checkpoint import find_checkpoint, read_checkpoint
 from probabilistic_sam.training.finish import average, calibrate_presence
@@ -31,22 +32,21 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Average, calibrate, save."""
     arguments = parse_args()
-    if arguments.output.is_file() or arguments.output.is_dir() and any(arguments.output.iterdir()):
-        raise UserError(f"--output {arguments.output} is a file or not empty; accepted: a new or empty folder")
-    model, processor = load_model(arguments.run)
-    model.float()
-    state = read_checkpoint(find_checkpoint("latest", arguments.run), ("step", "best", "ema"))
-    average(model, state["ema"])
-    rows = load_split(arguments.dataset, "validation")
-    model.to(choose_device())
-    record = {"run_steps": [state["best"]["step"], state["step"]], **calibrate_presence(model, processor, rows)}
+    with replaced_directory(arguments.output, ()) as folder:
+        model, processor = load_model(arguments.run)
+        model.float()
+        state = read_checkpoint(find_checkpoint("latest", arguments.run), ("step", "best", "ema"))
+        average(model, state["ema"])
+        rows = load_split(arguments.dataset, "validation")
+        model.to(choose_device())
+        record = {"run_steps": [state["best"]["step"], state["step"]], **calibrate_presence(model, processor, rows)}
 
-    model.save_pretrained(arguments.output)
-    processor.save_pretrained(arguments.output)
-    (arguments.output / "finish.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    for name in ("training_config.yaml", "data.json"):  # which the model card reads
-        if (arguments.run / name).exists():
-            shutil.copy(arguments.run / name, arguments.output)
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        (folder / "finish.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        for name in ("training_config.yaml", "data.json"):  # which the model card reads
+            if (arguments.run / name).exists():
+                shutil.copy(arguments.run / name, folder)
     print(f"wrote {arguments.output}: {record}")
 
 

@@ -4,6 +4,7 @@ import { encodePng, readImage, startWorker } from "./images.js";
 import { areaQuantiles, checkPrompt, MAX_POINTS, quantile } from "./processing.js";
 
 const MAX_SAMPLES = 64;
+const MAX_WAIT_MS = 5000; // for the service worker
 const MAX_SEED = 2 ** 32 - 1;
 const LOCAL_HOSTS = ["localhost", "127.0.0.1", "[::1]"];
 const MODEL = document.querySelector('meta[name="model"]').content;
@@ -36,11 +37,15 @@ let pending = null; // {id, resolve, reject} of the sampling in progress
 
 async function open(file, example) {
   showError("");
+  const id = ++opened;
+  let read;
   try {
-    image = { id: ++opened, ...(await readImage(file)) };
+    read = await readImage(file);
   } catch (error) {
-    return showError(error.message);
+    return id === opened && showError(error.message);
   }
+  if (id !== opened) return; // another image was opened meanwhile
+  image = { id, ...read };
   forgetResult();
   find("spacing").value = example?.pixel_spacing_mm ?? image.spacing?.toFixed(4).replace(/0+$/, "") ?? "";
   find("name").textContent = `${image.name}, ${image.width} x ${image.height} px`;
@@ -499,8 +504,9 @@ addEventListener("resize", () => {
 async function addExamples() {
   const { images } = await (await fetch("examples/examples.json")).json();
   const openExample = async (example) => {
+    const before = opened;
     const blob = await (await fetch(`examples/${example.image}`)).blob();
-    await open(new File([blob], example.image), example);
+    if (opened === before) await open(new File([blob], example.image), example);
   };
   find("examples").replaceChildren(...images.map((example, index) => {
     const button = document.createElement("button");
@@ -512,14 +518,18 @@ async function addExamples() {
   await openExample(images[0]);
 }
 
-/** Register the service worker; without one (a private window, an old browser) the page needs a connection. */
+/**
+ * Register the service worker and give it some seconds to take over the page. Without it (a private window, an old
+ * browser, a hard reload, a file that did not arrive) the page works, but needs a connection.
+ */
 async function register() {
+  const controlled = () => new Promise((resolve) => {
+    if (navigator.serviceWorker.controller) resolve();
+    else navigator.serviceWorker.addEventListener("controllerchange", resolve, { once: true });
+  });
   try {
     await navigator.serviceWorker.register("service-worker.js");
-    await navigator.serviceWorker.ready;
-    if (!navigator.serviceWorker.controller) {
-      await new Promise((resolve) => navigator.serviceWorker.addEventListener("controllerchange", resolve, { once: true }));
-    }
+    await Promise.race([controlled(), new Promise((resolve) => setTimeout(resolve, MAX_WAIT_MS))]);
   } catch {
     find("status").textContent = "The first sampling loads the model (about 60 MB). This browser does not keep it for offline use.";
   }

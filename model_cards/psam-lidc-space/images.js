@@ -83,7 +83,7 @@ export function jpegFrame(bytes) {
 
 // ---------------------------------------------------------------------------------------------------------------- PNG
 
-/** PNG of any depth; colours of 16 bits, palettes and transparency as Pillow: 8 bits, RGB, dropped. */
+/** PNG: grey of any depth, colours of 8 bits; palettes become RGB and transparency is dropped, as by Pillow. */
 async function decodePng(bytes) {
   const view = new DataView(bytes.buffer);
   const [width, height] = [view.getUint32(16), view.getUint32(20)];
@@ -101,6 +101,7 @@ async function decodePng(bytes) {
   }
   if ("acTL" in chunks) throw new Error("holds several frames");
   if ("eXIf" in chunks && isTurned(chunks.eXIf)) throw new Error("is turned or mirrored by its EXIF orientation");
+  if (depth === 16 && colour !== 0) throw new Error("has more than 8 bits per channel in colour or with transparency");
   if (interlaced && depth === 16) throw new Error("is an interlaced PNG of 16 bits");
   if (interlaced) return decodeByBrowser(bytes, "image/png", colour === 0 || colour === 4 ? 1 : 3);
 
@@ -109,7 +110,7 @@ async function decodePng(bytes) {
   unfilter(rows, rowBytes, height, Math.max(1, (PNG_CHANNELS[colour] * depth) / 8));
   const value = (row, index) => {
     const start = row * (rowBytes + 1) + 1;
-    if (depth === 16) return colour === 0 ? (rows[start + 2 * index] << 8) | rows[start + 2 * index + 1] : rows[start + 2 * index];
+    if (depth === 16) return (rows[start + 2 * index] << 8) | rows[start + 2 * index + 1];
     if (depth === 8) return rows[start + index];
     const bits = (rows[start + ((index * depth) >> 3)] >> (8 - depth - ((index * depth) & 7))) & (2 ** depth - 1);
     return colour === 3 ? bits : (bits * 255) / (2 ** depth - 1);

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import UserError
-from ..files import replaced_directory, write_json
+from ..files import is_ignored, replaced_directory, write_json
 from .card import BUILD_TAG, BuildReport, Note, Origin, dataset_card
 from .format import FEATURES, FORMAT_VERSION, PLAIN_COLUMNS, RowKey, content_of, row_key, row_sha256
 from .splits import SPLITS
@@ -84,7 +84,7 @@ def check_output(output: Path) -> None:
     accepted = "accepted: a new or empty directory, or an earlier build"
     if not output.is_dir():
         raise UserError(f"{output}: is a file; {accepted}")
-    names = {path.name for path in output.iterdir()}
+    names = {path.name for path in output.iterdir() if not is_ignored(path)}
     if not names:
         return
     card, data = output / "README.md", output / "data"

@@ -22,7 +22,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from ..errors import UserError
-from ..files import replaced_files
+from ..files import is_ignored, replaced_files
 from .card import Note
 from .format import ROW_SCHEMA
 
@@ -97,7 +97,8 @@ def finished_parts(jobs: Sequence[Job], folder: str | os.PathLike[str]) -> int:
     accepted = "accepted: no such folder, or the parts of an interrupted build"
     if not folder.is_dir():
         raise UserError(f"{folder}: is a file; {accepted}")
-    foreign = sorted(path.name for path in folder.iterdir() if not _PART_FILE.fullmatch(path.name))
+    others = (path for path in folder.iterdir() if not is_ignored(path))
+    foreign = sorted(path.name for path in others if not _PART_FILE.fullmatch(path.name))
     if foreign:
         raise UserError(f"{folder}: holds {foreign[0]}; {accepted}")
     return sum(_is_finished(_part_path(job, folder), job) for job in jobs)

@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..errors import UserError
+from ..provenance import folder_hash
 
 HUB_NAME = "org/psam-lidc"  # placeholder in a card, replaced by the repository name in a push
 TAGS = ["uncertainty", "segment-anything", "probabilistic-segmentation"]
@@ -220,12 +221,15 @@ def run_card(run: Path, name: str, example: Mapping[str, Any]) -> ModelCard:
         example: entry of `examples/examples.json`.
 
     Raises:
-        UserError: a file of the run lacks expected entries.
+        UserError: a file of the run lacks expected entries, or results are those of other weights.
     """
     sections: list[str] = []
     evaluated: list[EvalResult] = []
+    weights = folder_hash(run)
     for path in sorted((run / "results").glob("*.json")):
         result = read_json(path)
+        if result.get("weights") not in (None, weights):  # absent from files of earlier versions
+            raise UserError(f"{path} has the results of other weights than those in {run}; accepted: evaluate again")
         try:
             if result.get("level") == "nodule":
                 sections.append(nodule_section(result, f"results/{path.name}"))

@@ -11,7 +11,7 @@ import yaml
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 
-from .. import ProbabilisticSamConfig, ProbabilisticSamModel
+from .. import ProbabilisticSamConfig, ProbabilisticSamModel, ProbabilisticSamProcessor
 from ..baselines import BASELINES, EllipseConfig
 from ..configuration_probabilistic_sam import RENAMED
 from ..data import NODULE_BOX
@@ -124,6 +124,10 @@ class TrainingConfig:
                     raise ValueError(f"unknown field {f'{name}.{key}'!r}; accepted: {', '.join(accepted)}")
         if not self.prompts or min(self.prompts.values()) <= 0:
             raise ValueError(f"prompts are {self.prompts}; accepted: names with shares above 0")
+
+    def validate_windows(self) -> None:
+        """Check `image_size` and `crop_size` by making the processor."""
+        ProbabilisticSamProcessor(self.image_size, self.crop_size)
 
     def validate_augmentation(self) -> None:
         """Check the values of `augmentation`."""

@@ -159,6 +159,8 @@ def choose_checkpoint(directory: Path, config: TrainingConfig, resume: str | Non
                 f"--output_dir {directory} holds checkpoints of an earlier run; accepted: a new folder, or "
                 "--resume_from_checkpoint latest to continue that run"
             )
+        if any(directory.glob("*.safetensors")):
+            raise UserError(f"--output_dir {directory} holds a model, which would be lost; accepted: a new folder")
         return None
     checkpoint = find_checkpoint(resume, directory)
     if not config.max_steps:

@@ -21,7 +21,7 @@ from .data import row_prompt, row_seed
 from .data.format import decode_image, decode_masks
 from .errors import UserError
 from .metrics import OF_ALL_MASKS, slice_collapse, slice_metrics
-from .metrics.functional import majority_mask
+from .metrics.functional import DILATION_PX, bounding_box, majority_mask, union_mask
 from .processing_probabilistic_sam import OUTSIDE_LOGIT
 from .thinning import thin_samples
 from .workers import InThisProcess, read_ahead
@@ -389,7 +389,7 @@ def cut_windows(
 ) -> Iterator[tuple[slice, slice, torch.Tensor]]:
     """For each of W windows its rows and columns of the image, and the logits (N, h, w) there, in float32.
 
-    One window at a time, since logits at the size of the image are larger by far.
+    One window at a time, since logits at the resolution of the image are larger by far.
 
     Args:
         processor: see `evaluate_dataset`.
@@ -397,13 +397,14 @@ def cut_windows(
         windows: (W, 3) of the processor.
         original_sizes: (W, 2) of the processor.
     """
-    for number, (x, y, side) in enumerate(windows.tolist()):
-        of_window = slice(number, number + 1)
-        (logits,) = processor.post_process_logits(
-            pred_masks[of_window], windows[of_window], original_sizes[of_window]
-        )  # (N, H, W)
-        rows, columns = slice(max(y, 0), y + side), slice(max(x, 0), x + side)
-        yield rows, columns, logits[:, rows, columns].float()
+    places = zip(pred_masks, windows.tolist(), original_sizes.tolist(), strict=True)
+    for masks, (x, y, side), (height, width) in places:
+        rows, columns = slice(max(y, 0), min(y + side, height)), slice(max(x, 0), min(x + side, width))
+        # As if the window's part were the image
+        window = torch.tensor([[x - columns.start, y - rows.start, side]])
+        size = torch.tensor([[rows.stop - rows.start, columns.stop - columns.start]])
+        (logits,) = processor.post_process_logits(masks[None], window, size)
+        yield rows, columns, logits.float()
 
 
 @torch.inference_mode()
@@ -451,20 +452,31 @@ def score_samples(
         by_reader: there is a window per reader, with the samples for their own box.
         independent: see `slice_metrics`.
     """
+    # Of windows and readers: outside this part of the image all masks are empty, and images may be large
+    seen = union_mask(masks)
+    for window in windows:
+        seen[window.rows, window.columns] = True
+    part = bounding_box(seen, DILATION_PX)
+    readers = masks[:, *part]
     samples: list[np.ndarray] = []
     probabilities: list[np.ndarray] = []
     for window in windows:
         shape = window.probabilities.shape
-        size = (len(window.probabilities), *masks.shape[1:])
+        rows, columns = (
+            slice(cut.start - whole.start, cut.stop - whole.start)
+            for cut, whole in zip((window.rows, window.columns), part, strict=True)
+        )
+        size = (len(window.probabilities), *readers.shape[1:])
         samples.append(np.zeros(size, dtype=bool))
-        samples[-1][:, window.rows, window.columns] = np.unpackbits(window.bits, count=prod(shape)).reshape(shape)
+        samples[-1][:, rows, columns] = np.unpackbits(window.bits, count=prod(shape)).reshape(shape)
         probabilities.append(np.full(size, OUTSIDE_PROBABILITY, dtype=np.float32))
-        probabilities[-1][:, window.rows, window.columns] = window.probabilities
+        probabilities[-1][:, rows, columns] = window.probabilities
     owners = np.repeat(np.arange(len(masks)), len(samples[0])) if by_reader else None
     scores = [window.iou_scores for window in windows if window.iou_scores is not None]
     iou_scores = np.concatenate(scores) if scores and not by_reader else None
+    outside = (seen.size - readers[0].size, OUTSIDE_PROBABILITY)
     return slice_metrics(
-        np.concatenate(samples), np.concatenate(probabilities), masks, owners, independent, iou_scores
+        np.concatenate(samples), np.concatenate(probabilities), readers, owners, independent, iou_scores, outside
     )
 
 

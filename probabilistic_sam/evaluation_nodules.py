@@ -270,18 +270,20 @@ def score_nodule(nodule: NoduleSlices, masks: np.ndarray, slices: Sequence[Slice
     for item in slices:
         seen[item.rows, item.columns] = True
     region = bounding_box(seen)  # of windows and readers: the rest of the slices has no voxel of either
-    size = masks.shape[2:]
-    samples = np.stack([paste_samples(item, size)[:, *region] for item in slices], axis=1)
+    samples = np.stack([paste_samples(item, region) for item in slices], axis=1)
     means = np.zeros((1, *masks.shape[1:]), dtype=bool)
     for mean, item in zip(means[0], slices, strict=True):
         mean[item.rows, item.columns] = item.mean_mask
     return score_volumes(nodule, masks[:, :, *region], samples, means[:, :, *region])
 
 
-def paste_samples(item: SliceSamples, size: tuple[int, ...]) -> np.ndarray:
-    """The samples (N, H, W) of a slice."""
-    result = np.zeros((item.shape[0], *size), dtype=bool)
-    result[:, item.rows, item.columns] = np.unpackbits(item.bits, count=prod(item.shape)).reshape(item.shape)
+def paste_samples(item: SliceSamples, region: tuple[slice, slice]) -> np.ndarray:
+    """The samples (N, h, w) of a slice in a region, rows and columns, that contains their window."""
+    rows, columns = region
+    result = np.zeros((item.shape[0], rows.stop - rows.start, columns.stop - columns.start), dtype=bool)
+    top, left, (_, height, width) = item.rows.start - rows.start, item.columns.start - columns.start, item.shape
+    place = result[:, top : top + height, left : left + width]
+    place[:] = np.unpackbits(item.bits, count=prod(item.shape)).reshape(item.shape)
     return result
 
 

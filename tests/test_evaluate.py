@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +25,7 @@ from probabilistic_sam.data.build import write_dataset
 from probabilistic_sam.data.format import decode_masks, encode_png, image_row, load_split
 from probabilistic_sam.errors import UserError
 from probabilistic_sam.inference import load_model
-from probabilistic_sam.metrics import COLUMNS, METRICS
+from probabilistic_sam.metrics import COLUMNS, METRICS, slice_metrics
 from probabilistic_sam.workers import default_workers, start_workers
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -565,3 +566,38 @@ def test_errors_are_one_line_and_exit_code_2(tmp_path):
     assert finished.stderr.strip().splitlines()[-1].startswith("error: ")
     assert "nowhere: no such directory" in finished.stderr
     assert "Traceback" not in finished.stderr
+
+
+@pytest.mark.parametrize("corner", [(40, 60), (-7, -5), (150, 170)])
+@pytest.mark.parametrize("kind", ["some", "empty samples", "one reader"])
+def test_scores_of_a_part_of_the_image_are_those_of_the_whole(corner, kind):
+    rng, size, (y, x), side = np.random.default_rng(0), (180, 200), corner, 40
+    rows, columns = slice(max(y, 0), min(y + side, size[0])), slice(max(x, 0), min(x + side, size[1]))
+    probabilities = np.full((5, *size), evaluation.OUTSIDE_PROBABILITY, np.float32)
+    shape = probabilities[:, rows, columns].shape
+    probabilities[:, rows, columns] = rng.random(shape) * (0.4 if kind == "empty samples" else 1)
+    masks = np.zeros((4, *size), bool)
+    masks[: 1 if kind == "one reader" else 3, 90:99, 80:91] = True
+    masks[1:, 95:97] &= rng.random((3, 2, size[1])) < 0.5
+    samples = probabilities > 0.5
+    inside = probabilities[:, rows, columns]
+    window = evaluation.WindowSamples(rows, columns, np.packbits(inside > 0.5), inside, np.arange(5.0))
+    found = evaluation.score_samples([window], masks, by_reader=False, independent=True)
+    expected = slice_metrics(samples, probabilities, masks, independent=True, iou_scores=np.arange(5.0))
+    assert found.keys() == expected.keys()
+    for column, scores in expected.items():
+        assert (found[column] is None) == (scores is None)
+        for name, value in (scores or {}).items():
+            np.testing.assert_allclose(found[column][name], value, rtol=1e-9, atol=1e-12, err_msg=name)
+
+
+def test_memory_of_scores_does_not_grow_with_the_image():
+    masks = np.zeros((1, 3000, 3000), bool)
+    masks[0, 1000:1060, 1500:1570] = True
+    inside = np.full((16, 128, 128), 0.7, np.float32)
+    window = evaluation.WindowSamples(slice(960, 1088), slice(1470, 1598), np.packbits(inside > 0.5), inside, None)
+    tracemalloc.start()
+    evaluation.score_samples([window], masks, by_reader=False, independent=False)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 150 * 2**20  # whole images would take 16 x 9 million pixels x 5 bytes

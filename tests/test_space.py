@@ -356,7 +356,7 @@ def test_an_image_of_the_visitor_is_not_replaced_by_an_example_that_arrives_late
     assert page.open(PHANTOM, PHANTOM.name) == ""
     mine = page.words("name")
     time.sleep(1)
-    assert page.words("name") == mine and page.words("position") == ""
+    assert page.words("name") == mine and page.words("position") == "No prompt"
     page.reload()
 
 

@@ -356,7 +356,7 @@ def calibration_error(sums: np.ndarray) -> np.ndarray:
     )
 
 
-def ncc(probabilities: np.ndarray, readers: np.ndarray) -> float:
+def ncc(probabilities: np.ndarray, readers: np.ndarray, outside: tuple[int, float] = (0, 0.0)) -> float:
     """S_NCC: whether the samples are uncertain where they disagree with the readers (Baumgartner et al. 2019).
 
         S_NCC = mean_j corr(E_s CE(m, s), E_s CE(y_j, s))
@@ -367,30 +367,36 @@ def ncc(probabilities: np.ndarray, readers: np.ndarray) -> float:
     Args:
         probabilities: (N, H, W) probability maps of the samples.
         readers: (M, H, W) bool.
+        outside: number of further pixels of the image, in no reader's mask, and their probability in every sample.
 
     Returns:
         A number in [-1, 1]; a constant map has no correlation and counts 0.
     """
     # CE is linear in its first argument, so the expectations need only two mean logarithms
     probabilities = np.asarray(probabilities, dtype=np.float32).reshape(len(probabilities), -1)
+    readers, weights = readers.reshape(len(readers), -1), None
+    if outside[0]:  # one more pixel that counts as so many
+        probabilities = np.pad(probabilities, ((0, 0), (0, 1)), constant_values=np.float32(outside[1]))
+        readers = np.pad(readers, ((0, 0), (0, 1)))
+        weights = np.append(np.ones(readers.shape[1] - 1), outside[0])
     log_inside = np.log(probabilities + np.float32(NCC_EPSILON)).mean(axis=0)
     log_outside = np.log(1 - probabilities + np.float32(NCC_EPSILON)).mean(axis=0)
     mean = probabilities.mean(axis=0)
-    uncertainty = _standardized(-(mean * log_inside + (1 - mean) * log_outside))
+    uncertainty = _standardized(-(mean * log_inside + (1 - mean) * log_outside), weights)
     if uncertainty is None:
         return 0.0
     correlations = []
-    for reader in readers.reshape(len(readers), -1):
-        error = _standardized(-np.where(reader, log_inside, log_outside))
-        correlations.append(0.0 if error is None else float((uncertainty * error).mean()))
+    for reader in readers:
+        error = _standardized(-np.where(reader, log_inside, log_outside), weights)
+        correlations.append(0.0 if error is None else float(np.average(uncertainty * error, weights=weights)))
     return float(np.mean(correlations))
 
 
-def _standardized(values: np.ndarray) -> np.ndarray | None:
+def _standardized(values: np.ndarray, weights: np.ndarray | None) -> np.ndarray | None:
     """The map with zero mean and unit standard deviation, in float64; None for a constant map."""
     values = values.astype(np.float64)
-    centred = values - values.mean()
-    deviation = np.sqrt(np.square(centred).mean())
+    centred = values - np.average(values, weights=weights)
+    deviation = np.sqrt(np.average(np.square(centred), weights=weights))
     return centred / deviation if deviation > 1e-12 else None
 
 

@@ -40,6 +40,7 @@ def slice_metrics(
     owners: np.ndarray | None = None,
     independent: bool = False,
     iou_scores: np.ndarray | None = None,
+    outside: tuple[int, float] = (0, 0.0),
 ) -> dict[str, dict[str, Any] | None]:
     """All metrics of one slice, in three columns.
 
@@ -61,6 +62,8 @@ def slice_metrics(
             own box; the other metrics score the union of all samples. `shape` leaves out the samples of empty readers.
         independent: the samples are independent of each other and have one prompt, so `ged_unbiased` is defined.
         iou_scores: (N,) float, by which the model ranks the samples, or None.
+        outside: number of pixels of the image that the arrays leave out, further than `functional.DILATION_PX` from
+            every reader, and their probability; they belong to no mask. Only `ncc` depends on them.
 
     Returns:
         For each name of `COLUMNS` None if the slice is not in the column, else a dictionary with
@@ -96,7 +99,7 @@ def slice_metrics(
         "stray_pieces_readers": _stray_pieces(readers),
         "rank_correlation": _rank_correlation(iou_scores, samples, readers),
     }
-    columns["all"] = _score(samples, probabilities, readers, owners, region, independent) | whole
+    columns["all"] = _score(samples, probabilities, readers, owners, region, independent, outside) | whole
     if len(readers) >= 4 and annotated.all():
         columns["four_readers"] = columns["all"]
     if annotated.sum() >= 2:
@@ -107,7 +110,9 @@ def slice_metrics(
             # Indices among the annotated masks only
             kept_owners = None if owners is None else (np.cumsum(annotated) - 1)[owners[kept]]
             columns["shape"] = (
-                _score(samples[kept], probabilities[kept], readers[annotated], kept_owners, region, independent)
+                _score(
+                    samples[kept], probabilities[kept], readers[annotated], kept_owners, region, independent, outside
+                )
                 | whole
             )
     return columns
@@ -120,9 +125,11 @@ def _score(
     owners: np.ndarray | None,
     region: np.ndarray,
     independent: bool,
+    outside: tuple[int, float],
 ) -> dict[str, Any]:
     """The metrics of one column; no samples count as one empty sample."""
     if len(samples) == 0:
+        outside = (outside[0], 0.0)
         samples, probabilities = np.zeros((1, *readers.shape[1:]), bool), np.zeros((1, *readers.shape[1:]), np.float32)
         owners = None
     probability = probabilities.mean(axis=0)
@@ -139,7 +146,7 @@ def _score(
         "dice_majority": _dice(iou_majority),
         "iou_majority": iou_majority,
         "brier": functional.brier(probability, readers, region),
-        "ncc": functional.ncc(probabilities, readers),
+        "ncc": functional.ncc(probabilities, readers, outside),
         "calibration": functional.calibration_bins(probability, readers, region),
     }
     if owners is None:

@@ -371,7 +371,8 @@ def test_the_example_of_a_scan_carries_its_box_and_slices(scan_page, tmp_path):
 def test_without_the_extra_the_tab_says_how_to_install_it(tmp_path, monkeypatch):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     monkeypatch.setattr(app, "write_examples", lambda folder: [])
-    monkeypatch.delitem(sys.modules, "probabilistic_sam.app_scan")
+    for name in ("app_scan", "scan_files"):
+        monkeypatch.delitem(sys.modules, f"probabilistic_sam.{name}")
     monkeypatch.setitem(sys.modules, "nibabel", None)
     texts = [
         block.value for block in app.build(None, None, "tiny").blocks.values() if isinstance(block, gradio.Markdown)

@@ -293,7 +293,7 @@ def test_a_mask_prompt_reaches_the_model_as_the_processor_prepares_it(run_segmen
     out = run_segment("--num-samples", 3, prompt=("--mask", tmp_path / "rough.png"))
     _, processor = inference.load_model(model_dir)
     expected = processor(images=np.asarray(Image.open(tmp_path / "slice.png")), input_masks=[[mask > 0]])
-    assert set(seen[0]) - {"num_samples", "generator"} == {"pixel_values", "input_masks"}
+    assert set(seen[0]) - {"num_samples", "generator", "image_indices"} == {"pixel_values", "input_masks"}
     torch.testing.assert_close(seen[0]["input_masks"], expected["input_masks"], rtol=0, atol=0)
     torch.testing.assert_close(seen[0]["pixel_values"], expected["pixel_values"], rtol=0, atol=0)
     assert result_of(out)["prompt"] == {"mask": str(tmp_path / "rough.png")}

@@ -207,7 +207,7 @@ def _is_owned(parts: Sequence[str], owned: Sequence[str], is_folder: bool) -> bo
 
 
 def is_ignored(path: Path) -> bool:
-    """Whether a file or folder is of a file manager, or a temporary one of another process."""
+    """Whether a path is a file manager's, or a temporary one of another process."""
     return any(fnmatchcase(path.name, pattern) for pattern in IGNORED)
 
 

@@ -175,7 +175,8 @@ def load_model(
         model, info = classes[model_type].from_pretrained(name, output_loading_info=True)
         processor = ProbabilisticSamProcessor.from_pretrained(name)
     except (
-        OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, EOFError, StrictDataclassError,
+        OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError, EOFError,
+        StrictDataclassError,
     ) as error:  # fmt: skip
         raise UserError(f"model {name} cannot be loaded ({_first_line(error)}); {accepted}") from error
     missing = sorted(info["missing_keys"])
@@ -406,7 +407,8 @@ def _check_box(box: Any, width: int, height: int) -> None:
     values = _numbers(box)
     if values is None or values.shape != (4,):
         raise UserError("the box is not understood; accepted: four finite numbers x1 y1 x2 y2")
-    x1, y1, x2, y2 = values.astype(np.float32).tolist()  # the precision of the processor
+    with np.errstate(over="ignore"):
+        x1, y1, x2, y2 = values.astype(np.float32).tolist()  # the precision of the processor
     text = " ".join(f"{value:g}" for value in values)
     if x2 < x1 or y2 < y1:
         raise UserError(f"box {text} is turned around; accepted: x1 y1 x2 y2 with x1 < x2 and y1 < y2")

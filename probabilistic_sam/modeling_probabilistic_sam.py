@@ -213,7 +213,7 @@ def check_other_arguments(arguments: Mapping[str, Any]) -> None:
 
 
 def whole_num_samples(num_samples: int | torch.Tensor) -> int:
-    """The number of samples, also from the tensor (B,) that a collator repeats it in.
+    """The number of samples as an int; a collator gives it as a tensor (B,) of equal numbers.
 
     Raises:
         ValueError: not a whole number of at least 1.

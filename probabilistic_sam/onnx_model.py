@@ -17,12 +17,13 @@ from . import ProbabilisticSamOutput, ProbabilisticSamProcessor
 from .errors import UserError
 from .modeling_probabilistic_sam import (
     MAX_DECODED,
+    OF_READERS,
     POINT_LABELS,
     check_image_and_prompts,
-    check_num_samples,
     check_other_arguments,
     check_values,
     spread_noise,
+    whole_num_samples,
 )
 from .onnx_export import DECODER_OUTPUTS, GRAPHS, processor_settings
 from .provenance import folder_hash
@@ -104,9 +105,9 @@ class OnnxModel:
             ValueError: see `ProbabilisticSamModel.forward`.
             UserError: a mask prompt, or boxes and points together, for which there is no graph.
         """
-        check_other_arguments(kwargs)
+        check_other_arguments({name: value for name, value in kwargs.items() if name not in OF_READERS})
         check_image_and_prompts(pixel_values, image_embeddings, input_points, input_labels, input_boxes, input_masks)
-        check_num_samples(num_samples)
+        num_samples = whole_num_samples(num_samples)
         if input_masks is not None or (input_boxes is not None and input_points is not None):
             given = "a mask prompt" if input_masks is not None else "a box together with points"
             raise UserError(f"runtime onnx does not support {given}; accepted: boxes or points, or runtime torch")
@@ -173,7 +174,7 @@ def load_onnx_model(
         raise UserError(f"model directory {name} has no {missing[0]}; {HOW_TO_EXPORT}")
     try:
         processor = ProbabilisticSamProcessor.from_pretrained(folder)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"the processor of {name} cannot be loaded ({error})") from error
     model = OnnxModel(folder / "onnx").to(device)
     check_export(model, processor, folder)

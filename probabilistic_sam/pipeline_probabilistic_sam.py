@@ -14,12 +14,11 @@ from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
 from .modeling_probabilistic_sam import ProbabilisticSamModel
 from .processing_image_files import open_image, shorten
-from .processing_probabilistic_sam import MISTAKEN, ProbabilisticSamProcessor
+from .processing_probabilistic_sam import MISTAKEN, MISTAKEN_WITH_POINTS, ProbabilisticSamProcessor
 
 OF_AN_IMAGE = ("boxes", "points", "labels", "pixel_spacing_mm")  # may be given per image
 SAMPLED = ("pred_masks", "outline_masks", "presence")  # of the model's output; some models have pred_masks only
 OF_A_CALL = ("num_samples", "seed", "threshold", "batch_size", "num_workers")
-MISTAKEN_WITH_POINTS = re.compile(r"(point_)?labels?", re.IGNORECASE)  # without points they may be class labels
 
 
 class ProbabilisticMaskGenerationPipeline(Pipeline):
@@ -81,7 +80,8 @@ class ProbabilisticMaskGenerationPipeline(Pipeline):
             threshold: probability above which a pixel belongs to a mask, 0.5 by default.
             batch_size: images that are prepared at a time, and windows in one forward pass, 1 by default. If the
                 processor has a `crop_size`, each prompt has its own window.
-            num_workers: processes that prepare images, none by default, and none for a generator.
+            num_workers: processes that prepare images, none by default; not used for generators and streaming
+                datasets.
             **unknown: refused.
 
         Returns:
@@ -156,7 +156,7 @@ class ProbabilisticMaskGenerationPipeline(Pipeline):
             features = self.processor(images=[row["image"]], **prompts)
         except ValueError as error:  # in the words of this call
             words = re.sub(r"input_(boxes|points|labels)", r"\1", str(error)).replace(" or input_masks", "")
-            raise ValueError(f"{words} (in a dictionary with its image, where images differ)") from error
+            raise ValueError(words) from error
         return {"features": dict(features), "pixel_spacing_mm": given.get("pixel_spacing_mm")}
 
     def _forward(self, images: list[dict], batch_size: int, num_samples: int = 16, seed: int = 0) -> list[dict]:

@@ -30,6 +30,7 @@ OUTSIDE_LOGIT = -30.0  # of pixels outside the window
 PADDING_LABEL = -10  # of padding points, as in SAM
 # Names that must be misspelled prompts, which are refused instead of ignored
 MISTAKEN = re.compile(r"(input_)?(bbox|box|point|prompt)(es|s)?|input_(label|mask)s?", re.IGNORECASE)
+MISTAKEN_WITH_POINTS = re.compile(r"(point_)?labels?", re.IGNORECASE)  # without points they may be class labels
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 MIN_PRESENCE = 0.01  # below it, readers who annotate are too rare for the model to have learnt their outlines
 CHUNK_PIXELS = 2**26  # samples x pixels that are held in floating point at a time
@@ -158,7 +159,7 @@ class ProbabilisticSamProcessor(ProcessorMixin):
               ignores;
             - `windows (W, 3)`: x and y of the upper left corner and side, in image pixels;
             - `original_sizes (W, 2)`: height and width of the image;
-            - `image_indices (W,)`: which of the images it is, since an image has a window for each of its prompts;
+            - `image_indices (W,)`: number of the window's image, since an image has a window for each of its prompts;
             - with `segmentation_maps` of R readers `labels (W, P, R, S / 4, S / 4)`, 0 or 1 in floating point, and
               `annotated (W, P, R)`: whether the reader's mask has pixels in the window before resizing, in which one
               or two pixels may vanish.

@@ -92,10 +92,10 @@ def segmentation_problem(scan: Scan, num_slices: int, num_segments: int) -> str:
         if not all(header.get(name) for header in scan.headers):
             return f"a file of the scan has no {name}"
     frames, rows, columns = scan.stored.spatial_shape
-    voxels = (num_slices if is_stored_axially(scan) else frames) * rows * columns
-    if num_segments * voxels > MAX_SEGMENT_VOXELS:
-        most = MAX_SEGMENT_VOXELS // voxels
-        return f"{num_segments} segments in {num_slices} slices need too much memory, which allows {most}"
+    count = num_slices if is_stored_axially(scan) else frames
+    most = MAX_SEGMENT_VOXELS // (count * rows * columns)
+    if num_segments > most:
+        return f"{num_segments} segments of {count} slices need too much memory, at most {most} fit"
     try:
         with one_line_errors("a header of the scan", "used"):
             headers = source_headers(scan.headers, scan.stored.spacing[0])

@@ -116,11 +116,10 @@ class Scan:
         if self.modality not in (None, "CT"):
             texts.append(f"the modality of this scan is {self.modality}; the shipped weights know CT only")
         slices, rows, columns = self.spacing_mm
-        spacings = {
-            f"the pixel spacing of this scan is {rows:.3g} x {columns:.3g} mm": ((rows, columns), KNOWN_SPACING_MM),
-            f"the slices of this scan are {slices:.3g} mm apart": ((slices,), KNOWN_DISTANCE_MM),
-        }
-        for text, (values, (low, high)) in spacings.items():
+        for text, values, (low, high) in (
+            (f"the pixel spacing of this scan is {rows:.3g} x {columns:.3g} mm", (rows, columns), KNOWN_SPACING_MM),
+            (f"the slices of this scan are {slices:.3g} mm apart", (slices,), KNOWN_DISTANCE_MM),
+        ):
             if min(values) < low / SPACING_MARGIN or max(values) > high * SPACING_MARGIN:
                 texts.append(f"{text}; the shipped weights know {low:g} to {high:g} mm")
         return texts

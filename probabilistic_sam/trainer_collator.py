@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from .processing_image_files import open_image
-from .processing_probabilistic_sam import MISTAKEN, ProbabilisticSamProcessor, pad_points
+from .processing_probabilistic_sam import MISTAKEN, MISTAKEN_WITH_POINTS, ProbabilisticSamProcessor, pad_points
 
 PROMPTS = ("input_boxes", "input_points", "input_labels")
 
@@ -73,9 +73,12 @@ class ProbabilisticSamCollator:
         for name in ("image", "masks"):
             if row.get(name) is None:
                 raise ValueError(f"no {name!r} among its columns {', '.join(map(str, row))}")
-        for name in map(str, row):
-            if MISTAKEN.fullmatch(name) and name not in PROMPTS and row.get(name) is not None:
-                raise ValueError(f"it has the column {name!r}, which is not read; accepted: {', '.join(PROMPTS)}")
+        with_points = row.get("input_points") is not None
+        for name in (str(key) for key, value in row.items() if key not in PROMPTS and value is not None):
+            if MISTAKEN.fullmatch(name) or (with_points and MISTAKEN_WITH_POINTS.fullmatch(name)):
+                raise ValueError(
+                    f"it has the column {name!r}, which is not read; accepted: {', '.join(PROMPTS)}, or no such column"
+                )
         masks = [np.asarray(open_image(encoded_or_image(mask))) for mask in row["masks"] if mask is not None]
         if len(masks) > self.num_readers:
             raise ValueError(f"{len(masks)} masks, but num_readers is {self.num_readers}")

@@ -939,10 +939,15 @@ def test_damaged_models_are_refused(run_segment, broken_dir, name):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("[]", "configuration"), ({"latent_dim": "nine"}, "cannot be loaded .*latent_dim")]
+    ("name", "content", "message"),
+    [
+        ("config.json", "[]", "configuration"),
+        ("config.json", {"latent_dim": "nine"}, "cannot be loaded .*latent_dim"),
+        ("processor_config.json", "[]", "cannot be loaded"),
+    ],
 )
-def test_a_configuration_of_another_kind_is_refused(run_segment, broken_dir, content, message):
-    path = broken_dir / "config.json"
+def test_a_configuration_of_another_kind_is_refused(run_segment, broken_dir, name, content, message):
+    path = broken_dir / name
     if isinstance(content, dict):
         content = json.dumps(json.loads(path.read_text()) | content)
     path.write_text(content)
@@ -1061,7 +1066,7 @@ def test_demo_writes_figures_masks_and_distances(model_dir, tmp_path):
     first, second = done.stdout.splitlines()
     assert first.startswith(f"wrote {tmp_path / 'demo'}: 2 figures with 4 samples each, mean GED ")
     command = shlex.split(second.partition("probabilistic-sam ")[2])
-    cli.main([*command[:-1], str(tmp_path / "nodule"), "--model", str(model_dir), "--num-samples", "2"])
+    cli.main([*command[:-1], str(tmp_path / "nodule"), "--num-samples", "2"])
     assert result_of(tmp_path / "nodule")["scan"]["kind"] == "NIfTI"
     assert len(list((tmp_path / "demo").glob("nodule-0[12]/masks/sample-0[0-3].png"))) == 8
     assert {path.name for path in (tmp_path / "demo").glob("*.*")} == {

@@ -301,17 +301,17 @@ def test_dicom_seg_that_needs_too_much_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(scan_files, "MAX_SEGMENT_VOXELS", 3 * 5 * 6 * 7)
     with open_scan(tmp_path / "axial") as axial, open_scan(tmp_path / "coronal") as coronal:
         assert choose_formats(axial, 2, 7, ["dicom-seg-samples"]) == (["dicom-seg-samples"], [])
-        message = "dicom-seg-samples cannot be written: 8 segments in 2 slices need too much memory, which allows 7"
+        message = "dicom-seg-samples cannot be written: 8 segments of 2 slices need too much memory, at most 7 fit"
         with pytest.raises(UserError, match=f"{message}; accepted: --format nifti png"):
             choose_formats(axial, 2, 8, ["dicom-seg", "dicom-seg-samples"])
         # Two axial slices take part of all the five coronal ones
-        with pytest.raises(UserError, match="7 segments in 2 slices need too much memory, which allows 3"):
+        with pytest.raises(UserError, match="7 segments of 5 slices need too much memory, at most 3 fit"):
             choose_formats(coronal, 2, 7, ["dicom-seg-samples"])
         assert choose_formats(coronal, 2, 7)[1] == []
         monkeypatch.setattr(scan_files, "MAX_SEGMENT_VOXELS", 3 * 5 * 6 * 7 - 1)
         assert choose_formats(coronal, 2, 7) == (
             ["nifti", "png"],
-            ["DICOM SEG is left out: 3 segments in 2 slices need too much memory, which allows 2"],
+            ["DICOM SEG is left out: 3 segments of 5 slices need too much memory, at most 2 fit"],
         )
         assert choose_formats(axial, 5, 7)[0] == ["nifti", "png"]
         assert choose_formats(axial, 4, 7)[0] == ["nifti", "dicom-seg", "png"]

@@ -116,6 +116,7 @@ def test_points_are_padded_to_the_largest_number_in_a_batch():
         ([make_row(input_boxes=[[1, 1, 9, 9], [2, 2, 8, 8]])], "several prompts; accepted: one prompt per row"),
         ([make_row(), make_row(input_points=[[12, 13]])], "prompts of one kind, got input_boxes, input_points"),
         ([make_row(boxes=[[1, 1, 9, 9]])], "it has the column 'boxes', which is not read; accepted: input_boxes"),
+        ([make_row(input_points=[[12, 13]], labels=[1])], "it has the column 'labels', which is not read"),
         ([{"image": np.zeros((4, 4))}], "no 'masks' among its columns image"),
         ([make_row(image={"bytes": b"no image"})], "the image is not an image"),
     ],
@@ -236,16 +237,20 @@ def replica_of(model):
 
 
 def test_replicas_of_several_gpus_in_one_process_run():
-    inputs, labels = tiny_inputs(), tiny_labels()
-    for model in (tiny_model(), tiny_model().train()):
-        for given in ({}, {"labels": labels}):
-            expected, found = (
-                item(**inputs, **given, num_samples=3, generator=torch.Generator().manual_seed(0))
-                for item in (model.eval(), replica_of(model))
-            )
-            assert torch.equal(found.pred_masks, expected.pred_masks)
-    model = tiny_model().train()
-    replica_of(model)(**inputs, labels=labels).loss.backward()
+    inputs, labels, model = tiny_inputs(), tiny_labels(), tiny_model()
+    for given in ({}, {"labels": labels}):
+        expected, found = (
+            item(**inputs, **given, num_samples=3, generator=torch.Generator().manual_seed(0))
+            for item in (model, replica_of(model))
+        )
+        assert torch.equal(found.pred_masks, expected.pred_masks)
+    model.train()
+    losses = []
+    for item in (model, replica_of(model)):
+        torch.manual_seed(0)  # of dropout
+        losses.append(item(**inputs, labels=labels, generator=torch.Generator().manual_seed(0)).loss)
+    losses[1].backward()
+    assert torch.equal(*losses)
 
 
 def test_one_batch_serves_for_the_loss_and_for_samples():

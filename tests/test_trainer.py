@@ -14,7 +14,7 @@ from PIL import Image
 from tiny import SIZE, sam_parts, tiny_inputs, tiny_labels, tiny_model, tiny_rows, tiny_vit_parts
 from transformers import AutoModel, AutoProcessor, Trainer, TrainingArguments, pipeline
 
-from probabilistic_sam import ProbabilisticSamCollator, ProbabilisticSamProcessor
+from probabilistic_sam import ProbabilisticSamCollator, ProbabilisticSamProcessor, modeling_probabilistic_sam
 
 ROOT = Path(__file__).resolve().parent.parent
 LOW = SIZE // 4
@@ -263,6 +263,16 @@ def test_one_batch_serves_for_the_loss_and_for_samples():
     for wrong in (torch.tensor([0]), torch.tensor([1.5])):
         with pytest.raises(ValueError, match="num_samples must be"):
             model(**inputs, num_samples=wrong)
+
+
+def test_sampling_in_training_mode_is_a_warning(monkeypatch):
+    warnings = []
+    monkeypatch.setattr(modeling_probabilistic_sam.logger, "warning_once", warnings.append)
+    model = tiny_model()
+    model.sample(**tiny_inputs())
+    assert not warnings
+    model.train().sample(**tiny_inputs())
+    assert warnings == ["sampling in training mode, with dropout; call model.eval() first"]
 
 
 SCRIPT = """

@@ -50,7 +50,7 @@ EVALUATION_SEED = 0  # of the noise in evaluation mode with labels but without a
 PADDING_LABEL = -10
 POINT_LABELS = {1: "inside", 0: "outside", -1: "not a point", PADDING_LABEL: "padding"}
 MASK_VALUES = {0: "outside", 1: "inside"}
-# Keys of a processor's output that `model(**inputs)` passes and the model does not use
+# Accepted and not used: keys of a processor's output, and what the decorator of `forward` takes
 NOT_USED = ("windows", "original_sizes", "image_indices", "reshaped_input_sizes", "return_dict")
 OF_READERS = ("labels", "reader_mask", "annotated")  # arguments that describe readers
 # Arguments of `SamModel.forward` that are refused unless they are None or False, with the reason
@@ -219,16 +219,11 @@ def whole_num_samples(num_samples: int | torch.Tensor) -> int:
         ValueError: not a whole number of at least 1.
     """
     number = num_samples.flatten()[0].item() if isinstance(num_samples, torch.Tensor) else num_samples
-    check_num_samples(number)  # type: ignore[arg-type]
+    if not hasattr(number, "__index__"):
+        raise ValueError(f"num_samples must be a whole number, got {number!r}.")
+    if number < 1:
+        raise ValueError(f"num_samples must be at least 1, got {number}.")
     return int(number)
-
-
-def check_num_samples(num_samples: int) -> None:
-    """Raise ValueError unless it is a whole number of at least 1."""
-    if not hasattr(num_samples, "__index__"):
-        raise ValueError(f"num_samples must be a whole number, got {num_samples!r}.")
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
 
 
 def check_image_and_prompts(

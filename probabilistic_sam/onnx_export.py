@@ -158,22 +158,20 @@ def export_metadata(
         "model": name,
         "commit": getattr(model.config, "_commit_hash", None),  # of a model from the Hub
         "probabilistic_sam": __version__,
-        "latent_dim": model.config.latent_dim,
+        "latent_dim": str(model.config.latent_dim),
         "weights": model_hash(model),
     }
-    named = {key: str(value) for key, value in entries.items() if value not in (None, "")}
-    return named | processor_settings(processor)
+    entries |= processor_settings(processor)
+    return {key: value for key, value in entries.items() if value not in (None, "")}
 
 
-def processor_settings(processor: ProbabilisticSamProcessor) -> dict[str, str]:
-    """The settings with which the windows of the graphs are cut; without `crop_size` where it is None."""
-    percentiles = " ".join(f"{value:g}" for value in processor.stretch_percentiles)
-    settings = {
-        "image_size": processor.image_size,
-        "crop_size": processor.crop_size,
-        "stretch_percentiles": percentiles,
+def processor_settings(processor: ProbabilisticSamProcessor) -> dict[str, str | None]:
+    """The settings with which the windows of the graphs are cut, as text; None for no `crop_size`."""
+    return {
+        "image_size": str(processor.image_size),
+        "crop_size": None if processor.crop_size is None else str(processor.crop_size),
+        "stretch_percentiles": " ".join(f"{value:g}" for value in processor.stretch_percentiles),
     }
-    return {key: str(value) for key, value in settings.items() if value is not None}
 
 
 def trace(model: ProbabilisticSamModel, graph: str) -> Any:

@@ -30,7 +30,6 @@ from .provenance import folder_hash
 
 FILES = tuple(f"onnx/{graph}.onnx" for graph in GRAPHS)
 HOW_TO_EXPORT = "python training/export_onnx.py --model MODEL --output MODEL/onnx writes them"
-SETTINGS = ("image_size", "crop_size", "stretch_percentiles")  # of the processor, in the metadata of the graphs
 
 
 class OnnxModel:
@@ -186,7 +185,7 @@ def check_export(model: OnnxModel, processor: ProbabilisticSamProcessor, folder:
 
     Weights may have been trained further, or calibrated, since the graphs were written.
     """
-    expected: dict[str, str | None] = {**dict.fromkeys(SETTINGS), **processor_settings(processor)}
+    expected = processor_settings(processor)
     if weights := folder_hash(folder):  # a cached repository of the Hub may have graphs only
         expected["weights"] = weights
     for graph, session in model.sessions.items():

@@ -213,9 +213,15 @@ def test_compute_metrics_gets_samples_of_the_prior_and_the_readers(base, tmp_pat
 def test_checkpoints_open_as_a_pipeline(base, tmp_path):
     rows = list(tiny_rows({"train": 1}, slices=2))
     arguments = TrainingArguments(
-        str(tmp_path), max_steps=1, save_steps=1, per_device_train_batch_size=1, remove_unused_columns=False,
-        report_to=[], label_names=["labels", "reader_mask"], use_cpu=True,
-    )  # fmt: skip
+        str(tmp_path),
+        max_steps=1,
+        save_steps=1,
+        per_device_train_batch_size=1,
+        remove_unused_columns=False,
+        report_to=[],
+        label_names=["labels", "reader_mask"],
+        use_cpu=True,
+    )
     collator = ProbabilisticSamCollator(PROCESSOR, num_readers=4)
     Trainer(AutoModel.from_pretrained(base), arguments, collator, rows).train()
     pipe = pipeline("probabilistic-mask-generation", model=str(tmp_path / "checkpoint-1"))

@@ -94,9 +94,8 @@ class LatentFreeSamModel(DropoutSampling, SamVariant):  # type: ignore[misc]
     ) -> dict[str, torch.Tensor]:
         """`num_samples` moved copies of each box (B, P, 4) and point (B, P, K, 2): (B, P * S, ...)."""
         boxes, points = prompts.get("input_boxes"), prompts.get("input_points")
-        lead = prompts["input_points" if boxes is None else "input_boxes"].shape[:2]
-        device = prompts["input_points" if boxes is None else "input_boxes"].device
-        noise = spread_noise((*lead, num_samples, 8), generator, device)
+        given = prompts["input_points" if boxes is None else "input_boxes"]
+        noise = spread_noise((*given.shape[:2], num_samples, 8), generator, given.device)
         relative, absolute = (2 * torch.special.ndtr(noise) - 1).chunk(2, dim=-1)  # (B, P, S, 4), uniform in -1..1
         moved = dict(prompts)
         if boxes is not None:

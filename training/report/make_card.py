@@ -72,8 +72,8 @@ COMPARED_PYLIDC = {"validation": COMPARED["public"]} | {  # the same rows with t
 SHIPPED_RUN = "psam_lidc_gpu/log.jsonl"  # in COSTS
 COMPARED_RUN = f"comparison/{OURS}_seed0.jsonl"
 CPU_BUDGET = (
-    "The CPU budget is 30 minutes of training on two idle CPU cores, not counting 24 minutes for the cached views: "
-    "the number of steps that fit, 16 slices each, on the public masks (`training/configs`)."
+    "The CPU budget is 30 minutes of training on two idle CPU cores, not counting the time to cache the views: the "
+    "number of steps that fit, 16 slices each, on the public masks (`training/configs`)."
 )
 IN_README = ("public", OURS, "probabilistic_unet", "deterministic_sam", "sam_as_it_is")
 ABLATIONS = {

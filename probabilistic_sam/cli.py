@@ -166,7 +166,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     prompt.add_argument(
         "--mask", metavar="FILE",
         help="image of a rough mask, as large as IMAGE: 0 is outside; add a box or a point unless the model was "
-        "trained with masks (the shipped weights were not)",
+        "trained with masks (the released weights were not)",
     )  # fmt: skip
     prompt.add_argument(
         "--prompts", metavar="TABLE",

@@ -77,7 +77,8 @@ class ProbabilisticSamConfig(SamConfig):
             empty). It is 1 in the evidence lower bound; choose more if `energy_weight` is large, since both terms
             train the prior.
         energy_weight (`float`, defaults to 0): weight of the energy distance between samples of the prior and readers.
-        num_energy_samples (`int`, defaults to 4): samples of the prior per training step for the energy distance.
+        num_energy_samples (`int`, defaults to 4): samples of the prior per training step for the energy distance; at
+            least 2 if `energy_weight` is positive.
     """
 
     model_type = "probabilistic_sam"
@@ -116,12 +117,24 @@ class ProbabilisticSamConfig(SamConfig):
             raise ValueError('latent_injection was removed in version 0.2; only models with "sparse" can be opened')
         if self.latent_dim < 2:
             raise ValueError(f"latent_dim must be at least 2 (the first is the presence), got {self.latent_dim}")
-        if self.num_energy_samples < 0:
-            raise ValueError(f"num_energy_samples must be at least 0, got {self.num_energy_samples}")
+        least = 2 if self.energy_weight > 0 else 0  # the energy distance compares samples with each other
+        if self.num_energy_samples < least:
+            raise ValueError(
+                f"num_energy_samples must be at least {least} with energy_weight {self.energy_weight:g}, got "
+                f"{self.num_energy_samples}"
+            )
+        if self.detail_hidden_size < 8 or self.detail_hidden_size % 8:
+            raise ValueError(f"detail_hidden_size must be a multiple of 8, got {self.detail_hidden_size}")
         vision: Any = self.vision_config  # type: ignore[has-type]
         if isinstance(vision, dict) and vision.get("model_type") == TinyViTVisionConfig.model_type:
             self.vision_config = TinyViTVisionConfig(**vision)
         super().__post_init__(**kwargs)
+        vision, prompt_size = self.vision_config, self.prompt_encoder_config.image_size
+        if vision.image_size != prompt_size or prompt_size % 16 or vision.patch_size != 16:
+            raise ValueError(
+                "vision_config and prompt_encoder_config must have one image_size, a multiple of 16, and patch_size "
+                f"16, got {vision.image_size} and {prompt_size}, and {vision.patch_size}"
+            )
 
     def include_code(self) -> None:
         """Let `save_pretrained` also write the code of model and pipeline and refer to it in `config.json`.

@@ -7,7 +7,7 @@ For MobileSAM on the command line:
 
 import argparse
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,27 @@ def mobile_sam_config(image_size: int = 1024, **kwargs) -> ProbabilisticSamConfi
     )
 
 
+def check_loaded(info: dict, origin: str, new: tuple[str, ...] = ()) -> None:
+    """Refuse weights that do not fit their model.
+
+    Args:
+        info: what `from_pretrained(output_loading_info=True)` returns.
+        origin: of the weights, for the message.
+        new: beginnings of the names that may be missing.
+
+    Raises:
+        UserError: weights are missing, unexpected or of another shape; the message names them.
+    """
+    wrong = {
+        "missing": sorted(key for key in info["missing_keys"] if not key.startswith(new)),
+        "unexpected": sorted(info["unexpected_keys"]),
+        "of another shape": sorted(key for key, *_ in info["mismatched_keys"]),
+    }
+    if any(wrong.values()):
+        named = "; ".join(f"{len(keys)} {kind}, such as {keys[0]}" for kind, keys in wrong.items() if keys)
+        raise UserError(f"{origin} does not fit: tensors {named}")
+
+
 def with_new_latents(config: ProbabilisticSamConfig, state_dict: dict, origin: str) -> ProbabilisticSamModel:
     """A float32 model with the weights of `state_dict`; the detail and latent networks are new.
 
@@ -147,14 +168,7 @@ def with_new_latents(config: ProbabilisticSamConfig, state_dict: dict, origin: s
     finally:
         logging.set_verbosity(verbosity)
     new = ProbabilisticSamModel.new_modules
-    wrong = {
-        "missing": sorted(key for key in info["missing_keys"] if not key.startswith(new)),
-        "unexpected": sorted(info["unexpected_keys"]),
-        "of another shape": sorted(key for key, *_ in info["mismatched_keys"]),
-    }
-    if any(wrong.values()):
-        named = "; ".join(f"{len(keys)} {kind}, such as {keys[0]}" for kind, keys in wrong.items() if keys)
-        raise UserError(f"{origin} does not fit: tensors {named}")
+    check_loaded(info, origin, new)
     logger.warning(f"{origin}: all weights were loaded; new and untrained: {', '.join(new)}")
     return model
 
@@ -198,8 +212,11 @@ def convert_sam(directory: str | Path, image_size: int | None = None, **kwargs) 
 
     Raises:
         OSError: transformers finds no model.
-        UserError: the weights are not those of a SAM.
+        UserError: it is another model, or its weights are not those of a SAM.
     """
+    kind = SamConfig.get_config_dict(directory)[0].get("model_type")
+    if kind != SamConfig.model_type:
+        raise UserError(f"{directory} is a model of type {kind!r}; accepted: {SamConfig.model_type!r}")
     config_dict = SamConfig.from_pretrained(directory).to_dict()
     for key in ("model_type", "architectures", "dtype", "transformers_version"):
         config_dict.pop(key, None)
@@ -208,22 +225,42 @@ def convert_sam(directory: str | Path, image_size: int | None = None, **kwargs) 
         config_dict["prompt_encoder_config"]["image_size"] = image_size
         config_dict["prompt_encoder_config"].pop("image_embedding_size", None)  # would override the new size
     config = ProbabilisticSamConfig(**{**config_dict, **kwargs})
-    state_dict = SamModel.from_pretrained(directory, dtype=torch.float32).state_dict()
+    sam, info = SamModel.from_pretrained(
+        directory, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    check_loaded(info, f"SAM {directory}")  # transformers fills missing weights with random numbers
+    state_dict = sam.state_dict()
     state_dict = interpolate_vit_positions(
         state_dict, config.prompt_encoder_config.image_embedding_size, config.vision_config.global_attn_indexes
     )
     return with_new_latents(config, state_dict, f"SAM {directory}")
 
 
-def save_model(model: ProbabilisticSamModel, processor: ProbabilisticSamProcessor, directory: str | Path) -> None:
+def save_model(
+    model: ProbabilisticSamModel,
+    processor: ProbabilisticSamProcessor,
+    directory: str | Path,
+    others: Mapping[str, str] | None = None,
+) -> None:
     """Write model and processor: first all files to a temporary folder, then each to its place.
+
+    Args:
+        model: any model of the package.
+        processor: its processor.
+        directory: folder to write into.
+        others: texts of further files, by name.
 
     Raises:
         UserError: the directory cannot be written.
     """
     with replaced_files(directory) as folder:
-        model.save_pretrained(folder)
+        try:
+            model.save_pretrained(folder)
+        except SafetensorError as error:  # what safetensors raises where the disk is full, among others
+            raise UserError(f"the model cannot be written to {directory}: {error}") from error
         processor.save_pretrained(folder)
+        for name, text in (others or {}).items():
+            (folder / name).write_text(text, encoding="utf-8")
 
 
 def main() -> None:

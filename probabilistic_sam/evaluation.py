@@ -68,14 +68,21 @@ class PreparedRow(NamedTuple):
 
     Args:
         columns: of the row, without image and masks.
-        masks: (R, H, W) bool, of the readers.
+        bits: the readers' masks (R, H, W), packed, since several batches of rows wait in memory.
+        width: W, of the masks.
         windows: for each prompt the reader whose box it is, or None, and the processor's output as arrays. There is
             one window, with `reader_box` one per reader, for an oracle none.
     """
 
     columns: dict[str, Any]
-    masks: np.ndarray
+    bits: np.ndarray
+    width: int
     windows: list[tuple[int | None, dict[str, np.ndarray]]]
+
+    @property
+    def masks(self) -> np.ndarray:
+        """The readers' masks (R, H, W), bool."""
+        return np.unpackbits(self.bits, axis=-1, count=self.width).view(bool)
 
 
 @dataclass
@@ -221,7 +228,7 @@ def prepare_row(row: Mapping[str, Any], processor: Any, prompt: str, with_reader
             features = processor(images=[image], return_tensors="pt", **given)
             windows.append((reader, {name: value.numpy() for name, value in features.items()}))
     columns = {name: value for name, value in row.items() if name not in ("image", "masks")}
-    return PreparedRow(columns, masks, windows)
+    return PreparedRow(columns, np.packbits(masks, axis=-1), masks.shape[-1], windows)
 
 
 def nest_prompt(prompt: Mapping[str, Any]) -> dict[str, list]:
@@ -415,7 +422,7 @@ def latent_states(model: Any, batch: Batch, generators: Sequence[torch.Generator
     """
     by_readers: dict[int, list[int]] = {}
     for index, row in enumerate(batch.rows):
-        by_readers.setdefault(len(row.masks), []).append(index)
+        by_readers.setdefault(len(row.bits), []).append(index)
     result: dict[int, dict[str, Any]] = {}
     for indices in by_readers.values():
         windows = [batch.rows[index].windows[0][1] for index in indices]

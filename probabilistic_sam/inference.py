@@ -54,8 +54,9 @@ class SampledMasks:
 
     Args:
         presence: expected share of readers who annotate.
-        outlines: (M, H, W) bool, the samples given presence. M is N; it is 0 if the presence is less than 1 %.
-        masks: (N, H, W) bool, the samples: sample i is outline i or empty.
+        outlines: (M, H, W) bool, the samples given presence. M is N, and 0 if the presence is less than 1 %. For a
+            baseline, which has no `outline_masks`, they are the samples that are not empty.
+        masks: (N, H, W) bool, the samples: sample i is outline i or empty, except for a baseline.
         mean: (H, W) probability, averaged over the samples.
         entropy: (H, W) of that mean in bits.
         areas: (N,) in pixels.
@@ -83,10 +84,10 @@ class SampledMasks:
 
 
 def find_model(name: str | None) -> str:
-    """Return the folder or Hub name of the model to load: `name`, or the shipped weights if it is None.
+    """Return the folder or Hub name of the model to load: `name`, or the released weights if it is None.
 
     Raises:
-        UserError: no name is given and the shipped weights are missing, as in an installation without a checkout.
+        UserError: no name is given and the released weights are missing, as in an installation without a checkout.
     """
     if name is None and not DEFAULT_MODEL.is_dir():
         raise UserError(f"no weights found; {HOW_TO_GET_WEIGHTS}")
@@ -185,6 +186,12 @@ def load_model(
             f"model {name} lacks {len(missing)} tensors, such as {missing[0]}: its weights are incomplete or those "
             f"of another model; {accepted}"
         )
+    size = getattr(model.config, "vision_config", model.config).image_size
+    if processor.image_size != size:
+        raise UserError(
+            f"model {name} takes images of {size} pixels, but its processor_config.json makes them of "
+            f"{processor.image_size}; accepted: one image_size"
+        )
     return model.to(device).eval(), processor
 
 
@@ -210,6 +217,7 @@ def sample_image(
 
     Raises:
         UserError: a prompt that does not fit the image, a threshold out of range, or logits that are not finite.
+        ValueError: `num_samples` is not a whole number of at least 1.
     """
     check_prompt(prompt, image.shape[1], image.shape[0])
     inputs = processor(images=image, **_processor_arguments(prompt), return_tensors="pt")

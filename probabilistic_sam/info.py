@@ -18,7 +18,7 @@ def information(model: str | None) -> dict[str, Any]:
     """Collect versions, the default device and, if there are weights, facts about the model.
 
     Args:
-        model: folder or owner/name; None takes the shipped weights.
+        model: folder or owner/name; None takes the released weights.
 
     Returns:
         A dictionary for JSON. `model` is None if no weights are found, and `note` says how to get them.

@@ -72,8 +72,8 @@ def latent_kl(
 def soft_jaccard_distance(a: torch.Tensor, b: torch.Tensor, smooth: float = 1.0) -> torch.Tensor:
     """1 - sum min(a, b) / sum max(a, b) of each pair, both sums plus `smooth`: (..., M, pixels), (..., N, pixels).
 
-    On binary masks it is 1 - IoU. On soft masks it remains a metric with d(a, a) = 0, which the usual soft IoU is not
-    (Wang et al. 2023, arXiv 2302.05666), so blurring a mask does not lower the energy distance.
+    On binary masks it is 1 - IoU, up to `smooth`. On soft masks it remains a metric with d(a, a) = 0, which the usual
+    soft IoU is not (Wang et al. 2023, arXiv 2302.05666), so blurring a mask does not lower the energy distance.
 
     Returns:
         (..., M, N).

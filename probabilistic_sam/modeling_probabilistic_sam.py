@@ -329,13 +329,13 @@ class Readers(NamedTuple):
         else:
             labels = labels.masked_fill(~reader_mask[..., None, None], 0)
         check_values("labels", labels, MASK_VALUES)
+        if annotated is None:
+            annotated = (labels != 0).flatten(3).any(dim=-1)
         targets = labels.float()
         if targets.shape[-2:] != (size, size):
             targets = F.interpolate(targets.flatten(0, 1), size=(size, size), mode="area")
             targets = (targets >= 0.5).float().unflatten(0, lead)
         outlined = targets.flatten(3).any(dim=-1)
-        if annotated is None:
-            return cls(targets, reader_mask, outlined, outlined)
         annotated = annotated & reader_mask
         on_cpu = targets.device.type == "cpu" and not torch.compiler.is_compiling()
         if on_cpu and (outlined & ~annotated).any():
@@ -653,13 +653,14 @@ class ProbabilisticSamModel(SamModel):
         return torch.cat([embeddings, pack_pixels(pixel_values).to(embeddings.dtype)], dim=1)
 
     @torch.no_grad()
-    def get_image_embeddings(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def get_image_embeddings(self, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
         """`encode` without gradients: (B, C + 16, g, g), the `image_embeddings` of `forward`.
 
         They belong to windows, not to whole images: a processor with a `crop_size` cuts another window for each
         prompt, and embeddings of one window give wrong masks for prompts in another. With `crop_size=None` the window
-        is the whole image, and its embeddings serve all prompts.
+        is the whole image, and its embeddings serve all prompts. For `kwargs` see `check_other_arguments`.
         """
+        check_other_arguments(kwargs)
         return self.encode(pixel_values)
 
     def embed(
@@ -767,10 +768,10 @@ class ProbabilisticSamModel(SamModel):
                 on the other images.
             reader_mask: `(B, P, R)` bool, which readers are present; all by default. Means are over the readers who
                 are present; the labels of an absent reader are ignored. Only with `labels`.
-            annotated: `(B, P, R)` bool, which masks had pixels before they were resized; by default those with pixels
-                at h x w. If all pixels of a reader vanished in resizing, the outline is unknown: the reader counts as
-                one who annotated, but not in reconstruction, KL of the outline and energy distance. Only with
-                `labels`.
+            annotated: `(B, P, R)` bool, which masks had pixels before they were resized; by default those whose
+                `labels` have any. If all pixels of a reader vanished in resizing, the outline is unknown: the reader
+                counts as one who annotated, but not in reconstruction, KL of the outline and energy distance. Only
+                with `labels`.
             kwargs: other arguments of `SamModel.forward` and other outputs of processors, see
                 `check_other_arguments`.
 
@@ -822,7 +823,7 @@ class ProbabilisticSamModel(SamModel):
             if latents is None:
                 noise = spread_noise((*lead, count, self.config.latent_dim), generator, prior_mean.device)
                 latents = prior_mean[:, :, None] + torch.exp(prior_log_std)[:, :, None] * noise
-            elif latents.shape[:2] != lead or latents.shape[-1] != self.config.latent_dim:
+            elif latents.ndim != 4 or latents.shape[:2] != lead or latents.shape[-1] != self.config.latent_dim:
                 expected = (*lead, "S", self.config.latent_dim)
                 raise ValueError(f"latents must have the shape {expected}, got {tuple(latents.shape)}.")
             if torch.compiler.is_exporting():  # without a loop, so that the graph fits any number of samples
@@ -927,7 +928,8 @@ class ProbabilisticSamModel(SamModel):
     ) -> ProbabilisticSamOutput:
         """Sample `num_samples` masks per prompt: `forward` without labels and without gradients.
 
-        Arguments, shapes and errors are those of `forward`; one encoder pass serves all samples. `labels`,
+        Arguments, shapes and errors are those of `forward`, which also takes `latents`; one encoder pass serves all
+        samples. `labels`,
         `reader_mask` and `annotated` of a batch for training are not used. Training mode gives a warning, because
         dropout makes samples of one seed differ.
         """

@@ -56,7 +56,7 @@ def open_image(image: Any, name: str | None = None, max_pixels: int = MAX_PIXELS
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
                 opened = image if is_pil else stack.enter_context(Image.open(image, formats=IMAGE_FORMATS))
-            frames = getattr(opened, "n_frames", 1)
+            frames = num_frames(opened)
             if opened.width * opened.height > max_pixels:
                 problem = f"has {opened.width} x {opened.height} pixels"
             elif frames > 1:
@@ -73,6 +73,11 @@ def open_image(image: Any, name: str | None = None, max_pixels: int = MAX_PIXELS
     except Exception as error:  # a damaged file makes Pillow raise almost anything
         problem = f"cannot be read ({getattr(error, 'strerror', None) or str(error)[:MAX_QUOTED]})"
     raise ValueError(f"{name} {problem}; {accepted}")
+
+
+def num_frames(image: Any) -> int:
+    """Number of frames of an open file. Further pictures in a JPEG (MPO) are a camera's previews and do not count."""
+    return 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
 
 
 def loses_bits(image: Any) -> bool:

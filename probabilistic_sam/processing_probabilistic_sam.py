@@ -9,6 +9,7 @@ This file holds the processor and its functions: pasting back, arguments, window
 """
 
 import math
+import operator
 import re
 import reprlib
 from collections.abc import Sequence
@@ -70,18 +71,21 @@ class ProbabilisticSamProcessor(ProcessorMixin):
 
     def __init__(self, image_size: int = 256, crop_size: int | None = 64, stretch_percentiles=(0.5, 99.5), **kwargs):
         super().__init__(**kwargs)
-        if not isinstance(image_size, int) or image_size < 16 or image_size % 16:
+        if not hasattr(image_size, "__index__") or image_size < 16 or image_size % 16:
             raise ValueError(f"image_size must be a positive multiple of 16, got {image_size!r}")
-        if crop_size is not None and (not isinstance(crop_size, int) or crop_size < 2):
+        if crop_size is not None and (not hasattr(crop_size, "__index__") or crop_size < 2):
             raise ValueError(
                 f"crop_size must be a whole number of 2 pixels or more, or None for the whole image, got {crop_size!r}"
             )
-        low, high = stretch_percentiles
+        try:
+            low, high = map(float, stretch_percentiles)
+        except (TypeError, ValueError):
+            low = high = math.nan
         if not 0 <= low < high <= 100:
-            raise ValueError(f"stretch_percentiles must be two ascending numbers in 0..100, got {low} and {high}")
-        self.image_size = image_size
-        self.crop_size = crop_size
-        self.stretch_percentiles = tuple(stretch_percentiles)
+            raise ValueError(f"stretch_percentiles must be two ascending numbers in 0..100, got {stretch_percentiles}")
+        self.image_size = operator.index(image_size)
+        self.crop_size = None if crop_size is None else operator.index(crop_size)
+        self.stretch_percentiles = (low, high)
 
     # ------------------------------------------------------------------------------------------------------- saving
 
@@ -399,7 +403,8 @@ class ProbabilisticSamProcessor(ProcessorMixin):
                 raise ValueError(f"{name} must have the shape {tuple(shape)}, got {tuple(given.shape)}")
         if not all(torch.isfinite(item).all() for item in (pred_masks, outline_masks, presence) if item is not None):
             raise ValueError("the model's logits are not finite: its training diverged or its weights are damaged")
-        limit = math.log(threshold / (1 - threshold))
+        # Pixels outside the window belong to no mask, however small the threshold
+        limit = max(math.log(threshold / (1 - threshold)), OUTSIDE_LOGIT)
         count = pred_masks.shape[0] * pred_masks.shape[1]
         unit = "px" if pixel_spacing_mm is None else "mm2"
         spacings = np.asarray(1.0 if pixel_spacing_mm is None else pixel_spacing_mm, dtype=float).reshape(-1)

@@ -225,7 +225,8 @@ def box_warnings(scan: Scan, box: Sequence[float]) -> list[str]:
     width, height = (box[2] - box[0]) * scan.spacing_mm[2], (box[3] - box[1]) * scan.spacing_mm[1]
     if max(width, height) <= LARGEST_MM:
         return []
-    return [f"the box is {width:.0f} x {height:.0f} mm; the shipped weights know nodules of up to {LARGEST_MM:.0f} mm"]
+    largest = f"the released weights were trained on nodules of up to {LARGEST_MM:.0f} mm"
+    return [f"the box is {width:.0f} x {height:.0f} mm; {largest}"]
 
 
 def slice_centre(scan: Scan, index: int) -> list[float]:

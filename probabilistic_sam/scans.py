@@ -114,14 +114,14 @@ class Scan:
         """What the user should know about this scan."""
         texts = []
         if self.modality not in (None, "CT"):
-            texts.append(f"the modality of this scan is {self.modality}; the shipped weights know CT only")
+            texts.append(f"the modality of this scan is {self.modality}; the released weights were trained on CT only")
         slices, rows, columns = self.spacing_mm
         for text, values, (low, high) in (
             (f"the pixel spacing of this scan is {rows:.3g} x {columns:.3g} mm", (rows, columns), KNOWN_SPACING_MM),
             (f"the slices of this scan are {slices:.3g} mm apart", (slices,), KNOWN_DISTANCE_MM),
         ):
             if min(values) < low / SPACING_MARGIN or max(values) > high * SPACING_MARGIN:
-                texts.append(f"{text}; the shipped weights know {low:g} to {high:g} mm")
+                texts.append(f"{text}; the released weights were trained on {low:g} to {high:g} mm")
         return texts
 
     def read(self, first: int, last: int) -> np.ndarray:

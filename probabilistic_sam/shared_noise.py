@@ -46,7 +46,7 @@ def shared_samples(
         (B, 1, N, h, w), so that only one batch is in memory.
     """
     batches = list(zip(embeddings, boxes, strict=True))
-    priors = read_priors(model, batches)
+    priors = read_priors(model, batches, seed)
     presence = None
     if priors:
         presence_means = torch.cat([mean[..., 0].flatten() for mean, _ in priors]).cpu()
@@ -55,12 +55,8 @@ def shared_samples(
             generator = torch.Generator().manual_seed(seed)
             noise = spread_noise((1, 1, num_samples, model.config.latent_dim), generator, "cpu")
             noise = noise_given_presence(noise, presence_means).to(model.device)
-            return presence, (
-                model(
-                    image_embeddings=item, input_boxes=box, latents=mean[:, :, None] + std[:, :, None] * noise
-                ).pred_masks
-                for (item, box), (mean, std) in zip(batches, priors, strict=True)
-            )
+            latents = (mean[:, :, None] + std[:, :, None] * noise for mean, std in priors)
+            return presence, decode(model, batches, latents)
     return presence, (
         model.sample(
             image_embeddings=item,
@@ -72,13 +68,29 @@ def shared_samples(
     )
 
 
+@torch.no_grad()
+def decode(
+    model: ProbabilisticSamModel,
+    batches: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    latents: Iterator[torch.Tensor],
+) -> Iterator[torch.Tensor]:
+    """Logits (B, 1, N, h, w) of latents (B, 1, N, L), one batch after the other."""
+    for (item, box), latent in zip(batches, latents, strict=True):
+        yield model(image_embeddings=item, input_boxes=box, latents=latent).pred_masks
+
+
 def read_priors(
-    model: Any, batches: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    model: Any, batches: Sequence[tuple[torch.Tensor, torch.Tensor]], seed: int
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Mean and standard deviation (B, 1, L) of the latents of each batch; none for a model without a prior."""
     if not isinstance(model, ProbabilisticSamModel):
         return []
-    outputs = [model.sample(image_embeddings=item, input_boxes=box, num_samples=1) for item, box in batches]
+    outputs = [  # with generators, so that the global random state stays as it is
+        model.sample(
+            image_embeddings=item, input_boxes=box, num_samples=1, generator=shared_generators(seed, len(box))
+        )
+        for item, box in batches
+    ]
     return [
         (output.prior_mean, output.prior_log_std.exp())
         for output in outputs

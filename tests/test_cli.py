@@ -944,6 +944,11 @@ def test_damaged_models_are_refused(run_segment, broken_dir, name):
         ("config.json", "[]", "configuration"),
         ("config.json", {"latent_dim": "nine"}, "cannot be loaded .*latent_dim"),
         ("processor_config.json", "[]", "cannot be loaded"),
+        (
+            "processor_config.json",
+            {"image_size": 48},
+            "takes images of 32 pixels, but its processor.* of 48;",
+        ),
     ],
 )
 def test_a_configuration_of_another_kind_is_refused(run_segment, broken_dir, name, content, message):

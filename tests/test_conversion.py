@@ -254,6 +254,20 @@ def test_constant_positions_stay_constant():
         assert torch.allclose(rel_pos, torch.full((2 * grid - 1, 2), 0.75))
 
 
+def test_other_models_and_incomplete_sams_are_refused(sam_dir, tmp_path):
+    """transformers itself fills missing weights with random numbers."""
+    whole = SamModel.from_pretrained(sam_dir)
+    state = whole.state_dict()
+    del state["mask_decoder.iou_token.weight"]
+    whole.save_pretrained(tmp_path / "part", state_dict=state)
+    with pytest.raises(UserError, match="does not fit: tensors 1 missing, such as mask_decoder.iou_token.weight"):
+        convert_sam(tmp_path / "part")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(UserError, match="other is a model of type 'bert'; accepted: 'sam'"):
+        convert_sam(tmp_path / "other")
+
+
 def test_half_precision_sam_becomes_float32(sam_dir, tmp_path):
     SamModel.from_pretrained(sam_dir, dtype=torch.float16).save_pretrained(tmp_path)
     assert convert_sam(tmp_path).dtype == convert_sam(tmp_path, 64).dtype == torch.float32

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import io
 import json
+import os
 import re
 import struct
 import zlib
@@ -11,6 +12,7 @@ import zlib
 import datasets
 import numpy as np
 import PIL.Image
+import pyarrow.parquet as pq
 import pytest
 from deep_colour import rgb16_png, rgb16_tiff
 
@@ -256,6 +258,18 @@ def test_large_splits_are_written_in_shards(tmp_path, monkeypatch):
     names = sorted(path.name for path in (tmp_path / "build" / "data").iterdir())
     assert len(names) > 1 and names[0] == f"train-00000-of-{len(names):05d}.parquet"
     assert load_split(tmp_path / "build", "train")["slice_index"] == list(range(120))
+
+
+def test_large_images_are_written_in_row_groups_of_bounded_size(tmp_path, monkeypatch):
+    rows = [make_row(slice_index=index) for index in range(50)]
+    write_dataset(rows, tmp_path / "one", "Made up.")
+    monkeypatch.setattr("probabilistic_sam.data.build.SHARD_BYTES", 12_000)
+    monkeypatch.setattr("probabilistic_sam.data.build.math.ceil", lambda number: 1)  # one file
+    write_dataset(rows, tmp_path / "many", "Made up.")
+    one, many = (pq.ParquetFile(next((tmp_path / name / "data").iterdir())).metadata for name in ("one", "many"))
+    sizes = [many.row_group(index).total_byte_size for index in range(many.num_row_groups)]
+    assert one.num_row_groups == 1 and len(sizes) > 2 and max(sizes) < 12_000 + 2 * len(rows[0]["image"]["bytes"])
+    assert manifest_splits(tmp_path / "one") == manifest_splits(tmp_path / "many")
 
 
 def test_only_an_earlier_build_is_replaced(tmp_path):
@@ -650,7 +664,23 @@ def test_masks_have_two_values():
             decode_masks({"masks": [PIL.Image.new(mode, (4, 3))]})
 
 
-def test_rows_of_other_software_that_do_not_decode_are_named(tmp_path):
+def unsafe_images(folder):
+    """Images of a dataset by strangers, which Pillow would open, and why they are refused."""
+    stack, wide, script = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    pages = [PIL.Image.new("L", (8, 8), value) for value in (0, 1)]
+    pages[0].save(stack, "TIFF", save_all=True, append_images=pages[1:])
+    pages[0].save(wide, "PNG")
+    pages[0].save(script, "EPS")  # Pillow would run Ghostscript
+    os.mkfifo(folder / "endless.png")
+    return [
+        ({"bytes": stack.getvalue(), "path": None}, "2 frames"),
+        ({"bytes": wide.getvalue(), "path": None}, "8x8 pixels"),
+        ({"bytes": script.getvalue(), "path": None}, "cannot identify"),
+        ({"bytes": None, "path": str(folder / "endless.png")}, "not a regular file"),
+    ]
+
+
+def test_rows_of_other_software_that_do_not_decode_are_named(tmp_path, monkeypatch):
     row = make_row() | {"image_id": "x"}
     for mode, value in (("RGBA", (0, 0, 0, 0)), ("I", 70_000), ("F", 0.5)):
         with pytest.raises(
@@ -666,6 +696,12 @@ def test_rows_of_other_software_that_do_not_decode_are_named(tmp_path):
         for bad in ({"bytes": b"x", "path": None}, {"bytes": None, "path": str(tmp_path / "nowhere.png")}):
             with pytest.raises(UserError, match=f"image_id x: {name} does not decode"):
                 decode(row | {"image": bad, "masks": [bad]})
+    with monkeypatch.context() as patch:
+        patch.setattr("probabilistic_sam.data.format.LARGEST_IMAGE", 63)
+        for bad, why in unsafe_images(tmp_path):
+            for name, decode in (("image", decode_image), ("mask", decode_masks)):
+                with pytest.raises(UserError, match=f"image_id x: {name} does not decode .*{why}"):
+                    decode(row | {"image": bad, "masks": [bad]})
     wide = row | {"image": {"bytes": encode_png(np.zeros((64, 65), np.uint8)), "path": None}}
     with pytest.raises(UserError, match="image_id x: image of 65x64 pixels and masks of 64x64; accepted: one size"):
         decode_row(wide)

@@ -5,6 +5,7 @@ import json
 import struct
 import sys
 import tarfile
+import unicodedata
 import zlib
 from pathlib import Path
 
@@ -115,7 +116,7 @@ def test_images_of_every_kind_keep_their_pixels(tmp_path):
         save(tmp_path / "images" / name, pixels)
         save(tmp_path / f"masks/ann/{name.rsplit('.', 1)[0]}.tif", square(0, 0, 2) > 0)
     (tmp_path / "table.csv").write_text("id,split\na.b,validation\n" + "".join(f"{name},train\n" for name in "cdefgh"))
-    rows = rows_of(tmp_path, split_by="table")
+    rows = rows_of(tmp_path)
     assert list(rows) == ["a.b", "c", "d", "e", "f", "g", "h"]
     for row, expected in zip(rows.values(), files.values(), strict=True):
         np.testing.assert_array_equal(decode_image(row), expected)
@@ -241,24 +242,35 @@ def test_table_gives_groups_spacing_and_splits(build, tmp_path):
     assert load_split(tmp_path / "hash", "validation")["pixel_spacing_mm"] == [2.0]
 
     table.write_text("id,split\na,validation\nb,train\nc,test\n", encoding="utf-8-sig")
-    code, _, err = build("--input", tmp_path / "in", "--output", tmp_path / "table", "--split-by", "table")
+    code, _, err = build("--input", tmp_path / "in", "--output", tmp_path / "table")
     assert code == 0, err
     found = [load_split(tmp_path / "table", split)["image_id"] for split in ("train", "validation", "test")]
     assert found == [["b"], ["a"], ["c"]]
     assert "as the table of the source states" in (tmp_path / "table/README.md").read_text()
 
 
+def test_names_with_accents_in_two_spellings_are_one(tmp_path):
+    """macOS decomposes them, other systems do not."""
+    composed, decomposed = (unicodedata.normalize(form, "M\u00fcller") for form in ("NFC", "NFD"))
+    make_folder(tmp_path)
+    save(tmp_path / f"images/{decomposed}.png", GREY)
+    save(tmp_path / f"masks/ann/{composed}.png", square(1, 2, 2))
+    (tmp_path / "table.csv").write_text(f"id,spacing_mm\n{decomposed},0.5\n", encoding="utf-8")
+    assert rows_of(tmp_path)[composed]["pixel_spacing_mm"] == 0.5
+
+
 def test_empty_splits_are_refused_with_the_ways_out(build, tmp_path):
     make_folder(tmp_path / "in", TRAIN[:2])
     code, _, err = build("--input", tmp_path / "in", "--output", tmp_path / "out")
     assert code == 2 and not (tmp_path / "out").exists()
-    assert "the split validation would be empty (groups with masks: train 2, validation 0, test 0)" in err
-    assert "accepted: more groups" in err and "--split-by table" in err and err.count("\n") == 1
+    assert "the split validation would be empty (groups: train 2, validation 0, test 0)" in err
+    assert "accepted: more groups" in err and "a column split in table.csv" in err and err.count("\n") == 1
 
 
 def test_folder_that_nobody_annotated_is_refused(build, tmp_path):
-    save(tmp_path / "in/images/a.png", GREY)
-    save(tmp_path / "in/masks/ann/a.png", np.zeros((6, 8), dtype=np.uint8))
+    for name in (TRAIN[0], VALIDATION[0]):
+        save(tmp_path / f"in/images/{name}.png", GREY)
+        save(tmp_path / f"in/masks/ann/{name}.png", np.zeros((6, 8), dtype=np.uint8))
     code, _, err = build("--input", tmp_path / "in", "--output", tmp_path / "out")
     assert code == 2 and "nothing to write, the source has no image that a reader annotated" in err
 
@@ -346,9 +358,12 @@ def test_groups_in_two_splits_and_missing_splits_are_refused(tmp_path):
     (tmp_path / "table.csv").write_text("id,group,split\na,g,train\nb,g,validation\n")
     with pytest.raises(UserError, match="group 'g' is in train and, with 'b', in validation; accepted: one split per"):
         FolderSource(tmp_path)
+    (tmp_path / "table.csv").write_text("id,group\na,g\nb,\n")
+    with pytest.raises(UserError, match="no group for 'b', one of 1 such images; accepted: a group for every image"):
+        FolderSource(tmp_path)
     (tmp_path / "table.csv").write_text("id,split\na,train\n")
-    with pytest.raises(UserError, match="no split for 'b'; accepted with --split-by table: one per image"):
-        FolderSource(tmp_path, split_by="table")
+    with pytest.raises(UserError, match="no split for 'b'; accepted: a split for every image, or for none"):
+        FolderSource(tmp_path)
 
 
 def test_missing_folders_are_refused(build, tmp_path):

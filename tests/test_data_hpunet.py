@@ -197,6 +197,17 @@ def test_links_and_empty_or_missing_folders_are_refused(tmp_path):
         list(read_hpunet([folder, tmp_path / "absent"]))
 
 
+def test_incomplete_slices_wait_in_bounded_memory(tmp_path, monkeypatch):
+    """An archive of images without masks, which compresses well, must not fill the memory."""
+    files = {f"images/{PATIENT}/z-{place}.0_c0.png": bytes(50_000) for place in range(100)}
+    monkeypatch.setattr("probabilistic_sam.data.archives.MAX_WAITING_BYTES", 2**20)
+    with pytest.raises(
+        UserError, match="z-0.0_c0.png: its slice is still incomplete after 1 MiB of other files; acce"
+    ):
+        list(read_hpunet([write_archive(tmp_path / "a.tar.gz", files)]))
+    assert len(list(read_hpunet([write_archive(tmp_path / "b.tar.gz", crop("", "z-107.5_c1"))]))) == 1
+
+
 def test_repeated_position_is_refused(tmp_path, build):
     """Two spellings of the same position would give two rows with the same identity."""
     folder = write_folder(tmp_path / "in", crop("", "z-105.0_c0") | crop("", "z-105_c0"))

@@ -10,7 +10,7 @@ import pytest
 
 from probabilistic_sam.data.card import Note
 from probabilistic_sam.data.format import encode_png, image_row
-from probabilistic_sam.data.parts import Job, finished_parts, part_rows
+from probabilistic_sam.data.parts import Job, _code_sha256, finished_parts, part_rows
 from probabilistic_sam.errors import UserError
 
 
@@ -58,6 +58,13 @@ def test_damaged_parts_and_parts_of_other_input_or_code_are_remade(tmp_path, mon
     assert finished_parts(jobs(log, [0], (0.5,)), parts) == 0
     list(part_rows(jobs(log, [0], (0.5,)), parts, []))
     assert done(log) == {"0": 4}
+
+
+def test_code_of_the_dicom_reader_counts(monkeypatch):
+    read_bytes, whole = Path.read_bytes, _code_sha256.__wrapped__()
+    assert whole == _code_sha256.__wrapped__()
+    monkeypatch.setattr(Path, "read_bytes", lambda self: read_bytes(self) + b"#" * (self.name == "dicom_slice.py"))
+    assert whole != _code_sha256.__wrapped__()
 
 
 def test_killed_process_is_reported_and_finished_jobs_are_kept(tmp_path):

@@ -30,6 +30,7 @@ def result():
         "split": "validation", "prompt": "union_box", "num_samples": 16, "seed": [0, 1], "num_slices": 1740,
         "num_patients": 98, "dataset": "lidc", "sampling": "together",
         "commit": "abc", "command": "python training/evaluate.py", "results": columns,
+        "calibration": {"pixels": [[0.0, 8.0], [0.0, 7.6], [0.0, 6.8]]},  # count, predicted, observed by bin
     }  # fmt: skip
 
 
@@ -54,8 +55,20 @@ def test_table_has_scores_of_single_samples_where_the_file_has_them(result):
         model_card.results_table(result)
 
 
+def test_evaluation_seeds_are_named_for_each_row(result):
+    one = result | {"seed": 0}
+    results = {"public": one, "probabilistic_unet_seed0": result, "probabilistic_unet_seed1": result, "ellipse": one}
+    titles = {"public": "**Ours**", "probabilistic_unet": "U-Net", "ellipse": "ellipses"}
+    assert make_card.evaluation_seeds(results, titles) == "Evaluation seeds: 0, 1 for U-Net. 0 for all other rows."
+    results["probabilistic_unet_seed1"] = one
+    assert make_card.evaluation_seeds(results, titles) == (
+        "Evaluation seeds: 0, 1 for U-Net, training seed 0. 0 for all other rows."
+    )
+    assert make_card.evaluation_seeds({"public": one}, titles) == "Evaluation seeds: 0."
+
+
 def test_slices_are_counted_from_the_log_of_a_run():
-    assert make_card.slices_seen(make_card.SHIPPED_RUN) == 385_280  # 3,010 steps of 128
+    assert make_card.slices_seen(make_card.RELEASED_RUN) == 385_280  # 3,010 steps of 128
 
 
 def test_runs_of_the_comparison_have_one_budget():
@@ -118,7 +131,11 @@ def test_comparison_has_one_row_per_model_with_paired_differences(result):
     worse = result | {"ged_by_patient": {name: {"a": [1, 0.3], "b": [1, 0.5]} for name in ("all", "shape")}}
     results = {"dropout_unet": worse, "probabilistic_sam": result}
     lines = make_card.comparison_table(results, make_card.COMPARED, "probabilistic_sam").splitlines()
-    assert len(lines) == 4 and lines[2].startswith("| **Probabilistic SAM** |") and lines[2].endswith("|  |  |")
+    assert (
+        len(lines) == 4
+        and lines[2].startswith("| **Probabilistic SAM**, same budget as the baselines |")
+        and lines[2].endswith("|  |  |")
+    )
     assert lines[3] == (
         "| Dropout U-Net | 0.250 | 0.250 | 0.250 | 0.250 | 0.250 | +0.100 [+0.100, +0.100] | +0.100 [+0.100, +0.100] |"
     )
@@ -132,8 +149,10 @@ def test_several_training_seeds_are_one_row(result):
     results = {"public": result, "probabilistic_sam_seed0": result, "probabilistic_sam_seed1": second}
     table = make_card.comparison_table(results, make_card.COMPARED, make_card.OURS)
     first, ours = table.splitlines()[2:]
-    assert ours.startswith("| **Probabilistic SAM** | 0.300 (0.250-0.350) | 0.250 (0.250-0.250) |")
-    assert ours.endswith("|  |  |")  # the reference of the differences, not the shipped weights
+    assert ours.startswith(
+        "| **Probabilistic SAM**, same budget as the baselines | 0.300 (0.250-0.350) | 0.250 (0.250-0.250) |"
+    )
+    assert ours.endswith("|  |  |")  # the reference of the differences, not the released weights
     assert first.endswith("| -0.100 [-0.100, -0.100] | +0.000 [+0.000, +0.000] |")
 
 
@@ -160,8 +179,8 @@ def test_prompts_that_leak_have_no_distance(result):
 
 
 def test_ablations_show_the_latent_space(result):
-    old = {"active_units": 3, "posterior_mean_variance": [0.9, 0.02, 0.01, 0.5], "posterior_iou": 0.7}
-    new = {"active_outline_units": 0, "posterior_mean_variance": [0.9, 0.0, 0.0, 0.01], "posterior_iou": 0.5}
+    old = {"active_outline_units": 1, "kl_per_dimension": [0.6, 0.06, 0.02, 0.5], "posterior_iou": 0.7}
+    new = {"active_outline_units": 0, "kl_per_dimension": [0.6, 0.0, 0.0, 0.05], "posterior_iou": 0.5}
     results = {
         "probabilistic_sam_seed0": result | {"collapse": old},
         "cpu_reference_recipe": result | {"collapse": new},
@@ -175,7 +194,8 @@ def nodules():
     column = {metric: entry(0.2) for metric in model_card.NODULE_TABLE} | {"count": 297}
     return {
         "level": "nodule", "split": "validation", "prompt": "nodule_box", "truth": "pylidc", "noise": "shared",
-        "sampling": "together", "num_samples": 100, "num_nodules": 297, "num_left_out": 0, "num_slices": 1740,
+        "sampling": "together", "seed": 0, "num_samples": 100, "num_nodules": 297, "num_left_out": 0,
+        "num_slices": 1740,
         "num_patients": 98, "commit": "abc", "command": "python training/evaluate.py --level nodule",
         "results": {"samples": column, "mean_mask": column | {"ged_3d": entry(0.5), "volume_crps": entry(0.6)}},
     }  # fmt: skip
@@ -221,9 +241,7 @@ def test_public_truth_has_its_own_table(result):
     result["results"]["all"]["ged_unbiased"] = result["results"]["shape"]["ged_unbiased"] = entry(0.0224)
     result |= {"truth": "public"}
     text = make_card.public_section(dict.fromkeys(("public", "public_independent", "public_center_point"), result))
-    assert (
-        "(truth `public`)" in text and "unbiased GED, which does not depend on their number, is 0.022 (`all`)" in text
-    )
+    assert "(truth `public`)" in text and "whose expectation does not depend on their number, is 0.022 (`all`)" in text
     rows = [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| `")]
     assert rows == [
         "| `union_box`, sampled together (Latin hypercube)",
@@ -239,7 +257,8 @@ def test_readme_has_five_rows_and_four_metrics(result):
     head, _, *rows = (line for line in make_card.readme_section(results).splitlines() if line.startswith("|"))
     assert head == "|  | GED `all` ↓ | GED `shape` ↓ | HM-IoU ↑ | ECE ↓ |"
     assert [row.split(" | ")[0] for row in rows] == [
-        "| **Probabilistic SAM, shipped weights**", "| **Probabilistic SAM**", "| Probabilistic U-Net",
+        "| **Probabilistic SAM, released weights**", "| **Probabilistic SAM**, same budget as the baselines",
+        "| Probabilistic U-Net",
         "| SAM, fine-tuned, jittered boxes", "| MobileSAM, not fine-tuned, jittered boxes",
     ]  # fmt: skip
     assert rows[0].endswith(" | 0.123 | 0.250 | 0.250 | 0.250 |")
@@ -250,8 +269,8 @@ def test_readme_has_five_rows_and_four_metrics(result):
         "16 samples per slice",
         "public.json",
         "[model card]",
-        "saw 128,000 slices on one H200, the shipped weights 385,280.",
-        "With truth `pylidc` the shipped weights have GED 0.123 and 0.250.",
+        "saw 128,000 slices (every visit counted) on one H200, the released weights 385,280.",
+        "with which the released weights have GED 0.123 and 0.250.",
     ):
         assert part in last
 
@@ -356,8 +375,8 @@ def test_thinned_samples_stand_beside_as_many_others(result):
     results = {"public": result, "public_of_48": result, "probabilistic_unet_seed1_of_48": result}
     lines = make_card.thinned_section(results).splitlines()
     assert [line.split(" | ")[0] for line in lines if line.startswith("| ") and "---" not in line][1:] == [
-        "| **Probabilistic SAM, shipped weights**, 16 samples",
-        "| **Probabilistic SAM, shipped weights**, 16 of 48",
+        "| **Probabilistic SAM, released weights**, 16 samples",
+        "| **Probabilistic SAM, released weights**, 16 of 48",
         "| Probabilistic U-Net, training seed 1, 16 of 48",
     ]
     assert make_card.thinned_section({}) == ""
@@ -408,7 +427,7 @@ def test_check_passes_for_the_project_and_fails_for_an_outdated_text(monkeypatch
             "model_cards/psam-lidc/README.md",
             "README.md",
             "training/results/README.md",
-            "training/README.md",
+            "training/OWN_DATA.md",
         )  # fmt: skip
     ]
     outdated = make_card.costs_page

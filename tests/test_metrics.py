@@ -319,8 +319,8 @@ def test_slice_metrics_are_the_functions():
         assert scores[name] == pytest.approx(getattr(functional, name)(mean, readers)), name
     assert scores["ncc"] == pytest.approx(functional.ncc(probabilities, readers))
     np.testing.assert_allclose(scores["calibration"], functional.calibration_bins(mean, readers))
-    assert scores["empty_rate_samples"] == functional.empty_rate(samples)
-    assert scores["empty_rate_readers"] == functional.empty_rate(readers)
+    assert scores["empty_rate_samples"] == 1 - functional.nonempty(samples).mean()
+    assert scores["empty_rate_readers"] == 1 - functional.nonempty(readers).mean()
 
 
 def test_unbiased_ged_is_for_independent_samples_of_one_prompt():

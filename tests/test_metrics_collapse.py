@@ -42,7 +42,7 @@ def test_summary_counts_outlines_of_annotated_masks_only():
     assert state["kl_per_dimension"] == [0.5, 2.5, 0.0]
     # Coordinate 0: 1, -1, 1, 1; coordinate 1: 0, 2, 4; coordinate 2: 5, 5, 5.1
     assert state["posterior_mean_variance"] == pytest.approx([0.75, 8 / 3, 0.01 * 2 / 9], abs=1e-6)
-    assert state["active_outline_units"] == 1  # coordinate 1; coordinate 0 varies by construction
+    assert state["active_outline_units"] == 1  # coordinate 1; the presence does not count
     assert summarize_collapse([FIRST, SECOND], has_presence=False)["active_outline_units"] == 2
     assert state["posterior_iou"] == 0.5
     assert json.loads(json.dumps(state, allow_nan=False)) == state
@@ -56,10 +56,14 @@ def test_mask_that_vanishes_when_it_is_resized_is_annotated():
     assert summarize_collapse([state])["posterior_iou"] == 0.5
 
 
-def test_collapsed_posterior_has_no_active_unit():
-    collapsed = make_slice(np.zeros((2, 3)), np.ones((2, 3)), [[1, 0], [1, 0]], [[1, 0], [0, 1]])
-    state = summarize_collapse([collapsed, collapsed])
+def test_collapsed_posterior_has_no_active_unit_though_it_varies_with_the_image():
+    """Its mean is that of the prior, which depends on the image."""
+    slices = [
+        make_slice(np.zeros((2, 3)), np.full((2, 3), mean), [[1, 0], [1, 0]], [[1, 0], [0, 1]]) for mean in (-1, 1)
+    ]
+    state = summarize_collapse(slices)
     assert (state["active_outline_units"], state["kl_per_dimension"]) == (0, [0, 0, 0])
+    assert state["posterior_mean_variance"] == [1, 1, 1]
 
 
 def test_outline_is_unknown_if_all_masks_are_empty():

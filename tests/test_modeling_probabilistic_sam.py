@@ -300,6 +300,7 @@ def test_not_a_number_does_not_look_like_an_empty_mask(model, inputs):
         ({"input_points": torch.zeros(2, 1, 1, 2)}, "same number of prompts per image, got 1 and 3"),
         ({"num_samples": 0}, "num_samples must be at least 1, got 0"),
         ({"latents": torch.zeros(2, 3, 1, 5)}, r"latents must have the shape \(2, 3, 'S', 4\), got \(2, 3, 1, 5\)"),
+        ({"latents": torch.zeros(2, 3, 4)}, r"latents must have the shape \(2, 3, 'S', 4\), got \(2, 3, 4\)"),
         ({"labels": torch.zeros(2, 2, 4, 8, 8)}, r"labels must have the shape"),
         ({"labels": torch.zeros(2, 3, 4, 8, 8), "latents": torch.zeros(2, 3, 1, 4)}, "Only one of labels and latents"),
         (
@@ -327,6 +328,36 @@ def test_fields_of_version_0_1_are_read_as_the_new_ones(tmp_path):
 def test_configuration_refuses_wrong_fields(field):
     with pytest.raises(Exception, match="latent"):
         ProbabilisticSamConfig(**sam_parts(), **field)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"energy_weight": 1.0, "num_energy_samples": 1},
+            "num_energy_samples must be at least 2 with energy_weight 1",
+        ),
+        ({"num_energy_samples": -1}, "num_energy_samples must be at least 0 with energy_weight 0, got -1"),
+        ({"detail_hidden_size": 20}, "detail_hidden_size must be a multiple of 8, got 20"),
+        ({"prompt_encoder_config": {"image_size": 64}}, "one image_size, a multiple of 16, and patch_size 16, got 32"),
+        ({"vision_config": {"image_size": 64}}, "one image_size, a multiple of 16, and patch_size 16, got 64 and 32"),
+        ({"vision_config": {"patch_size": 8}}, "and patch_size 16, got 32 and 32, and 8"),
+    ],
+)
+def test_configuration_refuses_sizes_that_do_not_fit(changes, message):
+    parts = sam_parts()
+    for name, value in changes.items():
+        parts[name] = parts[name] | value if isinstance(value, dict) else value
+    with pytest.raises(Exception, match=message):
+        ProbabilisticSamConfig(**parts)
+
+
+def test_embeddings_accept_what_has_no_effect(model, inputs):
+    pixels = inputs["pixel_values"]
+    expected = model.get_image_embeddings(pixels)
+    assert torch.equal(model.get_image_embeddings(pixels, output_attentions=False), expected)
+    with pytest.raises(ValueError, match="output_attentions is not supported"):
+        model.get_image_embeddings(pixels, output_attentions=True)
 
 
 def test_every_latent_weight_and_the_encoder_get_gradients(inputs):

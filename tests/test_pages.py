@@ -18,7 +18,15 @@ from probabilistic_sam.hub.staging import EXAMPLES, stage_model
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "model_cards" / "psam-lidc"
-PAGES = ("README.md", "FAQ.md", "SCANS.md", "training/README.md", "training/TRAINER.md", "model_cards/README.md")
+PAGES = (
+    "README.md",
+    "FAQ.md",
+    "SCANS.md",
+    "training/README.md",
+    "training/OWN_DATA.md",
+    "training/TRAINER.md",
+    "model_cards/README.md",
+)
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 
 

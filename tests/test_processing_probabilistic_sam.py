@@ -566,6 +566,9 @@ def test_areas_and_their_quantiles_by_hand(processor):
     assert result["empty_share"] == 0.25
     (result,) = processor.post_process_samples(square_logits(0, 2, 2, 4), **PLACE)
     assert result["areas"].tolist() == [0, 4, 4, 16] and result["area_unit"] == "px"
+    wide = {"windows": torch.tensor([[0, 0, 8]]), "original_sizes": torch.tensor([[20, 20]])}
+    (result,) = processor.post_process_samples(square_logits(0, 2), **wide, threshold=1e-14)
+    assert result["areas"][0] == 0 and 0 < result["areas"][1] <= 64  # not the pixels outside the window
 
 
 def test_areas_given_presence_by_hand(processor):
@@ -825,12 +828,21 @@ def test_whole_images_need_the_same_number_of_prompts(image):
         ({"crop_size": 1}, "crop_size must be a whole number of 2 pixels or more, or None for the whole image, got 1"),
         ({"crop_size": 64.0}, "crop_size must be a whole number .* got 64.0"),
         ({"image_size": "256"}, "image_size must be a positive multiple of 16, got '256'"),
-        ({"stretch_percentiles": (99, 1)}, "two ascending numbers in 0..100, got 99 and 1"),
+        ({"stretch_percentiles": (99, 1)}, r"two ascending numbers in 0..100, got \(99, 1\)"),
+        ({"stretch_percentiles": 5}, "two ascending numbers in 0..100, got 5"),
+        ({"stretch_percentiles": (1, 2, 3)}, r"two ascending numbers in 0..100, got \(1, 2, 3\)"),
+        ({"stretch_percentiles": ("a", "b")}, r"two ascending numbers in 0..100, got \('a', 'b'\)"),
     ],
 )
 def test_wrong_settings_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         ProbabilisticSamProcessor(**settings)
+
+
+def test_sizes_may_be_integers_of_numpy():
+    processor = ProbabilisticSamProcessor(np.int64(32), np.int64(24), np.array([1, 98]))
+    settings = [processor.image_size, processor.crop_size, processor.stretch_percentiles]
+    assert json.dumps(settings) == "[32, 24, [1.0, 98.0]]"
 
 
 # ---------------------------------------------------------------------------------------------------- save and load

@@ -143,6 +143,16 @@ def test_a_reader_whose_pixels_vanished_counts_as_one_who_annotated(inputs):
     assert difference == pytest.approx((log_empty - log_annotated).mean().item() / 2, rel=1e-3)
 
 
+def test_a_pixel_that_vanishes_in_resizing_is_an_annotation(inputs):
+    """Labels at the size of the image tell who annotated, also without `annotated`."""
+    model, labels = tiny_model(), torch.zeros(2, 3, 2, 32, 32)
+    labels[:, :, 0, 5, 5] = 1
+    output = run(model, inputs, labels=labels)
+    log_annotated, log_empty = log_probability_of_presence(output.prior_mean[..., 0])
+    assert torch.equal(output.kl_divergence[:, :, 0, 0], -log_annotated)
+    assert torch.equal(output.kl_divergence[:, :, 1, 0], -log_empty)
+
+
 @pytest.mark.parametrize("name", TRAINED)
 def test_baselines_leave_out_absent_readers_and_unknown_outlines(name):
     torch.manual_seed(0)

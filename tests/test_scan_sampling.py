@@ -59,7 +59,9 @@ def with_presence(mean):
 def test_presence_is_that_of_the_most_certain_slice_and_every_sample_given_presence_has_the_nodule(scan, processor):
     model = with_presence(-1)
     means = prior_means(model, processor, scan, (0, 4))
+    state = torch.get_rng_state()
     sampled = sample_scan(model, processor, scan, BOX, (0, 4), 16)
+    assert torch.equal(torch.get_rng_state(), state)
     assert sampled.presence == pytest.approx(norm.cdf(float(means.max())), abs=1e-5)
     assert 0 < sampled.presence < 0.9 and means.std() > 0.01
     assert sampled.masks.any(axis=(2, 3))[:, means.argmax()].all()

@@ -151,7 +151,7 @@ def test_positions_with_two_decimals_are_a_regular_stack(tmp_path, step):
 def test_another_modality_is_a_warning(tmp_path):
     write_series(tmp_path, hounsfield((3, 8, 9)), Modality="MR")
     with open_scan(tmp_path) as scan:
-        assert scan.warnings == ["the modality of this scan is MR; the shipped weights know CT only"]
+        assert scan.warnings == ["the modality of this scan is MR; the released weights were trained on CT only"]
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,8 @@ def test_another_modality_is_a_warning(tmp_path):
 )
 def test_a_pixel_spacing_far_from_that_of_the_training_data_is_a_warning(tmp_path, spacing, is_known):
     write_series(tmp_path, hounsfield((3, 8, 9)), PixelSpacing=[spacing, spacing])
-    text = f"the pixel spacing of this scan is {spacing:g} x {spacing:g} mm; the shipped weights know 0.46 to 0.98 mm"
+    known = "the released weights were trained on 0.46 to 0.98 mm"
+    text = f"the pixel spacing of this scan is {spacing:g} x {spacing:g} mm; {known}"
     with open_scan(tmp_path) as scan:
         assert scan.warnings == ([] if is_known else [text])
 
@@ -174,7 +175,7 @@ def test_a_distance_of_slices_far_from_that_of_the_training_data_is_a_warning(tm
     else:
         path = write_series(tmp_path, hu, positions=step * np.arange(3), PixelSpacing=[0.7, 0.7])
     with open_scan(path) as scan:
-        text = f"the slices of this scan are {step:g} mm apart; the shipped weights know 0.5 to 5 mm"
+        text = f"the slices of this scan are {step:g} mm apart; the released weights were trained on 0.5 to 5 mm"
         assert scan.warnings == ([] if is_known else [text])
 
 

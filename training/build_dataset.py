@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from probabilistic_sam.data.build import NoRows, check_output, write_dataset
 from probabilistic_sam.data.card import UNKNOWN, BuildReport, Note, Origin
-from probabilistic_sam.data.folder import OBJECTS, SPLIT_BY, FolderSource
+from probabilistic_sam.data.folder import OBJECTS, FolderSource
 from probabilistic_sam.data.lidc import dicom, hpunet, phantom, pickle_crops, slices
 from probabilistic_sam.data.parts import Job, finished_parts, part_rows, parts_folder
 from probabilistic_sam.errors import UserError, run
@@ -81,12 +81,6 @@ def parse_args() -> argparse.Namespace:
         choices=OBJECTS,
         default="image",
         help="one row per image, or per connected component of the union of the masks (default image)",
-    )
-    of_folder.add_argument(
-        "--split-by",
-        choices=SPLIT_BY,
-        default="hash",
-        help="split by the hash of the group's name, or as the column split of table.csv says (default hash)",
     )
     of_folder.add_argument("--source-name", metavar="NAME", help="title of the card (default: the folder's name)")
     of_folder.add_argument("--license", help="licence on the card, such as cc-by-4.0 (default: none stated)")
@@ -180,7 +174,7 @@ def open_source(args: argparse.Namespace, notes: list[Note]) -> tuple[Iterable[d
     if args.source == "hpunet":
         return hpunet.read_hpunet(args.input), hpunet.ORIGIN
     if args.source == "folder":
-        source = FolderSource(args.input, args.objects, args.split_by, args.source_name, args.license)
+        source = FolderSource(args.input, args.objects, args.source_name, args.license)
         return source, source.origin
     if args.source == "phantom":
         jobs = phantom.phantom_jobs(args.num_nodules)[args.shard_index :: args.num_shards]

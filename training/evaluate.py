@@ -82,7 +82,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--model", required=True, help=f"directory or Hub name of a model with its processor, or {', '.join(ORACLES)}"
     )
-    parser.add_argument("--dataset", required=True, help="build of training/build_dataset.py: folder or Hub name")
+    parser.add_argument(
+        "--dataset", required=True, help="folder or Hub name of a dataset with columns image, masks and patient_id"
+    )
     parser.add_argument("--split", default="validation", help="default validation")
     parser.add_argument("--level", default="slice", choices=LEVELS, help="what is scored; default slice")
     parser.add_argument(

@@ -24,7 +24,9 @@ def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="run folder of training/train.py")
-    parser.add_argument("--dataset", required=True, help="build of training/build_dataset.py: folder or Hub name")
+    parser.add_argument(
+        "--dataset", required=True, help="folder or Hub name of a dataset with columns image, masks and patient_id"
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder to write: new or empty")
     return parser.parse_args()
 

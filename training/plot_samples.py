@@ -26,7 +26,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="directory or Hub name of a model or baseline")
-    parser.add_argument("--dataset", required=True, help="build of training/build_dataset.py: folder or Hub name")
+    parser.add_argument(
+        "--dataset", required=True, help="folder or Hub name of a dataset with columns image, masks and patient_id"
+    )
     parser.add_argument("--split", default="validation", help="default validation")
     parser.add_argument("--rows", type=int, default=5, help=f"rows to plot, up to {MAX_ROWS}; default 5")
     parser.add_argument("--num_samples", type=int, default=16, help="samples per row; default 16")

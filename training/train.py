@@ -31,7 +31,9 @@ def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="YAML file with the fields of TrainingConfig")
-    parser.add_argument("--dataset", required=True, help="build of training/build_dataset.py: folder or Hub name")
+    parser.add_argument(
+        "--dataset", required=True, help="folder or Hub name of a dataset with columns image, masks and patient_id"
+    )
     parser.add_argument(
         "--output_dir", required=True, help="run folder: log, checkpoints, and the best model at its top"
     )

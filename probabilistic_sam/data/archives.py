@@ -25,6 +25,7 @@ DAMAGED_ZIP = (
     zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError, zlib.error, lzma.LZMAError
 )  # fmt: skip
 MAX_MEMBER_BYTES = 4 * 2**20
+MAX_WAITING_BYTES = 2**31  # of files whose slice is incomplete; the public sets are smaller as a whole
 MAX_MEMBERS = 1_000_000  # the public sets have about 95,000 and 64,000
 
 NamedFile = tuple[str, bytes]  # path below the root or in the archive, content
@@ -53,7 +54,7 @@ def read_files(
 ) -> Iterator[tuple[tuple[str, ...], list[NamedFile]]]:
     """Yield each slice of folders, `.zip`, `.tar` or `.tar.gz` archives as soon as all of its files have been read.
 
-    The files of incomplete slices are kept in memory.
+    The files of incomplete slices are kept in memory, up to `MAX_WAITING_BYTES`.
 
     Yields:
         The named groups of `layout.file` except `kind`, and the files in the order of `layout.kinds`.
@@ -70,6 +71,7 @@ def read_files(
     whole = f"accepted: one image and {len(layout.kinds) - 1} masks per slice"
     waiting: dict[tuple[str, ...], dict[str, NamedFile]] = {}
     finished: set[tuple[str, ...]] = set()
+    waiting_bytes = 0
     for path in roots:
         read = _directory_files if path.is_dir() else _zip_files if zipfile.is_zipfile(path) else _tar_files
         for name, content in read(path, layout):
@@ -82,9 +84,17 @@ def read_files(
             if key in finished or kind in parts:
                 raise UserError(f"{name}: is repeated; {whole}")
             parts[kind] = (name, content)
+            waiting_bytes += len(content)
+            if waiting_bytes > MAX_WAITING_BYTES:
+                first = next(iter(next(iter(waiting.values())).values()))[0]
+                raise UserError(
+                    f"{first}: its slice is still incomplete after {MAX_WAITING_BYTES >> 20} MiB of other files; "
+                    f"{whole}, stored near each other"
+                )
             if len(parts) == len(layout.kinds):
                 finished.add(key)
                 del waiting[key]
+                waiting_bytes -= sum(len(content) for _, content in parts.values())
                 yield key, [parts[kind] for kind in layout.kinds]
     for parts in waiting.values():
         missing = next(kind for kind in layout.kinds if kind not in parts)

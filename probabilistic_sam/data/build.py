@@ -4,7 +4,7 @@ import importlib.metadata
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,7 @@ def _spool_rows(rows: Iterable[dict], path: Path, report: BuildReport) -> dict[R
     """Write rows to a file in the order they come; returns the hash of each, in the same order."""
     digests: dict[RowKey, bytes] = {}
     with pa.ipc.new_file(str(path), FEATURES.arrow_schema) as writer:
-        for batch in _batched(row for row in rows if report.add(row)):
+        for batch in _batched((row for row in rows if report.add(row)), lambda row: len(row["image"]["bytes"])):
             record = pa.RecordBatch.from_pylist(batch, schema=FEATURES.arrow_schema)
             # Hash the columns as they will be read back, so that a written row has the same hash
             for row, columns in zip(batch, record.select(PLAIN_COLUMNS).to_pylist(), strict=True):
@@ -117,13 +117,13 @@ def _spool_rows(rows: Iterable[dict], path: Path, report: BuildReport) -> dict[R
     return digests
 
 
-def _batched(rows: Iterable[dict]) -> Iterator[list[dict]]:
-    """Rows in groups of at most `ROW_GROUP_ROWS` and, but for the last row of a group, `SHARD_BYTES` of images."""
-    batch: list[dict] = []
+def _batched(rows: Iterable[Any], size_of: Callable[[Any], int]) -> Iterator[list[Any]]:
+    """Rows in groups of at most `ROW_GROUP_ROWS` and, but for the last row of a group, `SHARD_BYTES`."""
+    batch: list[Any] = []
     size = 0
     for row in rows:
         batch.append(row)
-        size += len(row["image"]["bytes"])
+        size += size_of(row)
         if len(batch) == ROW_GROUP_ROWS or size >= SHARD_BYTES:
             yield batch
             batch, size = [], 0
@@ -136,10 +136,9 @@ def _write_split(table: pa.Table, order: list[int], directory: Path, split: str)
     for shard, positions in enumerate(np.array_split(np.array(order), num_shards)):
         path = directory / f"{split}-{shard:05d}-of-{num_shards:05d}.parquet"
         with pq.ParquetWriter(path, table.schema, compression="snappy", write_page_index=True) as writer:
-            for start in range(0, len(positions), ROW_GROUP_ROWS):
-                # Not `take`, which fails for tables of more than 2 GiB
-                chosen = [table.slice(position, 1) for position in positions[start : start + ROW_GROUP_ROWS]]
-                writer.write_table(pa.concat_tables(chosen).combine_chunks())
+            # Not `take`, which fails for tables of more than 2 GiB, as a single row group would
+            for rows in _batched((table.slice(position, 1) for position in positions), lambda row: row.nbytes):
+                writer.write_table(pa.concat_tables(rows).combine_chunks())
 
 
 def _manifest(report: BuildReport, digests: Mapping[RowKey, bytes]) -> dict[str, Any]:

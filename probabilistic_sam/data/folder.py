@@ -11,6 +11,7 @@ mask without pixels is that of a reader who looked and annotated nothing. Hidden
 import csv
 import math
 import os
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -32,7 +33,6 @@ MASK_SUFFIXES = (".png", ".tif", ".tiff")
 IMAGE_SUFFIXES = (*MASK_SUFFIXES, ".jpg", ".jpeg", *DICOM_SUFFIXES)
 TABLE_COLUMNS = ("id", "group", "spacing_mm", "split")
 OBJECTS = ("image", "components")
-SPLIT_BY = ("hash", "table")
 NEEDED_SPLITS = ("train", "validation")
 MAX_COMPONENTS = 1000  # per image; more are specks rather than objects
 MAX_SPACING_MM = 1000.0
@@ -58,7 +58,6 @@ class FolderSource:
         root: the folder.
         objects: `image` for one row per image; `components` for one row per connected component of the union of the
             readers' masks, with the masks restricted to it.
-        split_by: `hash` splits groups by the hash of their name; `table` takes the column `split` of the table.
         name: name of the data on the card (default: the folder's name).
         license: licence on the card.
 
@@ -71,7 +70,6 @@ class FolderSource:
         self,
         root: str | os.PathLike[str],
         objects: str = "image",
-        split_by: str = "hash",
         name: str | None = None,
         license: str | None = None,
     ) -> None:
@@ -83,31 +81,48 @@ class FolderSource:
         self.table = _read_table(self.root / "table.csv", self.images)
         self.sizes: list[int] = []  # larger side of the box around the union of the masks, for each row
         self.shorter_sides: list[int] = []  # of the images
-        splits = self._splits_of_table(complete=split_by == "table")
+        self._check_groups()
         kind = "image" if objects == "image" else "connected component of the union of the masks"
         self.origin = Origin(
             f"Images and readers' masks from a folder; one row per {kind}. Images are stored as PNG.",
             " ".join((name or self.root.resolve().name).split()) or "Images with readers' masks",
             is_scan=False,
             license=license,
-            splits=splits if split_by == "table" else None,
+            splits=self._splits_of_table(),
         )
 
     def __iter__(self) -> Iterator[dict]:
         """Yield the rows in the order of the images' names, including those that no reader annotated."""
-        groups: dict[str, set[str]] = {split: set() for split in SPLITS}
+        self._check_splits(set(map(self._group, self.images)), "groups")  # before the images are decoded
+        annotated: set[str] = set()
         for image_id, path in self.images.items():
             for row in self._rows(image_id, path):
                 if row["num_nonempty"]:
-                    groups[self.origin.split_of(row["patient_id"])].add(row["patient_id"])
+                    annotated.add(row["patient_id"])
                 yield row
+        if annotated:
+            self._check_splits(annotated, "groups with masks")
+
+    def _check_splits(self, names: set[str], what: str) -> None:
+        """Refuse names of groups that leave a split empty; `what` the names are."""
+        groups = {split: [name for name in names if self.origin.split_of(name) == split] for split in SPLITS}
         for split in NEEDED_SPLITS:
-            if any(groups.values()) and not groups[split]:
+            if not groups[split]:
                 found = ", ".join(f"{name} {len(groups[name])}" for name in SPLITS)
                 raise UserError(
-                    f"{self.root}: the split {split} would be empty (groups with masks: {found}); accepted: more "
-                    f"groups, smaller groups, or the splits in table.csv with --split-by table"
+                    f"{self.root}: the split {split} would be empty ({what}: {found}); accepted: more groups, smaller "
+                    f"groups, or a column split in table.csv"
                 )
+
+    def _check_groups(self) -> None:
+        """Refuse a table with the groups of some images only, whose others could be in another split than theirs."""
+        named = {image_id for image_id, line in self.table.items() if line.group}
+        without = [image_id for image_id in self.images if image_id not in named]
+        if named and without:
+            raise UserError(
+                f"{self.root / 'table.csv'}: no group for {without[0]!r}, one of {len(without)} such images; "
+                "accepted: a group for every image, or for none"
+            )
 
     def size_line(self) -> str:
         """Sizes of the objects, and the crop size that they suggest, with what it means for their windows."""
@@ -124,16 +139,18 @@ class FolderSource:
         line = self.table.get(image_id)
         return (line and line.group) or image_id
 
-    def _splits_of_table(self, complete: bool) -> dict[str, str]:
-        """Split of each group; `complete` refuses images without one."""
+    def _splits_of_table(self) -> dict[str, str] | None:
+        """Split of each group by the table; None if it names no split."""
         path = self.root / "table.csv"
+        if not any(line.split for line in self.table.values()):
+            return None
         splits: dict[str, str] = {}
         for image_id in self.images:
             split = self.table[image_id].split if image_id in self.table else None
-            if split is None and complete:
-                raise UserError(f"{path}: no split for {image_id!r}; accepted with --split-by table: one per image")
+            if split is None:
+                raise UserError(f"{path}: no split for {image_id!r}; accepted: a split for every image, or for none")
             group = self._group(image_id)
-            if split is not None and splits.setdefault(group, split) != split:
+            if splits.setdefault(group, split) != split:
                 raise UserError(
                     f"{path}: group {group!r} is in {splits[group]} and, with {image_id!r}, in {split}; accepted: one "
                     f"split per group"
@@ -207,10 +224,13 @@ def _list_files(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
     files: dict[str, Path] = {}
     for path in _entries(folder):
         if not path.is_file() or path.suffix.lower() not in suffixes:
-            raise UserError(f"{path}: unexpected; accepted: files of the kinds {', '.join(suffixes)}")
-        if path.stem in files:
-            raise UserError(f"{path}: same id as {files[path.stem].name}; accepted: one file per id")
-        files[path.stem] = path
+            found = "a folder, which is not read" if path.is_dir() else "unexpected"
+            found = "a link to nothing" if path.is_symlink() and not path.exists() else found
+            raise UserError(f"{path}: {found}; accepted: files of the kinds {', '.join(suffixes)}")
+        image_id = _same_spelling(path.stem)
+        if image_id in files:
+            raise UserError(f"{path}: same id as {files[image_id].name}; accepted: one file per id")
+        files[image_id] = path
     if not files:
         raise UserError(f"{folder}: holds no file; {LAYOUT}")
     return files
@@ -229,11 +249,16 @@ def _list_masks(folder: Path, images: dict[str, Path]) -> dict[str, dict[str, Pa
         if len(unknown) == len(files):
             raise UserError(f"{reader}: none of its {len(files)} files has the id of an image; {LAYOUT}")
         if unknown:
-            raise UserError(f"{unknown[0]}: no image has the id {unknown[0].stem!r}; {LAYOUT}")
+            raise UserError(f"{unknown[0]}: no image has the id {_same_spelling(unknown[0].stem)!r}; {LAYOUT}")
         masks[reader.name] = files
     if not masks:
         raise UserError(f"{folder}: holds no folder of a reader; {LAYOUT}")
     return masks
+
+
+def _same_spelling(name: str) -> str:
+    """A name with its accents in one form: macOS and archives made there write `u` and its dots as two characters."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -257,7 +282,7 @@ def _read_table(path: Path, images: dict[str, Path]) -> dict[str, TableLine]:
                 found = ", ".join(names) or "(none)"
                 raise UserError(f"{path}: columns {found}; accepted: id, and any of {', '.join(TABLE_COLUMNS[1:])}")
             for line in lines:
-                place, image_id = f"{path}: line {lines.line_num}", line["id"]
+                place, image_id = f"{path}: line {lines.line_num}", _same_spelling(line["id"])
                 if None in line:
                     raise UserError(f"{place}: more fields than columns; accepted: {len(names)} fields")
                 if image_id not in images:
@@ -337,5 +362,5 @@ def _read_mask(path: Path, shape: tuple[int, ...]) -> np.ndarray:
 
 def _larger_side(masks: np.ndarray) -> int:
     """Larger side of the box around the union of masks (R, H, W), in pixels."""
-    _, rows, columns = np.nonzero(masks)
-    return int(max(np.ptp(rows), np.ptp(columns))) + 1
+    union = np.asarray(masks.any(axis=0))
+    return int(max(np.ptp(np.flatnonzero(union.any(axis=axis))) for axis in (0, 1))) + 1

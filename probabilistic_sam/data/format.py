@@ -31,6 +31,7 @@ A build is a folder that `datasets.load_dataset` opens, locally or from the Hub:
     data/train-00000-of-00001.parquet    one or more files for each split that has rows
 """
 
+import errno
 import functools
 import hashlib
 import io
@@ -50,7 +51,8 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..hub.push import check_repo_name, reason
-from ..processing_image_files import loses_bits
+from ..processing_image_files import IMAGE_FORMATS, loses_bits, num_frames
+from ..processing_image_files import MAX_PIXELS as LARGEST_IMAGE
 from .splits import SPLITS
 
 NUM_READERS = 4  # per slice of LIDC-IDRI
@@ -514,9 +516,33 @@ def _row_name(row: Mapping[str, Any]) -> str:
 
 
 def _open(image: Any) -> Any:
+    """A Pillow image, whose pixels are not read yet, of an encoded image; anything else unchanged.
+
+    Raises:
+        ValueError: several frames, or too many pixels. Pillow raises others.
+    """
     if not isinstance(image, Mapping):
         return image
-    return PIL.Image.open(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"]))
+    opened = PIL.Image.open(io.BytesIO(encoded_bytes(image)), formats=IMAGE_FORMATS)
+    if num_frames(opened) > 1:
+        raise ValueError(f"{num_frames(opened)} frames")
+    if opened.width * opened.height > LARGEST_IMAGE:
+        raise ValueError(f"{opened.width}x{opened.height} pixels; at most {LARGEST_IMAGE:,} are accepted")
+    return opened
+
+
+def encoded_bytes(image: Mapping[str, Any]) -> bytes:
+    """The file of an encoded image (`bytes`, `path`).
+
+    Raises:
+        OSError: it cannot be read, or is a device or another kind of file that may have no end.
+    """
+    if image["bytes"] is not None:
+        return image["bytes"]
+    path = Path(image["path"])
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return path.read_bytes()
 
 
 def _upright(image: Any) -> Any:

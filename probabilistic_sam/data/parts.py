@@ -153,8 +153,8 @@ def _fingerprint(job: Job) -> str:
 
 @functools.cache
 def _code_sha256() -> str:
-    """Hash of the code in this folder: other code may produce other rows."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
+    """Hash of the code in this folder, and of the reader of DICOM beside it: other code may produce other rows."""
+    digest, folder = hashlib.sha256(), Path(__file__).parent
+    for path in (*sorted(folder.rglob("*.py")), folder.parent / "dicom_slice.py"):
         digest.update(path.read_bytes())
     return digest.hexdigest()

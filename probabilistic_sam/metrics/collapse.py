@@ -1,7 +1,7 @@
 """Whether the latent space is used: KL per coordinate, active outline units, and IoU of the reconstructions.
 
-A collapsed posterior equals the prior and carries no information about its reader: its KL is 0, its mean does not vary
-over the data, and its reconstructions are no better than samples of the prior.
+A collapsed posterior equals the prior and carries no information about its reader: its KL is 0, and its
+reconstructions are no better than samples of the prior.
 
 `slice_collapse` reduces the outputs of the model for one slice to a few numbers, `summarize_collapse` averages them.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-ACTIVE_UNIT_VARIANCE = 0.01  # of the posterior mean over the data
+ACTIVE_UNIT_KL = 0.05  # nats
 DECIMALS = 6
 
 
@@ -51,24 +51,25 @@ def slice_collapse(
     return {"kl": kl.astype(float), "posterior_mean": posterior_mean.astype(float), "annotated": annotated, "iou": iou}
 
 
-def active_outline_units(variance: Sequence[float | None], has_presence: bool = True) -> int | None:
-    """The number of latent coordinates that vary over the data (Burda et al. 2016, arXiv 1509.00519, section 4).
+def active_outline_units(kl: Sequence[float | None], has_presence: bool = True) -> int | None:
+    """The number of latent coordinates that tell something about the reader.
 
-    The presence is left out, since it varies by construction.
+    Burda et al. (2016, arXiv 1509.00519) count coordinates whose posterior mean varies over the data. That fits a
+    fixed prior. Here the prior depends on image and prompt, and a posterior that equals it varies as well, so the KL
+    divergence counts instead. The presence is left out, since it carries information by construction.
 
     Args:
-        variance: of the posterior mean over the data, per coordinate; None where it is unknown. The
-            `posterior_mean_variance` of older results files, whose `active_units` counts the presence, is accepted.
+        kl: mean over the data, in nats per coordinate; None where it is unknown.
         has_presence: coordinate 0 is the presence. Without a presence (Probabilistic U-Net) all coordinates count.
 
     Returns:
-        The number of coordinates whose variance exceeds `ACTIVE_UNIT_VARIANCE`; None if all are unknown.
+        The number of coordinates whose KL exceeds `ACTIVE_UNIT_KL`; None if all are unknown.
 
     >>> active_outline_units([0.9, 0.5, 0.001])
     1
     """
-    known = [value for value in variance[1 if has_presence else 0 :] if value is not None]
-    return sum(value > ACTIVE_UNIT_VARIANCE for value in known) if known else None
+    known = [value for value in kl[1 if has_presence else 0 :] if value is not None]
+    return sum(value > ACTIVE_UNIT_KL for value in known) if known else None
 
 
 def summarize_collapse(slices: Sequence[dict[str, Any]], has_presence: bool = True) -> dict[str, Any]:
@@ -84,7 +85,7 @@ def summarize_collapse(slices: Sequence[dict[str, Any]], has_presence: bool = Tr
     Returns:
         - `kl_per_dimension`: L numbers in nats, the mean over the readers of a slice, then over slices;
         - `posterior_mean_variance`: L numbers, the variance over the readers of all slices;
-        - `active_outline_units` of these variances;
+        - `active_outline_units` of these KL divergences;
         - `posterior_iou`: the IoU of the reconstructions, averaged like the KL.
 
         A number is None where no mask is annotated.
@@ -106,11 +107,11 @@ def summarize_collapse(slices: Sequence[dict[str, Any]], has_presence: bool = Tr
     else:
         outline = slices[0]["kl"].shape[1] - 1
         kl, variance, iou = kl + [np.nan] * outline, variance + [np.nan] * outline, np.nan
-    variances = [_number(value) for value in variance]
+    divergences = [_number(value) for value in kl]
     return {
-        "kl_per_dimension": [_number(value) for value in kl],
-        "posterior_mean_variance": variances,
-        "active_outline_units": active_outline_units(variances, has_presence),
+        "kl_per_dimension": divergences,
+        "posterior_mean_variance": [_number(value) for value in variance],
+        "active_outline_units": active_outline_units(divergences, has_presence),
         "posterior_iou": _number(iou),
     }
 

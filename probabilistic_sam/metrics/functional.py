@@ -400,11 +400,6 @@ def _standardized(values: np.ndarray, weights: np.ndarray | None) -> np.ndarray 
     return centred / deviation if deviation > 1e-12 else None
 
 
-def empty_rate(masks: np.ndarray) -> float:
-    """Share of the masks (N, H, W) without any pixel."""
-    return float(1 - nonempty(masks).mean())
-
-
 def rank_correlation(scores: np.ndarray, samples: np.ndarray, readers: np.ndarray) -> float:
     """How well scores rank samples: Spearman's correlation with the mean IoU of a sample with the annotated masks.
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..conversion import load_torch_file
+from ..data.format import encoded_bytes
 from ..errors import UserError
 from ..files import replaced_directory
 from .config import TrainingConfig
@@ -61,16 +63,15 @@ def fingerprint(config: TrainingConfig, model: PreTrainedModel, splits: dict[str
 def encoded_content(rows: datasets.Dataset) -> str:
     """SHA-256 of a split's columns and encoded images, without decoding any."""
     digest = hashlib.sha256()
-    for table in rows.with_format("arrow").iter(256):
-        for row in table.to_pylist():
-            image, masks = row.pop("image"), row.pop("masks")
-            digest.update(json.dumps(row, sort_keys=True).encode())
-            for item in filter(None, (image, *masks)):
-                try:
-                    content = Path(item["path"]).read_bytes() if item["bytes"] is None else item["bytes"]
-                except OSError as error:
-                    raise UserError(f"image {item['path']} of the dataset cannot be read: {error.strerror}") from error
-                digest.update(hashlib.sha256(content).digest())
+    for table in rows.with_format("arrow").iter(1):  # one at a time, since images may be large
+        (row,) = table.to_pylist()
+        image, masks = row.pop("image"), row.pop("masks")
+        digest.update(json.dumps(row, sort_keys=True).encode())
+        for item in filter(None, (image, *masks)):
+            try:
+                digest.update(hashlib.sha256(encoded_bytes(item)).digest())
+            except OSError as error:
+                raise UserError(f"image {item['path']} of the dataset cannot be read: {error.strerror}") from error
     return digest.hexdigest()
 
 
@@ -83,10 +84,19 @@ def save_checkpoint(directory: Path, state: dict[str, Any]) -> None:
     """
     target = directory / f"checkpoint-{state['step']}"
     with replaced_directory(target, ("*",)) as folder:
-        torch.save(state, folder / "training_state.pt")
-    for old in directory.glob("checkpoint-*"):
+        try:
+            torch.save(state, folder / "training_state.pt")
+        except RuntimeError as error:  # what PyTorch raises where the disk is full, among others
+            raise UserError(f"{target} cannot be written (is the disk full?): {str(error).splitlines()[0]}") from error
+    for old in checkpoints(directory):
         if old != target:
             shutil.rmtree(old, ignore_errors=True)
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """The checkpoint folders of a run, in the order of their steps; folders with other names are not among them."""
+    found = [path for path in directory.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
 
 
 def find_checkpoint(name: str, directory: Path) -> Path:
@@ -100,12 +110,12 @@ def find_checkpoint(name: str, directory: Path) -> Path:
         UserError: there is no checkpoint, or it is of another run.
     """
     if name == "latest":
-        found = [path for path in directory.glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
+        found = checkpoints(directory)
         if not found:
             raise UserError(
                 f"{directory} holds no checkpoint-* folder to resume from; leave --resume_from_checkpoint out"
             )
-        return max(found, key=lambda path: int(path.name.split("-")[-1]))
+        return found[-1]
     path = Path(name)
     if not (path / "training_state.pt").is_file():
         raise UserError(f'{path} is no checkpoint: accepted are "latest" and a checkpoint-* folder of a run')

@@ -63,7 +63,7 @@ class TrainingConfig:
     warmup_steps: int = number(100)
     energy_start_step: int = number(0)  # first step with the energy distance in the loss
     energy_ramp_steps: int = number(500)  # steps until the energy distance has its full weight
-    max_grad_norm: float = number(5.0)
+    max_grad_norm: float = number(5.0)  # 0: gradients are not clipped
     ema_decay: float = number(0.995, below=1)  # of the averaged weights, which are validated and saved
     mixed_precision: Literal["no", "bf16"] = "no"
     compile: bool = False  # compile encoder and detail network with torch.compile

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from ..files import write_text
 from ..loss_probabilistic_sam import masked_mean
@@ -61,6 +62,12 @@ class RunningMeans:
                 value = value.detach().float()
                 self.sums[name] = self.sums[name] + value if name in self.sums else value
                 self.counts[name] = self.counts.get(name, 0) + 1
+
+    def share(self, accelerator: Accelerator) -> None:
+        """Replace the sums by their means over all processes, which have the same names."""
+        if self.sums:
+            shared = accelerator.reduce(torch.stack(list(self.sums.values())), "mean")
+            self.sums = dict(zip(self.sums, shared, strict=True))
 
     def read(self) -> dict[str, float]:
         """The means; one copy from the device."""

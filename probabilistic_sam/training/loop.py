@@ -117,7 +117,7 @@ def train(
             fit_ellipse(model, rows["train"])
         best = {"step": 0, **validation(model)}
         if accelerator.is_main_process:
-            save_model(model, processor, directory)
+            save_best(model, processor, directory, best)
     if accelerator.is_main_process:
         report_best(directory, best, len(validation.indices), push_to)
     accelerator.end_training()
@@ -181,7 +181,8 @@ def check_push(config: TrainingConfig, push_to: str | None) -> None:
 
 def describe_run(directory: Path, config: TrainingConfig, rows: dict[str, datasets.Dataset], writes: bool) -> None:
     """Make the run folder, and write the configuration and the sizes of the splits, which the model card reads."""
-    counts = {}
+    counts: dict[str, dict[str, Any]] = {}
+    everyone = []
     for split, part in rows.items():
         patients = set(part["patient_id"])
         counts[split] = {
@@ -190,6 +191,15 @@ def describe_run(directory: Path, config: TrainingConfig, rows: dict[str, datase
             "sources": sorted(set(part["source"]) - {None}),
             "hash_split": all(split_of(patient) == split for patient in patients),
         }
+        everyone.append(patients)
+    if shared := set.intersection(*everyone):
+        for item in counts.values():
+            item["shared_patients"] = len(shared)
+        if writes:
+            print(
+                f"warning: {len(shared)} patients are in more than one split, such as {min(shared)!r} (column "
+                "patient_id), so that validation scores are better than those of new patients"
+            )
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if writes:
@@ -199,9 +209,30 @@ def describe_run(directory: Path, config: TrainingConfig, rows: dict[str, datase
         raise UserError(f"--output_dir {directory} cannot be written: {error.strerror}") from error
 
 
+def save_best(model: Any, processor: ProbabilisticSamProcessor, directory: Path, best: dict) -> None:
+    """Write a model and, as `best.json`, its step and scores."""
+    save_model(model, processor, directory, {"best.json": json.dumps(best, indent=2) + "\n"})
+
+
+def read_best(directory: Path) -> dict[str, Any]:
+    """What `save_best` wrote; empty before the first validation.
+
+    Raises:
+        UserError: the file is not one of `save_best`.
+    """
+    path = directory / "best.json"
+    if not path.is_file():
+        return {}
+    try:
+        best = json.loads(path.read_text(encoding="utf-8"))
+        float(best["all/ged"]), int(best["step"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a file of training/train.py ({error!r})") from error
+    return best
+
+
 def report_best(directory: Path, best: dict, num_slices: int, repo_name: str | None) -> None:
-    """Write the scores of the best model, print the result, and push when a repository is named."""
-    write_text(directory / "best.json", json.dumps(best, indent=2) + "\n")
+    """Print the result, and push when a repository is named."""
     result = f"step {best['step']}, GED {best['all/ged']:.4f} on {num_slices} slices"
     print(f"wrote {directory}: the best model ({result})")
     if repo_name:
@@ -255,7 +286,10 @@ class Run:
             `step` and scores of the best model, which is in the run folder.
         """
         self.step = self.checked = self.sampler.start = state.get("step", 0)
-        self.best, self.running = state.get("best", {}), RunningMeans()
+        # Of the model in the folder, which may be later than the checkpoint: the steps between them are repeated, and
+        # where they give other weights than before, as on CUDA, the better model stays
+        self.best = (read_best(self.directory) or state["best"]) if state else {}
+        self.running = RunningMeans()
         if "log" in state:
             self.running.load_state_dict(state["log"], self.accelerator.device)
         self.energy_weight = getattr(self.model.config, "energy_weight", 0.0)
@@ -284,6 +318,8 @@ class Run:
                 self.write_checkpoint()
             if stop_after == self.step:
                 os.kill(os.getpid(), signal.SIGKILL)
+        if self.step == self.sampler.start and not state.get("best"):  # the time was over before the first validation
+            self.validate()
         self.progress.close()
         return self.best
 
@@ -327,7 +363,7 @@ class Run:
                 loss = self.forward(batch, weight)
                 self.accelerator.backward(loss / len(weights))
         trained = list(self.optimization.trained.values())
-        norm = self.accelerator.clip_grad_norm_(trained, self.config.max_grad_norm)
+        norm = self.accelerator.clip_grad_norm_(trained, self.config.max_grad_norm or math.inf)
         self.running.add({"grad_norm": norm})
         self.rate = rate_factor(self.step, self.time_share, self.config)
         self.step += 1
@@ -381,10 +417,8 @@ class Run:
     # ------------------------------------------------------------------------------------------- between two steps
 
     def read_means(self) -> dict[str, float]:
-        """Means since the last line of the log, which are checked; nothing is written or saved before.
-
-        The norm is that of the mean gradient of all processes, so all of them stop together.
-        """
+        """Means over all processes since the last line of the log, which are checked; nothing is written before."""
+        self.running.share(self.accelerator)
         means = self.running.read()
         if not all(math.isfinite(value) for value in means.values()):
             raise UserError(
@@ -420,7 +454,7 @@ class Run:
             self.progress.write(f"step {self.step}: {', '.join(known)}")
             if scores["all/ged"] < self.best.get("all/ged", math.inf):
                 self.best = {"step": self.step, **scores}
-                save_model(self.model, self.processor, self.directory)
+                save_best(self.model, self.processor, self.directory, self.best)
         self.optimization.ema.swap()
 
     def write_checkpoint(self) -> None:

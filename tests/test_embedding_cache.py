@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import threading
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -35,6 +36,7 @@ from probabilistic_sam.training.windows import (
     view_pixel_values,
     view_prompt,
     view_readers,
+    view_window,
 )
 
 AUGMENTATION = {"max_shift": 4.0, "max_zoom": 0.3, "max_gamma": 0.25}
@@ -179,6 +181,25 @@ def test_gamma_keeps_black_and_white_and_bends_the_rest():
     assert torch.allclose(straight[[0, -1]], bent[[0, -1]], atol=1e-5)
     share = [(row - row[0]) / (row[-1] - row[0]) for row in (straight, bent)]
     assert torch.allclose(share[1], share[0] ** 2, atol=1e-5)
+
+
+@pytest.mark.parametrize("corner", [(3, 5), (-4, 60), (75, -9)])
+def test_only_the_window_of_a_large_image_is_computed(masks, processor, corner):
+    """The same values as from the whole image, whose darkest and brightest pixels set the scale of gamma."""
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 255, size=(80, 90), dtype=np.uint8)
+    view = View(1, True, (*corner, 24), 1.2)
+    planes = view.turn(image[None]).astype(np.float32)
+    low, high = planes.min(), planes.max()
+    whole = processor.stretch(torch.from_numpy(((planes - low) / (high - low)) ** 1.2), view.window)
+    assert torch.equal(view_window(image, view, processor), whole)
+
+    large = rng.integers(0, 255, size=(2000, 2000), dtype=np.uint8)
+    tracemalloc.start()
+    view_window(large, view, processor)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2.5 * large.nbytes  # the turned image, and no float of each pixel
 
 
 def test_defaults_give_the_views_of_earlier_versions(masks, processor):

@@ -679,7 +679,7 @@ def test_cpus_that_compute_in_bfloat16(tmp_path, flags, native):
 
 
 @pytest.mark.parametrize("trained", [False, True])
-def test_validation_is_the_evaluation_in_float32(workspace, trained, monkeypatch):
+def test_validation_is_the_evaluation_in_float32(workspace, trained, request):
     """Embeddings are kept while the encoder is frozen; autocast, also in `forward`, has no effect."""
     rows, model = load_split(workspace / "lidc", "validation"), tiny_model(tiny_vit_parts)
     processor, config = (
@@ -699,7 +699,8 @@ def test_validation_is_the_evaluation_in_float32(workspace, trained, monkeypatch
     model.vision_encoder.register_forward_hook(lambda module, inputs, output: encoded.append(len(inputs[0])))
     precisions = []
     model.mask_decoder.register_forward_hook(lambda *_: precisions.append(torch.get_float32_matmul_precision()))
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)  # "high", and back at the end
+    torch.set_float32_matmul_precision("high")  # as on a GPU
+    request.addfinalizer(lambda: torch.set_float32_matmul_precision("highest"))
     model.train()
     noise = torch.get_rng_state()
     with torch.autocast("cpu", dtype=torch.bfloat16):

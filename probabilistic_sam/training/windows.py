@@ -161,13 +161,17 @@ def view_window(image: np.ndarray, view: View, processor: ProbabilisticSamProces
 
     Colours change together: gamma and contrast have one scale for the whole image, and noise is grey.
     """
-    planes = view.turn(image[None] if image.ndim == 2 else np.moveaxis(image, -1, 0)).astype(np.float32)
+    planes, (x, y, side) = view.turn(image[None] if image.ndim == 2 else np.moveaxis(image, -1, 0)), view.window
     low, high = float(planes.min()), float(planes.max())
+    if not view.noise:  # whose random numbers are those of the whole image
+        planes = planes[:, max(y, 0) : y + side, max(x, 0) : x + side]
+        x, y = min(x, 0), min(y, 0)
+    planes = planes.astype(np.float32)
     if view.gamma != 1.0 and high > low:
         planes = ((planes - low) / (high - low)) ** view.gamma
     if view.noise:
         planes = add_noise(planes, view, processor)
-    grey = processor.stretch(torch.from_numpy(planes), view.window)
+    grey = processor.stretch(torch.from_numpy(planes), (x, y, side))
     if view.contrast != 1.0:  # after the stretch, which would undo it
         grey = (grey.mean() + view.contrast * (grey - grey.mean())).clamp(0, 255)
     return grey

@@ -947,7 +947,7 @@ def test_damaged_models_are_refused(run_segment, broken_dir, name):
         (
             "processor_config.json",
             {"image_size": 48},
-            "takes images of 32 pixels, but its processor.* of 48;",
+            "takes images of 64 pixels, but its processor.* of 48;",
         ),
     ],
 )

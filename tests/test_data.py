@@ -261,15 +261,23 @@ def test_large_splits_are_written_in_shards(tmp_path, monkeypatch):
 
 
 def test_large_images_are_written_in_row_groups_of_bounded_size(tmp_path, monkeypatch):
-    rows = [make_row(slice_index=index) for index in range(50)]
-    write_dataset(rows, tmp_path / "one", "Made up.")
-    monkeypatch.setattr("probabilistic_sam.data.build.SHARD_BYTES", 12_000)
-    monkeypatch.setattr("probabilistic_sam.data.build.math.ceil", lambda number: 1)  # one file
-    write_dataset(rows, tmp_path / "many", "Made up.")
-    one, many = (pq.ParquetFile(next((tmp_path / name / "data").iterdir())).metadata for name in ("one", "many"))
-    sizes = [many.row_group(index).total_byte_size for index in range(many.num_row_groups)]
-    assert one.num_row_groups == 1 and len(sizes) > 2 and max(sizes) < 12_000 + 2 * len(rows[0]["image"]["bytes"])
-    assert manifest_splits(tmp_path / "one") == manifest_splits(tmp_path / "many")
+    """Twenty large images beside many small ones: all of them are among the rows of one file."""
+    noise = np.random.default_rng(0).integers(0, 256, (20, 64, 64), dtype=np.uint8)
+    rows = [
+        image_row(
+            encode_png(noise[index] if index < 20 else noise[0] * 0), [encode_png(MASKS[0])], "image", ["mask"],
+            patient_id="LIDC-IDRI-0001", nodule_id=0, slice_index=index, source="test",
+        )
+        for index in range(400)
+    ]  # fmt: skip
+    monkeypatch.setattr("probabilistic_sam.data.build.SHARD_BYTES", 60_000)
+    write_dataset(rows, tmp_path / "build", "Made up.")
+    paths = sorted((tmp_path / "build" / "data").iterdir())
+    groups = [pq.ParquetFile(path).metadata for path in paths]
+    sizes = [data.row_group(index).total_byte_size for data in groups for index in range(data.num_row_groups)]
+    assert groups[0].num_rows > 20 and groups[0].num_row_groups > 1  # the large images are in the first file
+    assert max(sizes) < 60_000 + 2 * len(rows[0]["image"]["bytes"])
+    assert load_split(tmp_path / "build", "train")["slice_index"] == list(range(400))
 
 
 def test_only_an_earlier_build_is_replaced(tmp_path):
@@ -697,7 +705,7 @@ def test_rows_of_other_software_that_do_not_decode_are_named(tmp_path, monkeypat
             with pytest.raises(UserError, match=f"image_id x: {name} does not decode"):
                 decode(row | {"image": bad, "masks": [bad]})
     with monkeypatch.context() as patch:
-        patch.setattr("probabilistic_sam.data.format.LARGEST_IMAGE", 63)
+        patch.setattr("probabilistic_sam.data.format.MAX_PIXELS", 63)
         for bad, why in unsafe_images(tmp_path):
             for name, decode in (("image", decode_image), ("mask", decode_masks)):
                 with pytest.raises(UserError, match=f"image_id x: {name} does not decode .*{why}"):

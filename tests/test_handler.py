@@ -255,6 +255,12 @@ def test_bad_requests_get_a_message_and_the_next_one_an_answer(url, body, messag
     assert answers_well(url)
 
 
+def test_memory_of_a_request_is_bounded(url):
+    image = encoded(file_of(np.zeros((400, 500), np.uint8)))
+    status, answer = post(url, {"inputs": image, "parameters": {"boxes": [BOX], "num_samples": 672}})
+    assert status == 400 and "at most 671 for this request" in answer["error"]  # 2^27 / (400 * 500)
+
+
 def test_eight_concurrent_requests_are_answered_as_one_by_one(url):
     requests = [
         {

@@ -68,6 +68,14 @@ def test_iou_and_dice_by_hand():
     np.testing.assert_allclose(dice, [[1, 1 / 2, 0], [0, 0, 0], [0, 0, 1]])
 
 
+def test_iou_of_large_masks_is_exact():
+    a = np.zeros((1, 100, 100), bool)
+    b = a.copy()
+    a[0, :70], b[0, :71] = True, True
+    a[0, 0, 0] = False
+    assert functional.iou_matrix(a, b).item() == 6999 / 7100
+
+
 def test_iou_matrix_agrees_with_loops():
     a, b = random_masks(5, 0), random_masks(4, 1)
     expected = [[loop_iou(x, y) for y in b] for x in a]

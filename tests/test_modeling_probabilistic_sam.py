@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import GRID, SIZE, sam_parts, tiny_inputs, tiny_labels, tiny_model, tiny_vit_parts
+from torch.distributions import Normal, kl_divergence
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModel, AutoModelForMaskGeneration, AutoProcessor, SamConfig, SamModel
@@ -23,6 +24,7 @@ from probabilistic_sam.loss_probabilistic_sam import (
 )
 from probabilistic_sam.modeling_probabilistic_sam import (
     EMPTY_LOGIT,
+    Readers,
     box_map,
     noise_given_presence,
     pack_pixels,
@@ -449,6 +451,62 @@ def test_iou_loss_is_the_squared_error_of_the_scores_of_all_decoded_masks(inputs
     assert scores.shape == (2, 3, 5) and loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_samples_of_the_energy_distance_are_of_the_prior_and_of_readers_who_are_present(inputs, monkeypatch):
+    model, decoded = tiny_model(energy_weight=1.0, num_energy_samples=3, seed=1), []
+    decode = model.decode_outlines
+    monkeypatch.setattr(model, "decode_outlines", lambda *given: decoded.append(decode(*given)) or decoded[-1])
+    labels = torch.zeros(2, 3, 3, 8, 8)
+    labels[:, :, 0, 2:5, 2:5] = 1  # of three readers one annotated, one did not, one is absent
+    reader_mask = torch.tensor([True, True, False]).expand(2, 3, 3)
+    torch.manual_seed(0)
+    output = model.train()(**inputs, labels=labels, reader_mask=reader_mask)
+    ((masks, _),) = decoded  # of the three readers, and three samples of the prior
+    samples, reader = masks.sigmoid().flatten(3)[:, :, [1, 3, 4, 5]], labels[:, :, :1].flatten(3)
+    cross, within = soft_jaccard_distance(samples, reader), soft_jaccard_distance(samples, samples)
+    expected = 2 * cross.mean() - within.sum(dim=(-2, -1)).mean() / 12
+    assert output.energy_distance.item() == pytest.approx(expected.item(), rel=2e-6)
+
+
+def test_iou_loss_weighs_a_window_by_its_readers(inputs, monkeypatch):
+    model, decoded = tiny_model(energy_weight=1.0, num_energy_samples=3), []
+    decode = model.decode_outlines
+    monkeypatch.setattr(model, "decode_outlines", lambda *given: decoded.append(decode(*given)) or decoded[-1])
+    labels, present = tiny_labels(), torch.ones(2, 3, 2, dtype=torch.bool)
+    present[0, :, 1] = False
+    loss = model.train()(**inputs, labels=labels, reader_mask=present).iou_loss
+    ((masks, scores),) = decoded
+    errors = []
+    for image, slots, readers in ((0, [0, 2, 3, 4], [0]), (1, [0, 1, 2, 3, 4], [0, 1])):
+        mask, reader = masks[image][:, slots, None] > 0, labels[image][:, None, readers] > 0
+        iou = ((mask & reader).sum((-2, -1)) / (mask | reader).sum((-2, -1))).mean(-1)
+        errors += [((scores[image][:, slots] - iou) ** 2).mean()] * len(readers)
+    assert loss.item() == pytest.approx(torch.stack(errors).mean().item(), rel=1e-4)
+
+
+def test_labels_are_resized_by_area():
+    labels = torch.zeros(1, 1, 1, 16, 16)
+    labels[..., 0, 0] = labels[..., 4, 4:6] = 1  # a quarter of cell (0, 0), half of cell (2, 2)
+    assert Readers.read(labels, None, None, (1, 1), 8).targets[0, 0, 0].nonzero().tolist() == [[2, 2]]
+
+
+def test_points_without_labels_are_inside(inputs):
+    model, points = tiny_model(), torch.tensor([[[[10.0, 10]]]] * 2)
+
+    def prior(**labels):
+        return model.sample(inputs["pixel_values"], input_points=points, **labels).prior_mean
+
+    inside, outside = (torch.full((2, 1, 1), value) for value in (1, 0))
+    assert torch.equal(prior(), prior(input_labels=inside))
+    assert not torch.allclose(prior(), prior(input_labels=outside), atol=1e-4)
+
+
+def test_packed_pixels_are_the_mean_of_the_colours_and_points_do_not_add_up():
+    colour = torch.tensor([0.0, 30, 90])[None, :, None, None].expand(1, 3, 32, 32)
+    assert torch.equal(pack_pixels(colour), torch.full((1, 16, 2, 2), 40.0))
+    points = torch.tensor([[[[4.0, 4.0], [4.0, 4.0]]]])
+    assert point_maps(points, torch.ones(1, 1, 2), 16, 2).max().item() == 1
+
+
 def test_loss_is_the_sum_of_its_documented_parts(inputs):
     labels = torch.zeros(2, 3, 2, 8, 8)
     labels[:, :, :, 2:5, 2:5] = 1
@@ -504,6 +562,12 @@ def test_gaussian_kl_by_hand():
     assert gaussian_kl(one, zero, zero, zero).item() == pytest.approx(0.5)
     expected = 0.5 * (math.exp(2) - 1) - 1
     assert gaussian_kl(zero, one, zero, zero).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_gaussian_kl_is_that_of_torch():
+    mean, log_std, prior_mean, prior_log_std = torch.randn(4, 50, generator=torch.Generator().manual_seed(0)).double()
+    expected = kl_divergence(Normal(mean, log_std.exp()), Normal(prior_mean, prior_log_std.exp()))
+    assert torch.allclose(gaussian_kl(mean, log_std, prior_mean, prior_log_std), expected)
 
 
 def test_soft_jaccard_distance_is_a_metric_on_soft_masks():

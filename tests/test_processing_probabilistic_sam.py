@@ -12,6 +12,7 @@ import pytest
 import torch
 from tiny import SIZE, tiny_model
 from transformers import AutoProcessor, SamImageProcessor, SamProcessor
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from probabilistic_sam import ProbabilisticSamProcessor
 from probabilistic_sam.processing_probabilistic_sam import (
@@ -500,11 +501,41 @@ def test_percentiles_of_the_window_become_black_and_white():
 
 def test_window_beyond_the_image_is_filled_with_its_darkest_value():
     processor = ProbabilisticSamProcessor(64, 64, stretch_percentiles=(0, 100))
-    image = np.full((64, 64), 7.0)
-    image[20, 20] = 9.0
+    image = np.full((64, 64), -1000.0)
+    image[20, 20] = 200.0
     pixels = grey(processor(image, input_boxes=[[[0, 0, 16, 16]]])["pixel_values"])[0]  # window (-24, -24)
     assert torch.allclose(pixels[:24], torch.zeros(24, 64), atol=1e-3)
     assert pixels[44, 44].item() == pytest.approx(255, abs=1e-3)  # pixel (20, 20)
+
+
+def test_percentiles_are_those_inside_the_image():
+    image = np.arange(64.0 * 64).reshape(64, 64)
+    processor = ProbabilisticSamProcessor(64, 64, stretch_percentiles=(25, 75))
+    pixels = grey(processor(image, input_boxes=[[[0, 0, 16, 16]]])["pixel_values"])[0]  # window (-24, -24)
+    low, high = np.percentile(image[:40, :40], [25, 75])
+    expected = np.clip((image[:40, :40] - low) / (high - low), 0, 1) * 255
+    np.testing.assert_allclose(pixels[24:, 24:], expected, atol=1e-2)
+
+
+def test_colours_are_normalised_as_imagenet():
+    np.testing.assert_allclose(IMAGENET_MEAN, np.array(IMAGENET_DEFAULT_MEAN) * 255)
+    np.testing.assert_allclose(IMAGENET_STD, np.array(IMAGENET_DEFAULT_STD) * 255)
+
+
+def test_stripes_narrower_than_a_pixel_become_grey():
+    stripes = np.tile([1.0, 0, 0, 1], (128, 32))
+    processor = ProbabilisticSamProcessor(32, 128, stretch_percentiles=(0, 100))
+    pixels = grey(processor(stripes, input_boxes=[[[40, 40, 88, 88]]])["pixel_values"])[0]
+    assert (pixels[:, 2:-2] - 127.5).abs().max() < 8
+
+
+def test_outside_of_the_window_the_mean_is_zero():
+    processor = ProbabilisticSamProcessor(64, 16)
+    window, size = torch.tensor([[8, 8, 16]]), torch.tensor([[32, 32]])
+    (result,) = processor.post_process_samples(torch.full((1, 1, 2, 16, 16), 9.0), window, size)
+    outside = torch.ones(32, 32, dtype=torch.bool)
+    outside[8:24, 8:24] = False
+    assert result["mean"][outside].max() < 1e-9 and result["entropy"][outside].max() < 1e-6
 
 
 def test_constant_image_has_no_nan(processor):

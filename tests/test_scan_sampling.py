@@ -97,6 +97,27 @@ def test_a_model_without_presence_gives_the_samples_that_are_not_empty(scan, pro
     outlined = every.masks.any(axis=(1, 2, 3))
     assert len(every.masks) == 8 and 0 < given.presence == outlined.mean() < 1
     np.testing.assert_array_equal(given.masks, every.masks[outlined])
+    np.testing.assert_allclose(given.mean, given.masks.mean(axis=0), atol=1e-6)
+
+
+def test_a_lower_threshold_gives_larger_masks(scan, processor):
+    model = tiny_model()
+    half, low = (sample_scan(model, processor, scan, BOX, (0, 1), 8, threshold=value).masks for value in (0.5, 0.2))
+    assert (low >= half).all() and low.sum() > half.sum()
+
+
+@pytest.mark.parametrize("box", [BOX, [0, 0, 10, 8]])
+def test_masks_lie_where_those_of_the_slice_alone_lie(scan, processor, box):
+    model, (_, height, width) = tiny_model(), scan.shape
+    sampled = sample_scan(model, processor, scan, box, (1, 1), 4, given_presence=False)
+    inputs = processor(list(scan.read(1, 1)), input_boxes=[[box]])
+    logits = model.sample(**inputs, num_samples=4, generator=torch.Generator().manual_seed(0)).pred_masks
+    (result,) = processor.post_process_samples(logits, inputs["windows"], inputs["original_sizes"])
+    whole = np.zeros((4, height, width), bool)
+    (top, left), (rows, columns) = sampled.corner, sampled.masks.shape[2:]
+    whole[:, top : top + rows, left : left + columns] = sampled.masks[:, 0]
+    np.testing.assert_array_equal(whole, result["masks"].numpy())
+    assert whole.any()
 
 
 def test_too_many_samples_and_prompts_outside_are_refused(scan, processor, monkeypatch):

@@ -31,6 +31,14 @@ def check_values(scan, values, affine_lps):
     np.testing.assert_array_equal(read[tuple(index.T)], values[i, j, k])
 
 
+@pytest.mark.parametrize("step", [2.5, -2.5])
+def test_some_slices_of_a_stack_in_either_direction(tmp_path, step):
+    values = hounsfield((4, 5, 6)).astype(np.int16)
+    with open_scan(write_nifti(tmp_path / "scan.nii", values, np.diag([-0.7, -0.7, step, 1]))) as scan:
+        np.testing.assert_array_equal(scan.read(1, 2), scan.read(0, 5)[1:3])
+        np.testing.assert_array_equal(scan.read(5, 5)[0], values[:, :, 5 if step > 0 else 0].T)
+
+
 # ------------------------------------------------------------------------------------------------------------ DICOM
 
 

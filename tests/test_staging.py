@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from tiny import SIZE, load_script, sam_parts, tiny_model, tiny_vit_parts
 
@@ -51,6 +52,27 @@ def changed(run, tmp_path):
 
 def files(folder):
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_results_of_other_weights_are_not_on_the_card(changed, tmp_path):
+    (changed / "results").mkdir()
+    (changed / "results" / "test.json").write_text(json.dumps({"weights": "0" * 64}))
+    with pytest.raises(UserError, match="test.json has the results of other weights"):
+        stage_model(changed, tmp_path / "staged", "alice/eyes")
+
+
+def test_the_card_of_trainer_is_replaced(changed, tmp_path):
+    (changed / "README.md").write_text("---\ntags:\n- generated_from_trainer\n---\n\nMore information needed.\n")
+    stage_model(changed, tmp_path / "staged", "alice/eyes")
+    text = (tmp_path / "staged" / "README.md").read_text()
+    assert "More information needed" not in text and "# eyes: " in text
+
+
+def test_pickled_weights_are_refused(changed, tmp_path):
+    torch.save(ProbabilisticSamModel.from_pretrained(changed).state_dict(), changed / "pytorch_model.bin")
+    (changed / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="the weights in .* are not safetensors"):
+        stage_model(changed, tmp_path / "staged", "alice/eyes")
 
 
 def test_staged_run_has_weights_code_and_examples_but_no_training_files(run, tmp_path):

@@ -38,7 +38,7 @@ from probabilistic_sam.data.build import write_dataset
 from probabilistic_sam.data.format import FEATURES, decode_masks, encode_png, image_row, load_split
 from probabilistic_sam.errors import UserError
 from probabilistic_sam.metrics import summarize
-from probabilistic_sam.training import checkpoint, loop, models
+from probabilistic_sam.training import checkpoint, loop, models, optimization
 from probabilistic_sam.training import config as config_module
 from probabilistic_sam.training.batches import collate
 from probabilistic_sam.training.checkpoint import checkpoints
@@ -584,17 +584,75 @@ def test_a_run_whose_time_is_over_before_its_first_validation_leaves_a_model(tra
     assert json.loads((tmp_path / "best.json").read_text())["step"] == 1 and (tmp_path / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("largest", [0, 1e9])
-def test_gradients_are_not_clipped_by_a_norm_of_zero(train, tmp_path, monkeypatch, largest):
+@pytest.mark.parametrize("largest", [0.0, 0.5, 1e9])
+def test_gradients_are_clipped_unless_the_norm_is_zero(train, tmp_path, monkeypatch, largest):
     more = ("encoder=frozen", "eval_slices=1", "max_steps=1", f"max_grad_norm={largest}")
     (gradients,) = gradients_of(monkeypatch, lambda: train(tmp_path, *more))
-    assert sum(gradient.square().sum() for gradient in gradients.values()) > 1
+    norm = torch.cat([gradient.flatten() for gradient in gradients.values()]).norm().item()
+    assert norm == pytest.approx(0.5, rel=1e-3) if largest == 0.5 else norm > 1
+
+
+def test_the_weight_of_the_energy_distance_rises(train, tmp_path, monkeypatch):
+    """Also after a validation, which computes with the whole weight."""
+    forward, weights = loop.Run.forward, []
+
+    def recorded(self, *given):
+        weights.append(self.model.config.energy_weight)
+        return forward(self, *given)
+
+    monkeypatch.setattr(loop.Run, "forward", recorded)
+    more = ("encoder=frozen", "energy_start_step=1", "energy_ramp_steps=2", "max_steps=5", "eval_every=2")
+    train(tmp_path, *more, "eval_slices=1")
+    assert weights == [0, 2.5, 5, 5, 5]
+
+
+def test_the_average_is_validated_and_saved_and_training_goes_on_without_it(train, tmp_path, monkeypatch):
+    update, averages, weights, scored = Ema.update, [], [], []
+
+    def copied(values):
+        return torch.cat([value.detach().flatten() for value in values])
+
+    def updated(self, step):
+        update(self, step)
+        averages.append(copied(self.weights.values()))
+        weights.append(copied(self.trained.values()))
+
+    def score(self, model):
+        scored.append(copied(weight for weight in model.parameters() if weight.requires_grad))
+        return {"all/ged": 0.5}
+
+    monkeypatch.setattr(Ema, "update", updated)
+    monkeypatch.setattr(loop.Validation, "__call__", score)
+    train(tmp_path / "plain", "encoder=frozen", "max_steps=3", "eval_every=9")
+    undisturbed = weights[-1]
+    for recorded in (averages, weights, scored):
+        recorded.clear()
+    train(tmp_path / "run", "encoder=frozen", "max_steps=3", "eval_every=2")
+    assert torch.equal(scored[0], averages[1]) and not torch.equal(scored[0], weights[1])
+    assert torch.equal(weights[-1], undisturbed)
+    saved = ProbabilisticSamModel.from_pretrained(tmp_path / "run").state_dict()
+    trained = torch.load(tmp_path / "run" / "checkpoint-3" / "training_state.pt")["model"]
+    assert torch.equal(copied(saved[name] for name in trained), averages[1])  # step 3 was not better
+
+
+def test_schedule_average_and_weight_decay_by_hand():
+    assert doctest.testmod(optimization).attempted and not doctest.testmod(optimization).failed
+    config = TrainingConfig(base_model="random", warmup_steps=10, max_steps=110)
+    assert optimization.rate_factor(35, 0.0, config) == pytest.approx((1 + 0.5**0.5) / 2)  # cosine of an eighth turn
+    weight = torch.nn.Parameter(torch.zeros(1))
+    ema = Ema({"w": weight}, decay=0.5)
+    torch.nn.init.constant_(weight, 8.0)
+    ema.update(step=990)  # 990 / 1,000 is more than the decay
+    assert ema.weights["w"].item() == 4.0
+    config = TrainingConfig(base_model="random", image_size=SIZE, encoder="trained")
+    for group in parameter_groups(tiny_model(tiny_vit_parts), config):
+        assert {weight.ndim > 1 for weight in group["params"]} == {group["weight_decay"] > 0}  # matrices only
 
 
 def test_only_checkpoints_are_removed(tmp_path):
-    for name in ("checkpoint-1", "checkpoint-20", "checkpoint-20-backup", "checkpoint-notes"):
+    for name in ("checkpoint-3", "checkpoint-20", "checkpoint-20-backup", "checkpoint-notes"):
         (tmp_path / name).mkdir()
-    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-20"]
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-20"]
     checkpoint.save_checkpoint(tmp_path, {"step": 30})
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["checkpoint-20-backup", "checkpoint-30", "checkpoint-notes"]

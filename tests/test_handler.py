@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 import tomllib
 import urllib.error
 import urllib.request
@@ -280,6 +281,22 @@ def test_eight_concurrent_requests_are_answered_as_one_by_one(url):
 
     with ThreadPoolExecutor(len(requests)) as pool:
         assert list(pool.map(wait_and_post, requests)) == one_by_one
+
+
+def test_requests_are_answered_one_at_a_time(folder, monkeypatch):
+    handler, running, most = load_handler(folder), [], []
+
+    def slow_answer(inputs, parameters):
+        running.append(inputs)
+        time.sleep(0.05)  # long enough for the other requests to arrive
+        most.append(len(running))
+        running.remove(inputs)
+        return []
+
+    monkeypatch.setattr(handler, "answer", slow_answer)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(handler, ["a", "b", "c", "d"])) == [[]] * 4
+    assert most == [1] * 4
 
 
 # --------------------------------------------------------------------------------------------------------- the folder

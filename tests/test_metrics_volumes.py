@@ -1,7 +1,5 @@
 """Metrics of nodules as volumes, by hand-computed numbers."""
 
-import doctest
-
 import numpy as np
 import pytest
 
@@ -16,10 +14,6 @@ def block(first: int, last: int, side: int = 4) -> np.ndarray:
     volume = EMPTY.copy()
     volume[first : last + 1, 2 : 2 + side, 2 : 2 + side] = True
     return volume
-
-
-def test_examples_of_the_docstrings():
-    assert doctest.testmod(volumes).attempted >= 4 and not doctest.testmod(volumes).failed
 
 
 def test_ged_3d_of_blocks_that_share_one_of_three_slices():

@@ -1,6 +1,5 @@
 """training/train.py: a run of eight steps, resuming after a kill, errors in one line."""
 
-import doctest
 import functools
 import itertools
 import json
@@ -39,7 +38,6 @@ from probabilistic_sam.data.format import FEATURES, decode_masks, encode_png, im
 from probabilistic_sam.errors import UserError
 from probabilistic_sam.metrics import summarize
 from probabilistic_sam.training import checkpoint, loop, models, optimization
-from probabilistic_sam.training import config as config_module
 from probabilistic_sam.training.batches import collate
 from probabilistic_sam.training.checkpoint import checkpoints
 from probabilistic_sam.training.config import TrainingConfig, parse_overrides, read_config
@@ -636,7 +634,6 @@ def test_the_average_is_validated_and_saved_and_training_goes_on_without_it(trai
 
 
 def test_schedule_average_and_weight_decay_by_hand():
-    assert doctest.testmod(optimization).attempted and not doctest.testmod(optimization).failed
     config = TrainingConfig(base_model="random", warmup_steps=10, max_steps=110)
     assert optimization.rate_factor(35, 0.0, config) == pytest.approx((1 + 0.5**0.5) / 2)  # cosine of an eighth turn
     weight = torch.nn.Parameter(torch.zeros(1))
@@ -814,7 +811,6 @@ def test_configuration_without_the_new_augmentation_keeps_its_fingerprint():
 
 
 def test_override_may_replace_a_whole_group(workspace):
-    assert doctest.testmod(config_module) == (0, 1)
     overrides = parse_overrides(["prompts={center_point: 1}"])
     assert read_config(workspace / "config.yaml", overrides).prompts == {"center_point": 1.0}
 

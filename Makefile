@@ -28,7 +28,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  version=`$(PYTHON) --version 2>/dev/null || echo missing`; \
 	  echo "error: $(PYTHON) is $$version; accepted: Python 3.11 or newer, as in make PYTHON=python3.11" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[all]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 demo: $(STAMP)

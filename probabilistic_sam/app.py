@@ -17,11 +17,12 @@ import numpy as np
 from .app_canvas import MAX_SAMPLES, check_numbers, picture, prompt_canvas, read_prompt, zip_of
 from .errors import UserError
 from .images import is_scan, load_slice
-from .inference import check_num_samples, result_words, sample_image, write_result
+from .inference import check_num_samples, sample_image
 from .modeling_probabilistic_sam import ProbabilisticSamModel
 from .plotting import area_figure, contour_figure, figure_pixels, map_figure, zoom_window
 from .processing_image_files import IMAGE_FORMATS
 from .processing_probabilistic_sam import ProbabilisticSamProcessor
+from .results import result_words, write_result
 
 HOST = "127.0.0.1"
 MAX_UPLOAD = 2**31  # bytes, as in `scans.MAX_BYTES`

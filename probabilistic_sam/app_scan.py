@@ -21,7 +21,8 @@ from .app_canvas import MAX_SAMPLES, check_numbers, is_whole, picture, prompt_ca
 from .errors import UserError
 from .modeling_probabilistic_sam import ProbabilisticSamModel
 from .processing_probabilistic_sam import ProbabilisticSamProcessor
-from .scan_files import MEASURES, choose_formats, presence_words, write_scan_result
+from .results import presence_words
+from .scan_files import MEASURES, choose_formats, write_scan_result
 from .scan_sampling import sample_scan
 from .scans import Scan, SeveralSeries, open_scan
 from .segment_scan import Nodule, check_nodule, prompt_line

@@ -7,9 +7,8 @@ For MobileSAM on the command line:
 
 import argparse
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +19,9 @@ from transformers.utils import logging
 
 from .configuration_probabilistic_sam import ProbabilisticSamConfig, TinyViTVisionConfig
 from .errors import UserError, run
-from .files import replaced_files
 from .modeling_probabilistic_sam import ProbabilisticSamModel
 from .processing_probabilistic_sam import ProbabilisticSamProcessor
+from .weights import check_loaded, load_torch_file, save_model
 
 logger = logging.get_logger(__name__)
 
@@ -58,18 +57,6 @@ MOBILE_SAM_KEYS = [
     (r"transformer\.layers\.(\d)\.norm(\d)\.", r"transformer.layers.\1.layer_norm\2."),
     (r"transformer\.norm_final_attn\.", "transformer.layer_norm_final_attn."),
 ]
-
-
-def load_torch_file(path: str | Path) -> Any:
-    """Read a file of `torch.save` with tensors, containers and numbers only; code in the file is never run.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged bytes make the unpickler raise almost anything
-        raise UserError(f"{path} is not a readable torch file ({type(error).__name__})") from error
 
 
 def load_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
@@ -129,27 +116,6 @@ def mobile_sam_config(image_size: int = 1024, **kwargs) -> ProbabilisticSamConfi
         mask_decoder_config={"layer_norm_eps": 1e-5},  # the original SAM's
         **kwargs,
     )
-
-
-def check_loaded(info: dict, origin: str, new: tuple[str, ...] = ()) -> None:
-    """Refuse weights that do not fit their model.
-
-    Args:
-        info: what `from_pretrained(output_loading_info=True)` returns.
-        origin: of the weights, for the message.
-        new: beginnings of the names that may be missing.
-
-    Raises:
-        UserError: weights are missing, unexpected or of another shape; the message names them.
-    """
-    wrong = {
-        "missing": sorted(key for key in info["missing_keys"] if not key.startswith(new)),
-        "unexpected": sorted(info["unexpected_keys"]),
-        "of another shape": sorted(key for key, *_ in info["mismatched_keys"]),
-    }
-    if any(wrong.values()):
-        named = "; ".join(f"{len(keys)} {kind}, such as {keys[0]}" for kind, keys in wrong.items() if keys)
-        raise UserError(f"{origin} does not fit: tensors {named}")
 
 
 def with_new_latents(config: ProbabilisticSamConfig, state_dict: dict, origin: str) -> ProbabilisticSamModel:
@@ -234,33 +200,6 @@ def convert_sam(directory: str | Path, image_size: int | None = None, **kwargs) 
         state_dict, config.prompt_encoder_config.image_embedding_size, config.vision_config.global_attn_indexes
     )
     return with_new_latents(config, state_dict, f"SAM {directory}")
-
-
-def save_model(
-    model: ProbabilisticSamModel,
-    processor: ProbabilisticSamProcessor,
-    directory: str | Path,
-    others: Mapping[str, str] | None = None,
-) -> None:
-    """Write model and processor: first all files to a temporary folder, then each to its place.
-
-    Args:
-        model: any model of the package.
-        processor: its processor.
-        directory: folder to write into.
-        others: texts of further files, by name.
-
-    Raises:
-        UserError: the directory cannot be written.
-    """
-    with replaced_files(directory) as folder:
-        try:
-            model.save_pretrained(folder)
-        except SafetensorError as error:  # what safetensors raises where the disk is full, among others
-            raise UserError(f"the model cannot be written to {directory}: {error}") from error
-        processor.save_pretrained(folder)
-        for name, text in (others or {}).items():
-            (folder / name).write_text(text, encoding="utf-8")
 
 
 def main() -> None:

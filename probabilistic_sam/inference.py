@@ -1,4 +1,4 @@
-"""Load a model, sample masks for a prompt in an image, and write the result.
+"""Load a model and sample masks for a prompt in an image; `results` writes them.
 
     model, processor = load_model("model_cards/psam-lidc")
     image, pixel_spacing = load_slice("slice.png")
@@ -13,7 +13,6 @@ A prompt is a dictionary with any of these keys, in pixels of the image, measure
 - `mask`: (H, W) array, a rough mask; `processing_probabilistic_sam.mask_inside` decides which values are inside
 """
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,14 +23,12 @@ import numpy as np
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from PIL import Image
 from safetensors import SafetensorError
 
-from . import ProbabilisticSamModel, ProbabilisticSamProcessor, __version__
+from . import ProbabilisticSamModel, ProbabilisticSamProcessor
 from .baselines import BASELINES
 from .errors import UserError
-from .plotting import sample_figure, save_figure
-from .processing_probabilistic_sam import MIN_PRESENCE, QUANTILES, mask_inside
+from .processing_probabilistic_sam import mask_inside
 
 DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "model_cards" / "psam-lidc"
 RUNTIMES = ("torch", "onnx")
@@ -42,10 +39,6 @@ HOW_TO_GET_WEIGHTS = (
     "give --model with a folder or a name on the Hub (owner/name), or install a clone of the repository with "
     "pip install -e, so that its model_cards/psam-lidc is found"
 )
-RESULT_FILES = (
-    "outlines/sample-[0-9]*.png", "masks/sample-[0-9]*.png", "mean.png", "uncertainty.png", "figure.png",
-    "result.json",
-)  # fmt: skip
 
 
 @dataclass
@@ -237,37 +230,6 @@ def sample_image(
     )  # fmt: skip
 
 
-def value_summary(values: np.ndarray, scale: float = 1.0) -> dict[str, Any] | None:
-    """Return mean, quantiles and all values, times `scale` (such as mm^2 per pixel), for JSON; None for no values."""
-    if not len(values):
-        return None
-    values = np.asarray(values) * scale
-    quantiles = {str(level): shortened(np.quantile(values, level)) for level in QUANTILES}
-    return {
-        "mean": shortened(values.mean()),
-        "quantiles": quantiles,
-        "samples": [shortened(value) for value in values],
-    }
-
-
-def shortened(value: float) -> float:
-    """A number with four decimals, or four significant digits if it is small, such as mm^2 under a microscope."""
-    return round(float(value), 4) if abs(value) >= 0.1 else float(f"{value:.4g}")
-
-
-def write_masks(folder: Path, masks: np.ndarray) -> None:
-    """Write masks (N, H, W) as 1-bit PNGs into a new folder: `sample-00.png`, ..."""
-    folder.mkdir(parents=True)
-    digits = max(2, len(str(len(masks) - 1)))
-    for index, mask in enumerate(masks):
-        Image.fromarray(mask).save(folder / f"sample-{index:0{digits}d}.png")
-
-
-def write_grey(path: Path, values: np.ndarray) -> None:
-    """Write values from 0 to 1 as a 16-bit grey PNG; 65535 means 1."""
-    Image.fromarray(np.round(np.clip(values, 0, 1) * 65535).astype(np.uint16)).save(path)
-
-
 def check_prompt(prompt: dict[str, Any], width: int, height: int) -> None:
     """Raise `UserError` for a prompt that does not fit an image of `width` x `height` pixels.
 
@@ -296,105 +258,16 @@ def check_num_samples(num_samples: int, image: np.ndarray) -> None:
         )
 
 
-def write_result(
-    folder: Path,
-    image: np.ndarray,
-    sampled: SampledMasks,
-    name: str,
-    model: str,
-    pixel_spacing: float | None = None,
-    mask_name: str | None = None,
-) -> dict[str, Any]:
-    """Write masks, mean, uncertainty, figure and `result.json` into `folder`.
-
-    Args:
-        folder: new or empty.
-        image: (H, W), or (H, W, 3) uint8.
-        sampled: from `sample_image` with this image.
-        name: file of the image.
-        model: folder or owner/name.
-        pixel_spacing: side of a pixel in mm; adds areas in mm^2.
-        mask_name: file of the mask prompt.
-
-    Returns:
-        The content of `result.json`.
-    """
-    prompt = sampled.prompt
-    write_masks(folder / "masks", sampled.masks)
-    write_masks(folder / "outlines", sampled.outlines)
-    write_grey(folder / "mean.png", sampled.mean)
-    write_grey(folder / "uncertainty.png", sampled.entropy)
-    given = ", samples given presence" if len(sampled.outlines) else ""
-    figure = sample_figure(
-        image, sampled.shown, sampled.mean, sampled.entropy, box=prompt.get("box"),
-        point=prompt.get("points"), negative_points=prompt.get("negative_points"),
-        title=f"{Path(name).name}: {presence_words(sampled.presence)}{given}",
-        mask=_mask_inside(prompt["mask"]) if "mask" in prompt else None,
-    )  # fmt: skip
-    save_figure(figure, folder / "figure.png")
-    outlined = sampled.outlines.sum(axis=(1, 2))
-    result = {
-        "image": name,
-        "image_size": {"width": image.shape[1], "height": image.shape[0]},
-        "prompt": {
-            key: mask_name if key == "mask" else np.asarray(value, dtype=float).tolist()
-            for key, value in prompt.items()
-        },
-        "model": model,
-        "num_samples": len(sampled.masks),
-        "seed": sampled.seed,
-        "threshold": sampled.threshold,
-        "presence": sampled.presence,
-        "area_px_given_presence": value_summary(outlined),
-        "empty_share": sampled.empty_share,
-        "area_px": value_summary(sampled.areas),
-    }
-    if pixel_spacing is not None:
-        result["pixel_spacing_mm"] = pixel_spacing
-        result["area_mm2_given_presence"] = value_summary(outlined, pixel_spacing**2)
-        result["area_mm2"] = value_summary(sampled.areas, pixel_spacing**2)
-    result["files"] = {
-        "outlines/sample-*.png": "one mask per sample given presence, 1 bit",
-        "masks/sample-*.png": "one mask per sample, 1 bit",
-        "mean.png": "mean probability, 16 bit, 65535 = 1",
-        "uncertainty.png": "entropy of the mean probability, 16 bit, 65535 = 1 bit",
-        "figure.png": "prompt, samples given presence, mean and uncertainty in one figure",
-    }
-    result["versions"] = {
-        "probabilistic_sam": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
-    }  # fmt: skip
-    (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-    return result
-
-
-def area_unit(result: dict[str, Any]) -> str:
-    """Unit of the areas of a result that are reported: "mm2" if the pixel spacing is known, otherwise "px"."""
-    return "mm2" if "area_mm2" in result else "px"
-
-
-def presence_words(presence: float) -> str:
-    """Presence in percent, such as "presence 56 %"."""
-    return "presence below 1 %" if presence < MIN_PRESENCE else f"presence {presence * 100:.0f} %"
-
-
-def result_words(result: dict[str, Any]) -> str:
-    """Summarise a result of `write_result` in one line: presence, area given presence, number of empty samples."""
-    unit, count = area_unit(result), result["num_samples"]
-    outlined = result[f"area_{unit}_given_presence"]
-    if outlined is None:
-        area = "too few readers would outline a lesion to say how large"
-    else:
-        low, median, high = (outlined["quantiles"][level] for level in ("0.05", "0.5", "0.95"))
-        area = f"area if outlined: median {median:.4g} {unit} (90 % interval {low:.4g} to {high:.4g})"
-    empty = round(result["empty_share"] * count)
-    return f"{presence_words(result['presence'])}; {area}; {empty} of {count} samples empty"
-
-
 def quiet_transformers() -> None:
     """Silence loading reports, retries and progress bars of transformers and the Hub client."""
     transformers.logging.set_verbosity_error()
     huggingface_hub.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+
+
+def pixels_inside(mask: Any) -> np.ndarray:
+    """Pixels (H, W) inside a mask prompt (H, W), as `mask_inside` decides."""
+    return mask_inside(torch.from_numpy(np.asarray(mask).astype(np.float32))).numpy()
 
 
 def _processor_arguments(prompt: dict[str, Any]) -> dict[str, Any]:
@@ -450,15 +323,11 @@ def _check_mask(mask: Any, width: int, height: int) -> None:
         size = " x ".join(str(length) for length in reversed(shape))
         raise UserError(f"the mask prompt has {size} pixels; accepted: the {width} x {height} pixels of the image")
     try:
-        inside = _mask_inside(mask)
+        inside = pixels_inside(mask)
     except ValueError as error:
         raise UserError(str(error)) from error
     if not inside.any():
         raise UserError("the mask prompt is empty; accepted: a mask with at least one pixel inside")
-
-
-def _mask_inside(mask: Any) -> np.ndarray:
-    return mask_inside(torch.from_numpy(np.asarray(mask).astype(np.float32))).numpy()
 
 
 def _numbers(values: Any) -> np.ndarray | None:

@@ -58,7 +58,7 @@ from . import ProbabilisticSamModel, ProbabilisticSamProcessor, __version__
 from .errors import UserError
 from .files import replaced_directory
 from .modeling_probabilistic_sam import EMPTY_LOGIT
-from .provenance import model_hash
+from .weights import model_hash
 
 OPSET = 20  # the first with Gelu; onnxruntime-web runs it
 GRAPHS = ("vision_encoder", "box_decoder", "point_decoder")

@@ -26,7 +26,7 @@ from .modeling_probabilistic_sam import (
     whole_num_samples,
 )
 from .onnx_export import DECODER_OUTPUTS, GRAPHS, processor_settings
-from .provenance import folder_hash
+from .weights import folder_hash
 
 FILES = tuple(f"onnx/{graph}.onnx" for graph in GRAPHS)
 HOW_TO_EXPORT = "python training/export_onnx.py --model MODEL --output MODEL/onnx writes them"

@@ -24,9 +24,9 @@ from pydicom.sr.codedict import codes
 
 from . import __version__
 from .errors import UserError
-from .inference import presence_words, shortened, value_summary
 from .plotting import save_figure, scan_figure
 from .processing_probabilistic_sam import QUANTILES, binary_entropy
+from .results import presence_words, shortened, value_summary
 from .scan_sampling import SampledScan
 from .scans import Scan, box_in_patient, one_line_errors, orientation
 

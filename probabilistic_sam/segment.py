@@ -18,16 +18,8 @@ from tqdm import tqdm
 from .errors import UserError
 from .files import replaced_directory
 from .images import load_slice, luminance
-from .inference import (
-    RESULT_FILES,
-    area_unit,
-    check_num_samples,
-    check_prompt,
-    load_model,
-    result_words,
-    sample_image,
-    write_result,
-)
+from .inference import check_num_samples, check_prompt, load_model, sample_image
+from .results import RESULT_FILES, area_unit, result_words, write_result
 
 COLUMNS = ("image", "x1", "y1", "x2", "y2")
 LEVELS = {"median": "0.5", "q05": "0.05", "q95": "0.95"}  # in summary.csv and in result.json

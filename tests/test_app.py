@@ -24,7 +24,7 @@ from PIL import Image
 from small_scans import write_series
 from tiny import SIZE, tiny_model
 
-from probabilistic_sam import ProbabilisticSamProcessor, inference
+from probabilistic_sam import ProbabilisticSamProcessor, inference, results
 from probabilistic_sam.errors import UserError
 from probabilistic_sam.segment import Options
 from probabilistic_sam.segment_scan import segment_scan
@@ -136,7 +136,7 @@ def test_the_zip_holds_the_files_of_segment_and_the_page_shows_the_same(sample, 
             np.stack([np.asarray(Image.open(file.open(name))) for name in sorted(names) if name.startswith(folder)])
             for folder in ("masks/sample", "outlines/sample")
         )
-    assert {name.split("/")[0] for name in names} == {name.split("/")[0] for name in inference.RESULT_FILES}
+    assert {name.split("/")[0] for name in names} == {name.split("/")[0] for name in results.RESULT_FILES}
     assert (masks.shape, masks.dtype) == ((5, 128, 128), bool)
     assert result["area_px"]["samples"] == masks.sum((1, 2)).tolist()
     assert result["image"] == "slice.png" and str(Path(image_path).parent) not in json.dumps(result)

@@ -30,6 +30,7 @@ from probabilistic_sam import (
     images,
     inference,
     processing_probabilistic_sam,
+    results,
     segment,
 )
 from probabilistic_sam.errors import UserError
@@ -107,7 +108,7 @@ def test_small_areas_keep_their_digits(run_segment):
     expected = np.array(result["area_px"]["samples"]) * 0.00065**2
     assert expected.any() and result["area_mm2"]["samples"] == pytest.approx(expected, rel=1e-3)
     assert result["area_mm2"]["mean"] == pytest.approx(expected.mean(), rel=1e-3)
-    assert inference.shortened(1234567.0) == 1234567 and inference.shortened(12.34567) == 12.3457
+    assert results.shortened(1234567.0) == 1234567 and results.shortened(12.34567) == 12.3457
 
 
 def test_names_of_files_are_no_mathematics(run_segment, image_path, tmp_path):
@@ -118,7 +119,7 @@ def test_names_of_files_are_no_mathematics(run_segment, image_path, tmp_path):
 
 def test_masks_maps_and_areas_are_consistent(run_segment, capsys):
     out = run_segment("--num-samples", 12, "--pixel-spacing", 0.5, "--seed", 3)
-    assert {path.name for path in out.iterdir()} == {Path(name).parts[0] for name in inference.RESULT_FILES}
+    assert {path.name for path in out.iterdir()} == {Path(name).parts[0] for name in results.RESULT_FILES}
     files = sorted((out / "masks").iterdir())
     assert [path.name for path in files] == [f"sample-{index:02d}.png" for index in range(12)]
     images = [Image.open(path) for path in files]
@@ -170,10 +171,10 @@ def test_areas_given_presence_are_left_out_where_hardly_anyone_would_annotate(tm
         0,
         0.5,
     )
-    result = inference.write_result(tmp_path, np.arange(64.0).reshape(8, 8), sampled, "slice.png", "model", 0.5)
+    result = results.write_result(tmp_path, np.arange(64.0).reshape(8, 8), sampled, "slice.png", "model", 0.5)
     assert result["area_px_given_presence"] is result["area_mm2_given_presence"] is None
     assert result["presence"] == 0.004 and result["area_px"]["quantiles"]["0.95"] == 0
-    assert inference.result_words(result) == (
+    assert results.result_words(result) == (
         "presence below 1 %; too few readers would outline a lesion to say how large; 3 of 3 samples empty"
     )
     assert sampled.shown is nothing and not list((tmp_path / "outlines").iterdir())
@@ -263,7 +264,7 @@ def test_a_failed_run_keeps_the_earlier_result(run_segment, tmp_path, monkeypatc
     def disk_full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(inference, "save_figure", disk_full)
+    monkeypatch.setattr(results, "save_figure", disk_full)
     with pytest.raises(UserError, match="No space left on device"):
         run_segment("--num-samples", 3)
     assert contents(out) == before
@@ -356,7 +357,7 @@ def test_box_points_and_mask_are_one_prompt_and_negative_points_have_the_label_0
 
 def test_the_figure_shows_negative_points_and_the_mask(run_segment, tmp_path, monkeypatch):
     figures = []
-    monkeypatch.setattr(inference, "save_figure", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(results, "save_figure", lambda figure, path: figures.append(figure))
     mask = np.zeros((48, 60), dtype=np.uint8)
     mask[14:16, 12:15] = 1
     Image.fromarray(mask).save(tmp_path / "rough.png")

@@ -31,7 +31,6 @@ import datasets
 from accelerate import Accelerator
 
 from probabilistic_sam import ProbabilisticSamModel, ProbabilisticSamProcessor, evaluation
-from probabilistic_sam.conversion import save_model
 from probabilistic_sam.data import split_of
 from probabilistic_sam.data.build import write_dataset
 from probabilistic_sam.data.format import FEATURES, decode_masks, encode_png, image_row, load_split
@@ -44,6 +43,7 @@ from probabilistic_sam.training.config import TrainingConfig, parse_overrides, r
 from probabilistic_sam.training.log import latent_values
 from probabilistic_sam.training.optimization import Ema, Optimization, parameter_groups
 from probabilistic_sam.training.validation import Validation
+from probabilistic_sam.weights import save_model
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "training" / "train.py"

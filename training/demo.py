@@ -26,14 +26,12 @@ from probabilistic_sam.inference import (
     choose_device,
     find_model,
     load_model,
-    presence_words,
     quiet_transformers,
     sample_image,
-    value_summary,
-    write_masks,
 )
 from probabilistic_sam.metrics.functional import ged
 from probabilistic_sam.plotting import sample_figure, save_figure
+from probabilistic_sam.results import presence_words, value_summary, write_masks
 
 PROMPT = "union_box"
 SCAN = "phantom-scan.nii"

@@ -63,7 +63,8 @@ from probabilistic_sam.metrics import (
     summarize_nodules,
     summarize_seeds,
 )
-from probabilistic_sam.provenance import model_hash, provenance
+from probabilistic_sam.provenance import provenance
+from probabilistic_sam.weights import model_hash
 from probabilistic_sam.workers import default_workers, start_workers
 
 ROOT = Path(__file__).resolve().parent.parent

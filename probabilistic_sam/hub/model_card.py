@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..errors import UserError
-from ..provenance import folder_hash
+from ..weights import folder_hash
 
 HUB_NAME = "org/psam-lidc"  # placeholder in a card, replaced by the repository name in a push
 TAGS = ["uncertainty", "segment-anything", "probabilistic-segmentation"]

@@ -13,10 +13,10 @@ import datasets
 import torch
 from transformers import PreTrainedModel
 
-from ..conversion import load_torch_file
 from ..data.format import encoded_bytes
 from ..errors import UserError
 from ..files import replaced_directory
+from ..weights import load_torch_file
 from .config import TrainingConfig
 from .optimization import Optimization
 from .windows import effective_augmentation

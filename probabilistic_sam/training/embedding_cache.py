@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from ..data.format import decode_row, encoded_rows
 from ..errors import UserError
 from ..processing_probabilistic_sam import ProbabilisticSamProcessor
-from ..provenance import weights_hash
+from ..weights import weights_hash
 from .windows import View, effective_augmentation, plain_view, random_view, view_pixel_values
 
 CACHE_VERSION = 2

@@ -20,13 +20,13 @@ from tqdm.auto import tqdm
 
 from .. import ProbabilisticSamConfig, ProbabilisticSamModel, ProbabilisticSamProcessor
 from ..baselines import EllipseModel
-from ..conversion import save_model
 from ..data import split_of
 from ..data.format import load_split
 from ..errors import UserError
 from ..files import write_text
 from ..hub.push import check_repo_name
 from ..hub.staging import push_model
+from ..weights import save_model
 from .batches import (
     StepSampler,
     TrainingWindows,

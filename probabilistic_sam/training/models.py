@@ -12,10 +12,11 @@ from transformers import AutoConfig, PreTrainedModel
 from .. import ProbabilisticSamConfig, ProbabilisticSamModel
 from ..baselines import EllipseModel
 from ..baselines.common import SamVariant
-from ..conversion import check_loaded, convert_mobile_sam, convert_sam, mobile_sam_config
+from ..conversion import convert_mobile_sam, convert_sam, mobile_sam_config
 from ..data import row_prompt
 from ..data.format import decode_masks
 from ..errors import UserError
+from ..weights import check_loaded
 from .config import MODELS, RANDOM, TrainingConfig
 
 

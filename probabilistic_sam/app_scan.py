@@ -21,7 +21,7 @@ from .app_canvas import MAX_SAMPLES, check_numbers, is_whole, picture, prompt_ca
 from .errors import UserError
 from .modeling_probabilistic_sam import ProbabilisticSamModel
 from .processing_probabilistic_sam import ProbabilisticSamProcessor
-from .results import presence_words
+from .results import measure_words, presence_words
 from .scan_files import MEASURES, choose_formats, write_scan_result
 from .scan_sampling import sample_scan
 from .scans import Scan, SeveralSeries, open_scan
@@ -31,7 +31,7 @@ MAX_SLICES = 100  # of one nodule; some minutes on two processor cores
 KEPT_SECONDS = 3600
 START = "### Open a scan, drag a box around the nodule, and set its first and last slice"
 CONTRASTS = {"lung": (-1350.0, 150.0), "soft tissue": (-160.0, 240.0), "whole range": None}  # HU, black and white
-UNITS = {"volume_mm3": ("volume", "mm³", ",.0f"), "longest_diameter_mm": ("longest diameter", "mm", ".1f")}
+UNITS = {"volume_mm3": ("volume", "mm³", 0), "longest_diameter_mm": ("longest diameter", "mm", 1)}
 
 
 @dataclass(frozen=True)
@@ -192,9 +192,9 @@ def numbers_text(result: dict[str, Any]) -> str:
     if result[f"{MEASURES[0]}_given_presence"] is None:
         return f"{line}; too few readers would outline a nodule to say how large"
     rows = []
-    for key, (words, unit, form) in UNITS.items():
+    for key, (words, unit, decimals) in UNITS.items():
         quantiles = result[f"{key}_given_presence"]["quantiles"]
-        low, median, high = (format(quantiles[level], form) for level in ("0.05", "0.5", "0.95"))
+        low, median, high = (measure_words(quantiles[level], decimals) for level in ("0.05", "0.5", "0.95"))
         rows.append(f"| {words} | {median} {unit} | {low} to {high} {unit} |")
     head = "| if outlined | median | 90 % interval |\n| --- | --- | --- |"
     return "\n".join([f"{line} of readers would outline it".replace("presence ", "", 1), "", head, *rows])

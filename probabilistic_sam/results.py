@@ -38,6 +38,15 @@ def shortened(value: float) -> float:
     return round(float(value), 4) if abs(value) >= 0.1 else float(f"{value:.4g}")
 
 
+def measure_words(value: float, decimals: int) -> str:
+    """A measure with that many decimals, or two significant digits if it is small, such as a volume in micro-CT.
+
+    >>> [measure_words(value, 0) for value in (1234.5, 12.3, 1.23, 0.0123)]
+    ['1,234', '12', '1.2', '0.012']
+    """
+    return f"{value:,.{decimals}f}" if value >= 10 ** (1 - decimals) else f"{value:.2g}"
+
+
 def write_masks(folder: Path, masks: np.ndarray) -> None:
     """Write masks (N, H, W) as 1-bit PNGs into a new folder: `sample-00.png`, ..."""
     folder.mkdir(parents=True)

@@ -26,7 +26,7 @@ from . import __version__
 from .errors import UserError
 from .plotting import save_figure, scan_figure
 from .processing_probabilistic_sam import QUANTILES, binary_entropy
-from .results import presence_words, shortened, value_summary
+from .results import measure_words, presence_words, shortened, value_summary
 from .scan_sampling import SampledScan
 from .scans import Scan, box_in_patient, one_line_errors, orientation
 
@@ -438,12 +438,11 @@ def result_line(result: dict[str, Any]) -> str:
     if volume is None:
         return f"{presence_words(result['presence'])}; too few readers would outline a nodule to say how large"
     levels = ("0.5", "0.05", "0.95")
+    median, low, high = (measure_words(volume["quantiles"][level], 0) for level in levels)
+    middle, shortest, longest = (measure_words(diameter["quantiles"][level], 1) for level in levels)
     return (
-        "{}; volume if outlined: median {:,.0f} mm3 (90 % interval {:,.0f} to {:,.0f}); "
-        "longest diameter: median {:.1f} mm ({:.1f} to {:.1f})"
-    ).format(
-        presence_words(result["presence"]),
-        *(item["quantiles"][level] for item in (volume, diameter) for level in levels),
+        f"{presence_words(result['presence'])}; volume if outlined: median {median} mm3 (90 % interval {low} to "
+        f"{high}); longest diameter: median {middle} mm ({shortest} to {longest})"
     )
 
 

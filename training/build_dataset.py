@@ -74,13 +74,14 @@ def parse_args() -> argparse.Namespace:
         default=64,
         help="number of nodules, with all of their slices (default 64, all: 2651)",
     )
-    of_folder = add_source("folder", "your own images/ID.EXT and masks/READER/ID.png, with an optional table.csv")
-    of_folder.add_argument("--input", type=Path, required=True, help="folder of images, masks and table.csv")
+    of_folder = add_source("folder", "your own images or scans with masks of several readers (training/OWN_DATA.md)")
+    of_folder.add_argument("--input", type=Path, required=True, help="folder of images or scans, masks and table.csv")
     of_folder.add_argument(
         "--objects",
         choices=OBJECTS,
         default="image",
-        help="one row per image, or per connected component of the union of the masks (default image)",
+        help="what a prompt is for: the whole image or scan, or each connected component of the union of the masks "
+        "(default image)",
     )
     of_folder.add_argument("--source-name", metavar="NAME", help="title of the card (default: the folder's name)")
     of_folder.add_argument("--license", help="licence on the card, such as cc-by-4.0 (default: none stated)")
@@ -174,7 +175,7 @@ def open_source(args: argparse.Namespace, notes: list[Note]) -> tuple[Iterable[d
     if args.source == "hpunet":
         return hpunet.read_hpunet(args.input), hpunet.ORIGIN
     if args.source == "folder":
-        source = FolderSource(args.input, args.objects, args.source_name, args.license)
+        source = FolderSource(args.input, args.objects, args.source_name, args.license, notes)
         return source, source.origin
     if args.source == "phantom":
         jobs = phantom.phantom_jobs(args.num_nodules)[args.shard_index :: args.num_shards]

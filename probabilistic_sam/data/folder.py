@@ -1,17 +1,25 @@
-"""Source `folder`: your own images with the masks of several readers, as files in folders.
+"""Source `folder`: your own images or scans with the masks of several readers, as files in folders.
 
     DIR/images/ID.EXT           PNG, TIFF, JPEG or DICOM; grey (8 or 16 bit) or RGB (8 bit); up to 64 million pixels
     DIR/masks/READER/ID.png     or ID.tif: one folder per reader; 1 bit, or values 0/1 or 0/255
     DIR/table.csv               optional: columns id and any of group, spacing_mm, split
 
-ID is a file's name without its last suffix. A reader without a file for an image is absent: they did not look at it. A
+or, with scans in place of images, of which each annotated axial slice becomes a row:
+
+    DIR/scans/ID.nii.gz         or ID.nii, or a DICOM series as ID.zip or folder ID
+    DIR/masks/READER/ID.nii.gz  or ID.nii, with the voxels of the scan; values 0/1 or 0/255
+    DIR/table.csv               optional: columns id and any of group, split
+
+ID is a file's name without its suffix. A reader without a file for an image is absent: they did not look at it. A
 mask without pixels is that of a reader who looked and annotated nothing. Hidden files are ignored.
 """
 
 import csv
+import importlib.util
 import math
 import os
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -22,19 +30,24 @@ import scipy.ndimage
 
 from ..dicom_slice import read_dicom
 from ..errors import UserError
+from ..images import NIFTI
 from ..processing_image_files import MAX_PIXELS, open_image
-from .card import Origin
+from .card import Note, Origin
 from .format import ACCEPTED_MASK, binary_mask, encode_png, image_row
 from .splits import SPLITS
 
-LAYOUT = "accepted: images/ID.EXT, masks/READER/ID.png (or .tif) and optionally table.csv"
+LAYOUT = (
+    "accepted: images/ID.EXT and masks/READER/ID.png (or .tif), or scans/ID.nii.gz and masks/READER/ID.nii.gz, and "
+    "optionally table.csv"
+)
 DICOM_SUFFIXES = (".dcm", ".dicom")
 MASK_SUFFIXES = (".png", ".tif", ".tiff")
 IMAGE_SUFFIXES = (*MASK_SUFFIXES, ".jpg", ".jpeg", *DICOM_SUFFIXES)
+SCAN_SUFFIXES = (*NIFTI, ".zip")
 TABLE_COLUMNS = ("id", "group", "spacing_mm", "split")
 OBJECTS = ("image", "components")
 NEEDED_SPLITS = ("train", "validation")
-MAX_COMPONENTS = 1000  # per image; more are specks rather than objects
+MAX_COMPONENTS = 1000  # per image or scan; more are specks rather than objects
 MAX_SPACING_MM = 1000.0
 DICOM_OFFSET = 1024  # added to grey values of DICOM files with negative ones, as the source `dicom` does
 CROP_STEP = 32  # px; suggested crop sizes are multiples of it where the images are large enough
@@ -57,9 +70,11 @@ class FolderSource:
     Args:
         root: the folder.
         objects: `image` for one row per image; `components` for one row per connected component of the union of the
-            readers' masks, with the masks restricted to it.
+            readers' masks, with the masks restricted to it. The rows of a scan are its annotated slices, or those of
+            each component in 3D.
         name: name of the data on the card (default: the folder's name).
         license: licence on the card.
+        notes: gets a note for each scan without any mask.
 
     Raises:
         UserError: files that do not follow the layout, or a table that does not fit the images. Reading the rows also
@@ -72,21 +87,44 @@ class FolderSource:
         objects: str = "image",
         name: str | None = None,
         license: str | None = None,
+        notes: list[Note] | None = None,
     ) -> None:
         self.root, self.objects = Path(root), objects
+        self.notes = [] if notes is None else notes
         if not self.root.is_dir():
             raise UserError(f"{self.root}: no such directory; {LAYOUT}")
-        self.images = _list_files(self.root / "images", IMAGE_SUFFIXES)
-        self.masks = _list_masks(self.root / "masks", self.images)
+        self.holds_scans = (self.root / "scans").is_dir()
+        if self.holds_scans and (self.root / "images").exists():
+            raise UserError(f"{self.root}: has both images and scans; {LAYOUT}")
+        kinds = SCAN_SUFFIXES if self.holds_scans else IMAGE_SUFFIXES
+        folder = self.root / ("scans" if self.holds_scans else "images")
+        self.images = _list_files(folder, kinds, folders=self.holds_scans)
+        self.masks = _list_masks(self.root / "masks", self.images, NIFTI if self.holds_scans else MASK_SUFFIXES)
         self.table = _read_table(self.root / "table.csv", self.images)
+        if self.holds_scans and not all(map(importlib.util.find_spec, ("highdicom", "nibabel"))):
+            raise UserError("scans need highdicom and nibabel; accepted: pip install 'probabilistic-sam[scan]'")
+        if self.holds_scans and any(line.spacing_mm for line in self.table.values()):
+            raise UserError(
+                f"{self.root / 'table.csv'}: has a spacing_mm, which scans state; accepted: no such column"
+            )
+        self.num_objects: Counter[str] = Counter()  # in the scans of each group
         self.sizes: list[int] = []  # larger side of the box around the union of the masks, for each row
         self.shorter_sides: list[int] = []  # of the images
         self._check_groups()
-        kind = "image" if objects == "image" else "connected component of the union of the masks"
+        if self.holds_scans:
+            kind = "scan" if objects == "image" else "connected component of the union of the masks"
+            text = (
+                f"Scans and readers' masks from a folder; one row per annotated axial slice of each {kind}, which is "
+                "called a nodule. Slices are stored as PNG of 16 bits; grey values are those of the scan, plus 1024 "
+                "or more where some are negative, or stretched to 16 bits where they have fractions."
+            )
+        else:
+            kind = "image" if objects == "image" else "connected component of the union of the masks"
+            text = f"Images and readers' masks from a folder; one row per {kind}. Images are stored as PNG."
         self.origin = Origin(
-            f"Images and readers' masks from a folder; one row per {kind}. Images are stored as PNG.",
+            text,
             " ".join((name or self.root.resolve().name).split()) or "Images with readers' masks",
-            is_scan=False,
+            is_scan=self.holds_scans,
             license=license,
             splits=self._splits_of_table(),
         )
@@ -96,7 +134,7 @@ class FolderSource:
         self._check_splits(set(map(self._group, self.images)), "groups")  # before the images are decoded
         annotated: set[str] = set()
         for image_id, path in self.images.items():
-            for row in self._rows(image_id, path):
+            for row in self._slices(image_id, path) if self.holds_scans else self._rows(image_id, path):
                 if row["num_nonempty"]:
                     annotated.add(row["patient_id"])
                 yield row
@@ -163,12 +201,7 @@ class FolderSource:
         line = self.table.get(image_id)
         if line is not None and line.spacing_mm is not None:
             spacing_mm = line.spacing_mm
-        paths = {reader: masks[image_id] for reader, masks in self.masks.items() if image_id in masks}
-        if not paths:
-            raise UserError(
-                f"{path}: no reader has a mask of it; accepted: at least one mask per image, without pixels if the "
-                f"reader annotated nothing"
-            )
+        paths = self._mask_paths(image_id, path)
         masks = np.stack([_read_mask(mask_path, pixels.shape[:2]) for mask_path in paths.values()])
         png = encode_png(pixels)
         for suffix, one in self._objects_of(masks, path):
@@ -186,6 +219,52 @@ class FolderSource:
                 pixel_spacing_mm=spacing_mm,
                 source="folder",
             )
+
+    def _mask_paths(self, image_id: str, path: Path) -> dict[str, Path]:
+        """Mask files of an image or scan by reader."""
+        paths = {reader: masks[image_id] for reader, masks in self.masks.items() if image_id in masks}
+        if not paths:
+            raise UserError(
+                f"{path}: no reader has a mask of it; accepted: at least one mask, without pixels if the reader "
+                f"annotated nothing"
+            )
+        return paths
+
+    def _slices(self, image_id: str, path: Path) -> Iterator[dict]:
+        """Rows of a scan. Numbers of objects are unique within a group, as those of nodules are."""
+        from .folder_scans import annotated_slices
+
+        paths, group = self._mask_paths(image_id, path), self._group(image_id)
+        before, last = self.num_objects[group], 0
+        for one in annotated_slices(path, paths, self.objects == "components", MAX_COMPONENTS):
+            if not last:
+                self.shorter_sides.append(min(one.pixels.shape))
+            png = encode_png(one.pixels)
+            for number, masks in one.objects.items():
+                last = max(last, number)
+                self.sizes.append(_larger_side(masks))
+                yield image_row(
+                    png,
+                    [encode_png(mask) for mask in masks],
+                    f"{path} slice {one.slice_index}",
+                    [str(mask_path) for mask_path in paths.values()],
+                    MAX_PIXELS,
+                    patient_id=group,
+                    scan_id=list(self.images).index(image_id) + 1,
+                    nodule_id=before + number,
+                    slice_index=one.slice_index,
+                    image_id=image_id,
+                    reader_ids=list(paths),
+                    z_mm=one.z_mm,
+                    slice_thickness_mm=one.step_mm,
+                    pixel_spacing_mm=one.spacing_mm,
+                    crop_row=0,
+                    crop_col=0,
+                    source="folder",
+                )
+        if not last:
+            self.notes.append(Note("scans without any mask left out", 1, f"{path}: no reader annotated a voxel of it"))
+        self.num_objects[group] += last
 
     def _objects_of(self, masks: np.ndarray, path: Path) -> Iterator[tuple[str, np.ndarray]]:
         """Suffix of the image's id, and masks (R, H, W), for each object."""
@@ -217,17 +296,20 @@ def suggested_crop_size(object_sides: Sequence[int], shorter_sides: Sequence[int
     return min(CROP_STEP * math.ceil(needed / CROP_STEP), int(np.median(shorter_sides)))
 
 
-def _list_files(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
-    """Files of a folder by id, sorted."""
+def _list_files(folder: Path, suffixes: tuple[str, ...], folders: bool = False) -> dict[str, Path]:
+    """Files of a folder by id, sorted; with `folders` its folders, too."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such directory; {LAYOUT}")
     files: dict[str, Path] = {}
     for path in _entries(folder):
-        if not path.is_file() or path.suffix.lower() not in suffixes:
+        suffix = next((suffix for suffix in suffixes if path.name.lower().endswith(suffix)), None)
+        if folders and path.is_dir():
+            suffix = ""
+        elif not path.is_file() or suffix is None:
             found = "a folder, which is not read" if path.is_dir() else "unexpected"
             found = "a link to nothing" if path.is_symlink() and not path.exists() else found
             raise UserError(f"{path}: {found}; accepted: files of the kinds {', '.join(suffixes)}")
-        image_id = _same_spelling(path.stem)
+        image_id = _same_spelling(path.name[: len(path.name) - len(suffix)])
         if image_id in files:
             raise UserError(f"{path}: same id as {files[image_id].name}; accepted: one file per id")
         files[image_id] = path
@@ -236,7 +318,7 @@ def _list_files(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
     return files
 
 
-def _list_masks(folder: Path, images: dict[str, Path]) -> dict[str, dict[str, Path]]:
+def _list_masks(folder: Path, images: dict[str, Path], suffixes: tuple[str, ...]) -> dict[str, dict[str, Path]]:
     """Mask files by reader and id."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such directory; {LAYOUT}")
@@ -244,12 +326,13 @@ def _list_masks(folder: Path, images: dict[str, Path]) -> dict[str, dict[str, Pa
     for reader in _entries(folder):
         if not reader.is_dir():
             raise UserError(f"{reader}: is not in the folder of a reader; {LAYOUT}")
-        files = _list_files(reader, MASK_SUFFIXES)
-        unknown = [path for image_id, path in files.items() if image_id not in images]
+        files = _list_files(reader, suffixes)
+        unknown = [(image_id, path) for image_id, path in files.items() if image_id not in images]
         if len(unknown) == len(files):
             raise UserError(f"{reader}: none of its {len(files)} files has the id of an image; {LAYOUT}")
         if unknown:
-            raise UserError(f"{unknown[0]}: no image has the id {_same_spelling(unknown[0].stem)!r}; {LAYOUT}")
+            image_id, path = unknown[0]
+            raise UserError(f"{path}: no image has the id {image_id!r}; {LAYOUT}")
         masks[reader.name] = files
     if not masks:
         raise UserError(f"{folder}: holds no folder of a reader; {LAYOUT}")

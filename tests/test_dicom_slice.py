@@ -13,7 +13,7 @@ from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate, generate_frames
 from pydicom.filebase import DicomBytesIO
 from pydicom.filewriter import write_dataset
-from pydicom.uid import ExplicitVRLittleEndian, JPEGBaseline8Bit, RLELossless
+from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, JPEGBaseline8Bit, RLELossless
 
 from probabilistic_sam import cli, dicom_slice, images
 from probabilistic_sam.dicom_slice import read_dicom, read_header
@@ -493,3 +493,11 @@ def test_segment_with_the_shipped_model_reads_an_enhanced_slice(tmp_path, capfd)
     result = json.loads((tmp_path / "out/result.json").read_text())
     assert result["area_mm2"]["mean"] == pytest.approx(0.4 * result["area_px"]["mean"], abs=1e-3)
     capfd.readouterr()
+
+
+def test_deflated_files_are_refused_before_they_are_unpacked(tmp_path):
+    data = pydicom.dcmread(write_slice(tmp_path / "a.dcm", np.zeros((8, 9)), "1.2", 0.0, "1.2.3"))
+    data.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    data.save_as(tmp_path / "deflated.dcm")
+    with pytest.raises(ValueError, match="a deflated file; accepted: no compression, or compressed pixels only"):
+        read_dicom(tmp_path / "deflated.dcm", 10_000)

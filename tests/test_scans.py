@@ -6,6 +6,7 @@ import re
 import zipfile
 
 import highdicom
+import nibabel
 import numpy as np
 import pydicom
 import pytest
@@ -234,6 +235,34 @@ def test_zip_bombs_and_damaged_zips_are_refused(tmp_path, monkeypatch):
         open_scan(tmp_path / "damaged.zip").__enter__()
 
 
+def test_encrypted_zips_and_too_many_files_are_refused(tmp_path, monkeypatch):
+    write_series(tmp_path / "series", hounsfield((3, 8, 9)))
+    with zipfile.ZipFile(tmp_path / "open.zip", "w") as archive:
+        for file in sorted((tmp_path / "series").iterdir()):
+            archive.write(file, file.name)
+    content = bytearray((tmp_path / "open.zip").read_bytes())
+    for mark, offset in ((b"PK\3\4", 6), (b"PK\1\2", 8)):  # the flags of each header, whose first bit is encryption
+        for found in re.finditer(re.escape(mark), bytes(content)):
+            content[found.start() + offset] |= 1
+    (tmp_path / "locked.zip").write_bytes(content)
+    with pytest.raises(UserError, match="locked.zip is encrypted; accepted: a zip without a password"):
+        open_scan(tmp_path / "locked.zip").__enter__()
+    monkeypatch.setattr(scans, "MAX_FILES", 2)
+    for name, message in (("series", "more than 2 files"), ("open.zip", "3 files of .* accepted: at most 2")):
+        with pytest.raises(UserError, match=message):
+            open_scan(tmp_path / name).__enter__()
+
+
+def test_small_tilts_and_zigzags_are_refused(tmp_path):
+    write_series(tmp_path / "tilted", hounsfield((6, 8, 9)), tilt=STEP * np.tan(np.radians(0.5)))
+    with pytest.raises(UserError, match="gantry tilt of 0.5 degrees"):
+        open_scan(tmp_path / "tilted").__enter__()
+    positions = [(-20, -30 + 3 * (index % 2), STEP * index) for index in range(5)]
+    write_series(tmp_path / "zigzag", hounsfield((5, 8, 9)), positions=positions)
+    with pytest.raises(UserError, match="beside a regular stack"):
+        open_scan(tmp_path / "zigzag").__enter__()
+
+
 # ------------------------------------------------------------------------------------------------------------ NIfTI
 
 
@@ -285,6 +314,11 @@ def test_nifti_without_a_sound_geometry_is_refused(tmp_path, monkeypatch):
     write_nifti(path, np.where(values > 0, np.nan, 1.0).astype(np.float32), affine)
     with open_scan(path) as scan, pytest.raises(UserError, match="NaN or infinite"):
         scan.read(0, 1)
+    image = nibabel.Nifti1Image(values, affine)
+    image.header.set_xyzt_units("meter")
+    image.to_filename(tmp_path / "metres.nii")
+    with pytest.raises(UserError, match="is measured in meter; accepted: mm"):
+        open_scan(tmp_path / "metres.nii").__enter__()
     monkeypatch.setattr(scans, "MAX_VOXELS", 100)
     with pytest.raises(UserError, match="accepted: at most 0 million"):
         open_scan(path).__enter__()

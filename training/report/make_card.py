@@ -57,6 +57,7 @@ COMPARED = {  # stem of the results files (stem.json, stem_seed0.json, ...) -> r
     OURS: "**Probabilistic SAM**, same budget as the baselines",
     "probabilistic_unet": "Probabilistic U-Net",
     "deterministic_sam": "SAM, fine-tuned, jittered boxes",
+    "sam_from_released": "SAM, fine-tuned from the released weights without their latent space, jittered boxes",
     "dropout_sam": "Dropout SAM, fine-tuned",
     "dropout_unet": "Dropout U-Net",
     "cpu_dropout_sam": "CPU budget: dropout SAM, fine-tuned",

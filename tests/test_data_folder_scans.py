@@ -133,6 +133,15 @@ def test_dicom_series_with_masks_in_nifti(tmp_path):
     assert rows[2]["pixel_spacing_mm"] is None  # 0.7 x 0.8 mm
 
 
+def test_a_folder_of_several_series_is_refused(tmp_path):
+    make_scans(tmp_path)
+    (tmp_path / f"scans/{TRAIN[0]}.nii.gz").unlink()
+    for number in (1, 2):
+        write_series(tmp_path / f"scans/{TRAIN[0]}" / str(number), hounsfield(), series=f"1.2.{number}")
+    with pytest.raises(UserError, match=f"{TRAIN[0]}: holds 2 series; accepted: one series per scan"):
+        list(FolderSource(tmp_path))
+
+
 @pytest.mark.parametrize(
     "values, expected",
     [

@@ -6,7 +6,7 @@
 
 or, with scans in place of images, of which each annotated axial slice becomes a row:
 
-    DIR/scans/ID.nii.gz         or ID.nii, or a DICOM series as ID.zip or folder ID
+    DIR/scans/ID.nii.gz         or ID.nii, or a DICOM series as ID.zip or folder ID, or a multi-frame ID.dcm
     DIR/masks/READER/ID.nii.gz  or ID.nii, with the voxels of the scan; values 0/1 or 0/255
     DIR/table.csv               optional: columns id and any of group, split
 
@@ -43,7 +43,7 @@ LAYOUT = (
 DICOM_SUFFIXES = (".dcm", ".dicom")
 MASK_SUFFIXES = (".png", ".tif", ".tiff")
 IMAGE_SUFFIXES = (*MASK_SUFFIXES, ".jpg", ".jpeg", *DICOM_SUFFIXES)
-SCAN_SUFFIXES = (*NIFTI, ".zip")
+SCAN_SUFFIXES = (*NIFTI, ".zip", *DICOM_SUFFIXES)
 TABLE_COLUMNS = ("id", "group", "spacing_mm", "split")
 OBJECTS = ("image", "components")
 NEEDED_SPLITS = ("train", "validation")
@@ -114,9 +114,10 @@ class FolderSource:
         if self.holds_scans:
             kind = "scan" if objects == "image" else "connected component of the union of the masks"
             text = (
-                f"Scans and readers' masks from a folder; one row per annotated axial slice of each {kind}, which is "
-                "called a nodule. Slices are stored as PNG of 16 bits; grey values are those of the scan, plus 1024 "
-                "or more where some are negative, or stretched to 16 bits where they have fractions."
+                f"Scans and readers' masks from a folder; one row per annotated axial slice of each {kind}. "
+                f"`nodule_id` is the number of the {kind}. Slices are stored as PNG of 16 bits. Grey values "
+                "are those of the scan, plus 1024 or more where some are negative, or stretched to 16 bits where they "
+                "have fractions."
             )
         else:
             kind = "image" if objects == "image" else "connected component of the union of the masks"

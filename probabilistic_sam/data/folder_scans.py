@@ -10,7 +10,7 @@ import numpy as np
 import scipy.ndimage
 
 from ..errors import UserError
-from ..scans import Scan, open_scan
+from ..scans import Scan, SeveralSeries, open_scan
 
 BLOCK_VOXELS = 2**25  # read at a time
 GRID_TOLERANCE = 0.1  # of a voxel's shortest side, by which a mask may be shifted against its scan
@@ -48,7 +48,7 @@ def annotated_slices(
     do not fit, the range from lowest to highest of these slices is stretched to 0..65535.
 
     Args:
-        path: NIfTI, or a folder or zip with a DICOM series.
+        path: as in `open_scan`; of DICOM one series.
         mask_paths: NIfTI file of each reader, with the voxels of the scan; without any, the scan has no readers.
         components: each connected component (in 3D, with diagonals) of the union of the masks is an object, numbered
             from 1. Otherwise all masks are one object, number 1.
@@ -81,7 +81,7 @@ def annotated_slices(
             return found
 
         union = np.stack([unpacked(index).any(axis=0) for index in range(first, last + 1)])
-        labels, count = scipy.ndimage.label(union, np.ones((3, 3, 3))) if components else (union.astype(np.int32), 1)
+        labels, count = scipy.ndimage.label(union, np.ones((3, 3, 3))) if components else (union, 1)
         if count > max_components:
             raise UserError(f"{path}: its masks have {count:,} components; accepted: at most {max_components:,}")
 
@@ -110,6 +110,8 @@ def _opened(path: Path) -> Iterator[Scan]:
     try:
         with open_scan(path) as scan:
             yield scan
+    except SeveralSeries as error:
+        raise UserError(f"{path}: holds {len(error.series)} series; accepted: one series per scan") from error
     except UserError as error:
         raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
 

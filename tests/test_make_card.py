@@ -253,7 +253,7 @@ def test_public_truth_has_its_own_table(result):
 
 def test_readme_has_five_rows_and_four_metrics(result):
     result["results"]["all"]["ged"] = entry(0.1234)
-    results = dict.fromkeys((*make_card.COMPARED_PYLIDC, "pylidc_probabilistic_unet_seed1"), result)
+    results = dict.fromkeys((*make_card.COMPARED_PYLIDC, *make_card.COMPARED), result)
     head, _, *rows = (line for line in make_card.readme_section(results).splitlines() if line.startswith("|"))
     assert head == "|  | GED `all` ↓ | GED `shape` ↓ | HM-IoU ↑ | ECE ↓ |"
     assert [row.split(" | ")[0] for row in rows] == [
@@ -271,6 +271,7 @@ def test_readme_has_five_rows_and_four_metrics(result):
         "[model card]",
         "saw 128,000 slices (every visit counted) on one H200, the released weights 385,280.",
         "and saw 25,600 more slices on one CPU core",
+        "and that of the released weights 0.123 and 0.250.",
     ):
         assert part in last
 

@@ -609,11 +609,18 @@ def readme_section(results: dict[str, dict]) -> str:
     shown = list(SHOWN)[:4]
     rows = {stem: row_results(results, stem) for stem in IN_README}
     lines = [[COMPARED_PYLIDC[stem], *metric_cells(row, shown)] for stem, row in rows.items() if row]
+    public = {
+        stem: " and ".join(metric_cells(row_results(results, stem), shown[:2]))
+        for stem in ("sam_from_released", "deterministic_sam", "public")
+    }
     return (
         f"{table([SHOWN[key] for key in shown], lines)}\n\n"
         f"{conditions(results['validation'])}; in parentheses, the range over training seeds. The second and third "
         f"row saw {slices_seen(COMPARED_RUN):,} slices (every visit counted) on one H200, the released weights "
-        f"{slices_seen(RELEASED_RUN):,}. {sam_from_released()} Source: "
+        f"{slices_seen(RELEASED_RUN):,}. {sam_from_released()} With the public masks its GED is "
+        f"{public['sam_from_released']}, that of a SAM with MobileSAM's encoder, trained on "
+        f"{slices_seen(COMPARED_RUN):,} slices, {public['deterministic_sam']}, and that of the released weights "
+        f"{public['public']}. Source: "
         f"`{CARD}/results/validation.json` and the files beside it. Intervals, protocol, other prompts and ablations "
         f"are in the [model card]({CARD}/README.md)."
     )

@@ -265,11 +265,17 @@ def test_large_images_are_written_in_row_groups_of_bounded_size(tmp_path, monkey
     noise = np.random.default_rng(0).integers(0, 256, (20, 64, 64), dtype=np.uint8)
     rows = [
         image_row(
-            encode_png(noise[index] if index < 20 else noise[0] * 0), [encode_png(MASKS[0])], "image", ["mask"],
-            patient_id="LIDC-IDRI-0001", nodule_id=0, slice_index=index, source="test",
+            encode_png(noise[index] if index < 20 else noise[0] * 0),
+            [encode_png(MASKS[0])],
+            "image",
+            ["mask"],
+            patient_id="LIDC-IDRI-0001",
+            nodule_id=0,
+            slice_index=index,
+            source="test",
         )
         for index in range(400)
-    ]  # fmt: skip
+    ]
     monkeypatch.setattr("probabilistic_sam.data.build.SHARD_BYTES", 60_000)
     write_dataset(rows, tmp_path / "build", "Made up.")
     paths = sorted((tmp_path / "build" / "data").iterdir())

@@ -17,8 +17,8 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEGLosslessSV1
 from tiny import card_sizes, load_script
 
 from probabilistic_sam.data.card import Note
-from probabilistic_sam.data.format import decode_image, decode_masks
-from probabilistic_sam.data.lidc.dicom import HU_OFFSET, dicom_jobs, find_scans, read_hu, scan_rows
+from probabilistic_sam.data.format import HU_OFFSET, decode_image, decode_masks
+from probabilistic_sam.data.lidc.dicom import dicom_jobs, find_scans, read_hu, scan_rows
 from probabilistic_sam.data.lidc.nodules import nodule_annotations, patient_nodule_ids, read_nodule
 from probabilistic_sam.data.lidc.pylidc_adapter import load_pylidc
 from probabilistic_sam.data.lidc.slices import read_slices

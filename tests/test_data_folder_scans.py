@@ -54,11 +54,20 @@ def test_annotated_slices_become_rows(tmp_path):
         known = {key: value for key, value in row.items() if value is not None and key not in ("image", "masks")}
         del known["pixels_sha256"]
         assert known == {
-            "patient_id": name, "scan_id": NAMES.index(name) + 1, "nodule_id": 1, "slice_index": index,
-            "image_id": name, "reader_ids": ["ann", "bob"], "z_mm": 2.0 * index, "pixel_spacing_mm": 0.5,
-            "slice_thickness_mm": 2.0, "crop_row": 0, "crop_col": 0, "num_nonempty": 1 + (index == 2),
+            "patient_id": name,
+            "scan_id": NAMES.index(name) + 1,
+            "nodule_id": 1,
+            "slice_index": index,
+            "image_id": name,
+            "reader_ids": ["ann", "bob"],
+            "z_mm": 2.0 * index,
+            "pixel_spacing_mm": 0.5,
+            "slice_thickness_mm": 2.0,
+            "crop_row": 0,
+            "crop_col": 0,
+            "num_nonempty": 1 + (index == 2),
             "source": "folder",
-        }  # fmt: skip
+        }
 
 
 @pytest.mark.parametrize(
@@ -87,8 +96,9 @@ def test_absent_and_empty_readers_and_scans(tmp_path):
     notes = []
     rows = list(FolderSource(tmp_path, notes=notes))
     assert {(row["patient_id"], *row["reader_ids"]) for row in rows} == {
-        (TRAIN[0], "ann"), (VALIDATION[0], "ann", "bob")
-    }  # fmt: skip
+        (TRAIN[0], "ann"),
+        (VALIDATION[0], "ann", "bob"),
+    }
     assert {len(row["masks"]) for row in rows if row["patient_id"] == VALIDATION[0]} == {2}
     assert [(note.kind, note.number) for note in notes] == [("scans without any mask left out", 1)]
     assert TRAIN[1] in notes[0].detail
@@ -113,7 +123,9 @@ def test_numbers_of_objects_are_unique_within_a_group(tmp_path):
     make_scans(tmp_path, [*NAMES, "second"])
     lines = [f"{TRAIN[0]},one,train", "second,one,train", f"{VALIDATION[0]},two,validation"]
     (tmp_path / "table.csv").write_text("\n".join(["id,group,split", *lines]))
-    keys = {(row["patient_id"], row["image_id"], row["scan_id"], row["nodule_id"]) for row in FolderSource(tmp_path)}
+    source = FolderSource(tmp_path)
+    keys = {(row["patient_id"], row["image_id"], row["scan_id"], row["nodule_id"]) for row in source}
+    assert {row["nodule_id"] for row in source} == {1, 2}  # also when it is read again
     assert keys == {("one", TRAIN[0], 1, 1), ("two", VALIDATION[0], 2, 1), ("one", "second", 3, 2)}
 
 
@@ -197,10 +209,14 @@ MOVED[0, 3] = 0.2
         (lambda root: (root / "images").mkdir(), "has both images and scans; accepted: images/ID.EXT and"),
         (shifted(f"masks/ann/{TRAIN[0]}.nii.gz", MOVED), "its voxels lie up to 0.2 mm beside those of"),
         (shifted(f"masks/ann/{TRAIN[0]}.nii.gz", np.diag([-0.5, -0.5, 2.5, 1])), "lie up to 2.5 mm beside"),
-        (lambda root: write(root / f"masks/ann/{TRAIN[0]}.nii.gz", block((0, 1), (0, 1), (0, 1), (5, 40, 48))),
-         "5 x 40 x 48 slices, rows and columns; accepted: 6 x 40 x 48, those of"),
-        (lambda root: write(root / f"masks/ann/{TRAIN[0]}.nii.gz", block((1, 2), (5, 9), (7, 12)) * 2),
-         "mask with the values 0, 2; accepted: 0, and 1 or 255 where the reader annotated, one structure at a time"),
+        (
+            lambda root: write(root / f"masks/ann/{TRAIN[0]}.nii.gz", block((0, 1), (0, 1), (0, 1), (5, 40, 48))),
+            "5 x 40 x 48 slices, rows and columns; accepted: 6 x 40 x 48, those of",
+        ),
+        (
+            lambda root: write(root / f"masks/ann/{TRAIN[0]}.nii.gz", block((1, 2), (5, 9), (7, 12)) * 2),
+            "mask with the values 0, 2; accepted: 0, and 1 or 255 where the reader annotated, one structure at a time",
+        ),
         (lambda root: (root / f"masks/ann/{TRAIN[0]}.nii.gz").write_bytes(b"no scan"), r"\.nii\.gz cannot be read"),
         (lambda root: (root / f"scans/{TRAIN[0]}.nii.gz").write_bytes(b"no scan"), r"\.nii\.gz cannot be read"),
         (lambda root: (root / "masks/ann/other.png").write_bytes(b""), r"unexpected; accepted: files of"),
@@ -209,7 +225,7 @@ MOVED[0, 3] = 0.2
         (lambda root: (root / "table.csv").write_text(f"id,spacing_mm\n{TRAIN[0]},0.5\n"), "has a spacing_mm, which"),
         (lambda root: [path.unlink() for path in root.glob(f"masks/*/{TRAIN[0]}.*")], "no reader has a mask of it"),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_one_line(tmp_path, build, change, message):  # noqa: F811
     change(make_scans(tmp_path / "in"))
     code, _, err = build("--input", tmp_path / "in", "--output", tmp_path / "out")

@@ -28,8 +28,10 @@ def released_values() -> dict[str, dict[str, list[float]]]:
     box = {"input_boxes": [[example["box"]]]}
     values = {}
     for name, picture, prompt in (
-        ("box", image, box), ("colour", colour, {"input_boxes": [[[-0.5, 3, 60, 40]]]}), ("points", image, points),
-    ):  # fmt: skip
+        ("box", image, box),
+        ("colour", colour, {"input_boxes": [[[-0.5, 3, 60, 40]]]}),
+        ("points", image, points),
+    ):
         generator = torch.Generator().manual_seed(0)
         output = model.sample(**processor(picture, **prompt), num_samples=4, generator=generator)
         values[name] = {field: output[field] for field in ("prior_mean", "prior_log_std", "iou_scores")}

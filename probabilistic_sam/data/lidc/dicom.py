@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ...dicom_slice import read_dicom, read_header
 from ...errors import UserError
 from ..card import Note, Origin
-from ..format import encode_png, image_row
+from ..format import HU_OFFSET, encode_png, image_row
 from ..parts import Job, worker_pool
 from . import TITLE
 from .nodules import (
@@ -37,7 +37,6 @@ from .pylidc_adapter import load_pylidc
 
 CROP_SIDE = 128  # px
 MAX_HU = 2**20  # far beyond what any scanner writes
-HU_OFFSET = 1024  # added to HU, so that they fit in 16 bits without a sign
 MAX_FILES = 2_000_000  # the whole collection has about 250,000
 SPACINGS = (0.3, 2.0)  # mm, smallest and largest accepted
 SHOWN = 8  # names in a line about many scans

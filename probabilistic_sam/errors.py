@@ -1,5 +1,6 @@
 """Errors of the command lines: a single line on stderr and exit code 2."""
 
+import importlib.util
 import os
 import sys
 import time
@@ -10,6 +11,19 @@ OTHER_PROCESSES_WAIT = 20.0  # s; launchers end them well before that, even on a
 
 class UserError(ValueError):
     """Bad input; the message is one line that says what was wrong, where, and what is accepted."""
+
+
+def require(*modules: str, extra: str) -> None:
+    """Exit with code 2 and one line on stderr where a module is not installed that belongs to an extra.
+
+    Scripts call it before their other imports, which would end in a traceback.
+    """
+    for name in modules:
+        if importlib.util.find_spec(name) is None:
+            print(
+                f"error: {name} is not installed; accepted: pip install 'probabilistic-sam[{extra}]'", file=sys.stderr
+            )
+            sys.exit(2)
 
 
 def run(main: Callable[[], int | None]) -> None:

@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import os
+import runpy
 import shutil
 import signal
 import stat
@@ -321,6 +322,18 @@ def test_bad_index_is_refused(tmp_path):
         read_index(write_index(tmp_path / "index.csv", {"z_mm": "abc"}))
     with pytest.raises(UserError, match="does not open as CSV"):
         read_index(tmp_path / "nowhere.csv")
+
+
+@pytest.mark.parametrize("script", ["build_dataset", "demo", "evaluate", "finish_run", "plot_samples", "train"])
+def test_a_missing_extra_is_one_line(monkeypatch, capsys, script):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "datasets" else find_spec(name))
+    extra = "data" if script in ("build_dataset", "demo") else "train"
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "training" / f"{script}.py"))
+    assert end.value.code == 2
+    line = f"error: datasets is not installed; accepted: pip install 'probabilistic-sam[{extra}]'\n"
+    assert capsys.readouterr().err == line
 
 
 def test_script_reports_errors_in_one_line(tmp_path):

@@ -522,6 +522,21 @@ def test_interrupted_build_leaves_no_cache_file(make, model, tmp_path, monkeypat
     assert not list((tmp_path / "cache").glob("*.part"))
 
 
+def test_embeddings_that_float16_does_not_hold_are_refused(make, model, tmp_path, monkeypatch):
+    real, calls = model.get_image_embeddings, itertools.count()
+
+    def large(pixels):
+        embeddings = real(pixels)
+        if next(calls) == 2:  # the first call determines the shape, this one has rows 2 and 3
+            embeddings[3, 0, 0, 0] = 7e4
+        return embeddings
+
+    monkeypatch.setattr(model, "get_image_embeddings", large)
+    with pytest.raises(UserError, match="values for row 3 that float16 does not hold; accepted: another encoder"):
+        make()
+    assert not list((tmp_path / "cache").glob("*.npy"))
+
+
 def test_cache_that_cannot_be_written_is_refused(make, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="embedding cache .* cannot be written: "):

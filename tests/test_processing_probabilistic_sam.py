@@ -577,6 +577,13 @@ def test_low_resolution_masks_grow_with_the_window(processor):
     assert (rows.min(), rows.max() + 1, columns.min(), columns.max() + 1) == (16, 24, 32, 48)
 
 
+def test_fine_masks_are_averaged_when_they_shrink(processor):
+    """4 columns to 2: a triangle 2 columns wide on either side of the new centre, as with an input of 512 px."""
+    logits = torch.tensor([7.0, 0.0, 0.0, 0.0]).expand(1, 1, 1, 4, 4)
+    (pasted,) = processor.post_process_logits(logits, torch.tensor([[0, 0, 2]]), torch.tensor([[2, 2]]))
+    torch.testing.assert_close(pasted[0], torch.tensor([[3.0, 0.0], [3.0, 0.0]]))  # 7 * .75 / (.75 + .75 + .25)
+
+
 def square_logits(*sides):
     """(1, 1, N, 8, 8): confident squares with these sides."""
     logits = torch.full((1, 1, len(sides), 8, 8), -40.0)

@@ -21,6 +21,10 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from probabilistic_sam.errors import UserError, require, run
+
+require("datasets", "pydicom", "scipy", extra="data")
+
 from tqdm import tqdm
 
 from probabilistic_sam.data.build import NoRows, check_output, write_dataset
@@ -28,7 +32,6 @@ from probabilistic_sam.data.card import UNKNOWN, BuildReport, Note, Origin
 from probabilistic_sam.data.folder import OBJECTS, FolderSource
 from probabilistic_sam.data.lidc import dicom, hpunet, phantom, pickle_crops, slices
 from probabilistic_sam.data.parts import Job, finished_parts, part_rows, parts_folder
-from probabilistic_sam.errors import UserError, run
 from probabilistic_sam.hub.push import check_repo_name, push_folder
 
 SOURCES_OF_JOBS = ("dicom", "phantom")

@@ -12,6 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from probabilistic_sam.errors import require, run
+
+require("datasets", "pydicom", "scipy", extra="data")
+
 import numpy as np
 from tqdm import tqdm
 
@@ -19,7 +23,6 @@ from probabilistic_sam.arguments import ArgumentParser, whole_number
 from probabilistic_sam.data import row_prompt
 from probabilistic_sam.data.format import decode_image, decode_masks
 from probabilistic_sam.data.lidc.phantom import demo_nodules, phantom_row, write_phantom_scan
-from probabilistic_sam.errors import run
 from probabilistic_sam.files import replaced_directory
 from probabilistic_sam.inference import (
     MAX_SAMPLES,

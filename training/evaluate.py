@@ -29,6 +29,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from probabilistic_sam.errors import UserError, require, run
+
+require("accelerate", "datasets", "scipy", extra="train")
+
 import datasets
 import torch
 import transformers
@@ -39,7 +43,6 @@ from probabilistic_sam import ProbabilisticSamModel
 from probabilistic_sam.data import PROMPTS
 from probabilistic_sam.data.format import load_split
 from probabilistic_sam.data.volumes import NoduleSlices, group_nodules
-from probabilistic_sam.errors import UserError, run
 from probabilistic_sam.evaluation import (
     ORACLES,
     READER_BOX_NOTE,

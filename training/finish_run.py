@@ -12,8 +12,11 @@ import json
 import shutil
 from pathlib import Path
 
+from probabilistic_sam.errors import require, run
+
+require("accelerate", "datasets", "scipy", extra="train")
+
 from probabilistic_sam.data.format import load_split
-from probabilistic_sam.errors import run
 from probabilistic_sam.files import replaced_directory
 from probabilistic_sam.inference import choose_device, load_model
 from probabilistic_sam.training.checkpoint import find_checkpoint, read_checkpoint

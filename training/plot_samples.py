@@ -12,9 +12,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from probabilistic_sam.errors import UserError, require, run
+
+require("accelerate", "datasets", "scipy", extra="train")
+
 from probabilistic_sam.data import row_prompt
 from probabilistic_sam.data.format import decode_row, load_split
-from probabilistic_sam.errors import UserError, run
 from probabilistic_sam.evaluation import choose_rows
 from probabilistic_sam.inference import load_model, quiet_transformers, sample_image
 from probabilistic_sam.plotting import comparison_figure, save_figure

@@ -22,7 +22,10 @@ on the order of threads, so a resumed run is close to an uninterrupted one, not 
 
 import argparse
 
-from probabilistic_sam.errors import run
+from probabilistic_sam.errors import require, run
+
+require("accelerate", "datasets", "scipy", extra="train")
+
 from probabilistic_sam.training.config import parse_overrides, read_config
 from probabilistic_sam.training.loop import train
 

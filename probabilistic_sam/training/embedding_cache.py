@@ -51,7 +51,8 @@ class EmbeddingCache:
         bf16: * encode in bfloat16.
 
     Raises:
-        UserError: a row that does not decode; the file cannot be written, or the disk has no room for it.
+        UserError: a row that does not decode; embeddings that are not finite in float16; the file cannot be written,
+            or the disk has no room for it.
     """
 
     def __init__(
@@ -166,8 +167,13 @@ class EmbeddingCache:
                 _, image, masks = cached
                 pixels.append(view_pixel_values(image, self.view(index, view, masks), self.processor))
             with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=bf16):
-                embeddings = model.get_image_embeddings(torch.stack(pixels).to(model.device)).float().cpu().numpy()
+                embeddings = model.get_image_embeddings(torch.stack(pixels).to(model.device)).half().cpu().numpy()
             for (index, view), embedding in zip(batch, embeddings, strict=True):
+                if not np.isfinite(embedding).all():
+                    raise UserError(
+                        f"embedding cache {self.path}: the vision encoder gives values for row {index} that float16 "
+                        "does not hold; accepted: another encoder, mixed_precision: no, or encoder: frozen"
+                    )
                 target[index, view] = embedding
             progress.update(len(batch))
         target.flush()

@@ -85,6 +85,9 @@ ABLATIONS = {
     OURS: "Probabilistic SAM",
     "ablation_no_energy": "without the energy distance",
     "ablation_prior_without_prompt": "prior without the prompt",
+    "ablation_no_detail": "without the detail network",
+    "ablation_8_energy_samples": "eight samples for the energy distance instead of four",
+    "ablation_image_size_512": "input of 512 px instead of 256 px",
     "cpu_probabilistic_sam": "CPU budget: Probabilistic SAM",
     "cpu_prior_without_prompt": "CPU budget: prior without the prompt",
     "cpu_no_detail": "CPU budget: without the detail network",
@@ -454,7 +457,8 @@ def ablation_section(results: dict[str, dict]) -> str:
         f"{table((*shown.values(), 'active outline units', 'posterior IoU'), lines)}\n\n"
         "Active outline units are latent coordinates with a KL divergence of more than 0.05 nats between posterior "
         "and prior, not counting the presence. Posterior IoU is the IoU of masks reconstructed from the posterior. "
-        f"Rows without a range have one training seed. {evaluation_seeds(results, ABLATIONS)} {CPU_BUDGET}"
+        "Rows without a range have one training seed. The weights with an input of 512 px are those after 64,000 "
+        f"slices, the better of two checkpoints. {evaluation_seeds(results, ABLATIONS)} {CPU_BUDGET}"
     )
 
 
@@ -720,7 +724,8 @@ def cuda_section(result: dict | None) -> str:
     """The benchmark on a GPU, from bench_cuda.json; without that file how to run it."""
     if not result:
         return (
-            "The benchmark has not run on a GPU yet. To run it:\n\n"
+            "The benchmark has not been measured on a GPU yet; with `--quick`, whose times mean nothing, it ran on an "
+            "H200. To run it:\n\n"
             f"```\npython training/report/benchmark.py --device cuda --output {COSTS}/bench_cuda.json\n```"
         )
     speeds = result["slices_per_second"]

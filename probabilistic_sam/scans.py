@@ -475,7 +475,10 @@ def read_nifti(path: Path) -> Scan:
         if len(shape) > 3 and set(shape[3:]) == {1}:
             shape = shape[:3]
         if len(shape) != 3 or min(shape) < 2:
-            raise UserError(f"{path} has the shape {' x '.join(map(str, shape))}; accepted: three axes of 2 or more")
+            found = " x ".join(map(str, shape))
+            raise UserError(
+                f"{path} has the shape {found}; accepted: three axes of 2 or more, or a single slice as an image"
+            )
         if math.prod(shape) > MAX_VOXELS:
             raise UserError(
                 f"{path} has {math.prod(shape) / 1e6:,.0f} million voxels; accepted: at most {MAX_VOXELS / 1e6:,.0f} "

@@ -3,6 +3,7 @@
 import importlib.util
 import re
 
+import nibabel
 import numpy as np
 import pytest
 from datasets import load_dataset
@@ -84,6 +85,68 @@ def test_orientations_of_the_file_do_not_matter(tmp_path, affine, flipped):
     for (_, _, index), row in rows.items():
         np.testing.assert_array_equal(decode_image(row), np.flip(volume, flipped)[index] + 1024)
         np.testing.assert_array_equal(decode_masks(row)[0], np.flip(mask, flipped)[index] > 0)
+
+
+def write_slice(path, values, unit="mm", sides=(0.5, 0.5)):
+    """Write an array in the order of the file (columns, rows, ...) as NIfTI."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = nibabel.Nifti1Image(values, None)
+    image.header.set_zooms((*sides, 1.0, 1.0)[: values.ndim])
+    image.header.set_xyzt_units(unit)
+    nibabel.save(image, path)
+
+
+@pytest.mark.parametrize(
+    "values, expected",
+    [
+        (np.arange(48, dtype=np.int16).reshape(8, 6), np.arange(48)),
+        (np.arange(48, dtype=np.int16).reshape(8, 6, 1) - 1000, np.arange(48) + 24),  # Hounsfield units
+        (np.arange(48, dtype=np.float32).reshape(8, 6, 1, 1) / 94, np.round(np.arange(48) * (65535 / 47))),
+        (np.full((8, 6), 0.5), np.zeros(48)),
+    ],
+    ids=["whole", "hounsfield", "fractions", "constant"],
+)
+def test_nifti_of_one_slice_is_an_image(tmp_path, values, expected):
+    mask = np.zeros((8, 6, 1), np.uint8)
+    mask[2:5, 1:3] = 1  # columns 2 to 4, rows 1 and 2
+    for name in NAMES:
+        write_slice(tmp_path / f"images/{name}.nii.gz", values)
+        write_slice(tmp_path / f"masks/ann/{name}.nii", mask)
+        write_slice(tmp_path / f"masks/bob/{name}.nii.gz", np.zeros((8, 6), np.float32))
+    for row in FolderSource(tmp_path):
+        np.testing.assert_array_equal(decode_image(row), expected.reshape(8, 6).T)
+        ann, bob = decode_masks(row)
+        assert ann[1:3, 2:5].all() and ann.sum() == 6 and not bob.any()
+        assert (row["pixel_spacing_mm"], row["nodule_id"], row["reader_ids"]) == (0.5, None, ["ann", "bob"])
+    write_slice(tmp_path / f"images/{TRAIN[0]}.nii.gz", values, unit="unknown")
+    write_slice(tmp_path / f"images/{VALIDATION[0]}.nii.gz", values, sides=(0.5, 0.6))
+    assert {row["pixel_spacing_mm"] for row in FolderSource(tmp_path)} == {None}
+
+
+@pytest.mark.parametrize(
+    "image, mask, message",
+    [
+        (np.zeros((8, 6, 2)), np.zeros((8, 6)), "has the shape 8 x 6 x 2; accepted: one slice, volumes are read from"),
+        (np.full((8, 6), np.nan), np.zeros((8, 6)), "holds NaN or infinite values; accepted: finite values"),
+        (np.zeros((8, 6), np.complex64), np.zeros((8, 6)), "holds complex64; accepted: integer or floating-point"),
+        (np.zeros((8, 6)), np.full((8, 6), 2.0), "mask has values 2; accepted: "),
+        (np.zeros((8, 6)), np.zeros((6, 8)), "mask is 6x8 pixels; accepted: 8x6, the size of its image"),
+        (b"no NIfTI", np.zeros((8, 6)), "cannot be read"),
+        (np.zeros((8, 6)), b"png", "accepted: NIfTI masks of NIfTI images, PNG or TIFF of others"),
+    ],
+)
+def test_nifti_that_is_no_image_is_refused(tmp_path, image, mask, message):
+    for name in NAMES:
+        for place, content in (("images", image), ("masks/ann", mask)):
+            path = tmp_path / place / (name + (".png" if isinstance(content, bytes) and content == b"png" else ".nii"))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(content, bytes):
+                path.write_bytes(content)
+            else:
+                write_slice(path, content)
+    with pytest.raises(UserError) as error:
+        list(FolderSource(tmp_path))
+    assert message in str(error.value) and NAMES[0] in str(error.value)
 
 
 def test_absent_and_empty_readers_and_scans(tmp_path):
@@ -246,5 +309,5 @@ def test_too_many_components_are_refused(tmp_path, monkeypatch):
 def test_missing_libraries_are_named(tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "highdicom" else find(name))
-    with pytest.raises(UserError, match=r"scans need highdicom and nibabel; accepted: pip install"):
+    with pytest.raises(UserError, match=r"scans and NIfTI need highdicom and nibabel; accepted: pip install"):
         FolderSource(make_scans(tmp_path))

@@ -1,7 +1,8 @@
 """Source `folder`: your own images or scans with the masks of several readers, as files in folders.
 
-    DIR/images/ID.EXT           PNG, TIFF, JPEG or DICOM; grey (8 or 16 bit) or RGB (8 bit); up to 64 million pixels
-    DIR/masks/READER/ID.png     or ID.tif: one folder per reader; 1 bit, or values 0/1 or 0/255
+    DIR/images/ID.EXT           PNG, TIFF, JPEG or DICOM; grey (8 or 16 bit) or RGB (8 bit); up to 64 million pixels;
+                                or NIfTI with one slice
+    DIR/masks/READER/ID.png     or ID.tif: one folder per reader; 1 bit, or values 0/1 or 0/255; NIfTI of a NIfTI image
     DIR/table.csv               optional: columns id and any of group, spacing_mm, split
 
 or, with scans in place of images, of which each annotated axial slice becomes a row:
@@ -37,12 +38,16 @@ from .format import ACCEPTED_MASK, HU_OFFSET, binary_mask, encode_png, image_row
 from .splits import SPLITS
 
 LAYOUT = (
-    "accepted: images/ID.EXT and masks/READER/ID.png (or .tif), or scans/ID.nii.gz and masks/READER/ID.nii.gz, and "
-    "optionally table.csv"
+    "accepted: images/ID.EXT and masks/READER/ID.png (or .tif; .nii.gz of NIfTI), or scans/ID.nii.gz and "
+    "masks/READER/ID.nii.gz, and optionally table.csv"
+)
+NIFTI_VALUES = (
+    "Grey values are those of the file, plus 1024 or more where some are negative, or stretched to 16 bits where they "
+    "have fractions."
 )
 DICOM_SUFFIXES = (".dcm", ".dicom")
 MASK_SUFFIXES = (".png", ".tif", ".tiff")
-IMAGE_SUFFIXES = (*MASK_SUFFIXES, ".jpg", ".jpeg", *DICOM_SUFFIXES)
+IMAGE_SUFFIXES = (*MASK_SUFFIXES, ".jpg", ".jpeg", *DICOM_SUFFIXES, *NIFTI)
 SCAN_SUFFIXES = (*NIFTI, ".zip", *DICOM_SUFFIXES)
 TABLE_COLUMNS = ("id", "group", "spacing_mm", "split")
 OBJECTS = ("image", "components")
@@ -98,10 +103,14 @@ class FolderSource:
         kinds = SCAN_SUFFIXES if self.holds_scans else IMAGE_SUFFIXES
         folder = self.root / ("scans" if self.holds_scans else "images")
         self.images = _list_files(folder, kinds, folders=self.holds_scans)
-        self.masks = _list_masks(self.root / "masks", self.images, NIFTI if self.holds_scans else MASK_SUFFIXES)
+        mask_kinds = NIFTI if self.holds_scans else (*MASK_SUFFIXES, *NIFTI)
+        self.masks = _list_masks(self.root / "masks", self.images, mask_kinds)
         self.table = _read_table(self.root / "table.csv", self.images)
-        if self.holds_scans and not all(map(importlib.util.find_spec, ("highdicom", "nibabel"))):
-            raise UserError("scans need highdicom and nibabel; accepted: pip install 'probabilistic-sam[scan]'")
+        needs_scan = self.holds_scans or any(map(_is_nifti, self.images.values()))
+        if needs_scan and not all(map(importlib.util.find_spec, ("highdicom", "nibabel"))):
+            raise UserError(
+                "scans and NIfTI need highdicom and nibabel; accepted: pip install 'probabilistic-sam[scan]'"
+            )
         if self.holds_scans and any(line.spacing_mm for line in self.table.values()):
             raise UserError(
                 f"{self.root / 'table.csv'}: has a spacing_mm, which scans state; accepted: no such column"
@@ -113,13 +122,12 @@ class FolderSource:
             kind = "scan" if objects == "image" else "connected component of the union of the masks"
             text = (
                 f"Scans and readers' masks from a folder; one row per annotated axial slice of each {kind}. "
-                f"`nodule_id` is the number of the {kind}. Slices are stored as PNG of 16 bits. Grey values "
-                "are those of the scan, plus 1024 or more where some are negative, or stretched to 16 bits where they "
-                "have fractions."
+                f"`nodule_id` is the number of the {kind}. Slices are stored as PNG of 16 bits. {NIFTI_VALUES}"
             )
         else:
             kind = "image" if objects == "image" else "connected component of the union of the masks"
             text = f"Images and readers' masks from a folder; one row per {kind}. Images are stored as PNG."
+            text += f" {NIFTI_VALUES}" * needs_scan
         self.origin = Origin(
             text,
             " ".join((name or self.root.resolve().name).split()) or "Images with readers' masks",
@@ -202,6 +210,11 @@ class FolderSource:
         if line is not None and line.spacing_mm is not None:
             spacing_mm = line.spacing_mm
         paths = self._mask_paths(image_id, path)
+        for mask_path in paths.values():
+            if _is_nifti(mask_path) != _is_nifti(path):  # whose first axis runs along the rows
+                raise UserError(
+                    f"{mask_path}: of {path.name}; accepted: NIfTI masks of NIfTI images, PNG or TIFF of others"
+                )
         masks = np.stack([_read_mask(mask_path, pixels.shape[:2]) for mask_path in paths.values()])
         png = encode_png(pixels)
         for suffix, one in self._objects_of(masks, path):
@@ -393,9 +406,18 @@ def _table_line(line: dict[str, str], place: str) -> TableLine:
     return TableLine(line.get("group", "").strip() or None, spacing_mm, split)
 
 
+def _is_nifti(path: Path) -> bool:
+    return path.name.lower().endswith(NIFTI)
+
+
 def _read_image(path: Path) -> tuple[np.ndarray, float | None]:
     """Pixels (H, W), uint8 or uint16, or (H, W, 3), uint8; and the side of a pixel in mm where the file states it."""
     spacing_mm = None
+    if _is_nifti(path):
+        from .folder_scans import read_slice, sixteen_bits
+
+        values, spacing_mm = read_slice(path, MAX_PIXELS)
+        return sixteen_bits(values), spacing_mm
     try:
         if path.suffix.lower() in DICOM_SUFFIXES:
             values, spacing_mm = read_dicom(path, MAX_PIXELS)
@@ -428,11 +450,16 @@ def _sixteen_bits(values: np.ndarray) -> np.ndarray:
 def _read_mask(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     """Boolean mask (H, W) of an image of this shape."""
     try:
-        image = open_image(path, "the mask")
-        with PIL.Image.open(path) as file:
-            if file.mode == "LA":  # `open_image` drops the transparency, which may be the mask
-                raise UserError(f"mask with transparency; {ACCEPTED_MASK}")
-        mask = binary_mask(image)
+        if _is_nifti(path):
+            from .folder_scans import read_slice
+
+            mask = binary_mask(read_slice(path, MAX_PIXELS)[0])
+        else:
+            image = open_image(path, "the mask")
+            with PIL.Image.open(path) as file:
+                if file.mode == "LA":  # `open_image` drops the transparency, which may be the mask
+                    raise UserError(f"mask with transparency; {ACCEPTED_MASK}")
+            mask = binary_mask(image)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
     if mask.shape != shape:

@@ -1,16 +1,17 @@
-"""Annotated slices of scans with one mask volume per reader, for the source `folder`. Needs the extra `scan`."""
+"""NIfTI and DICOM for the source `folder`: annotated slices of scans, and single slices. Needs the extra `scan`."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import nibabel
 import numpy as np
 import scipy.ndimage
 
 from ..errors import UserError
-from ..scans import Scan, SeveralSeries, open_scan
+from ..scans import Scan, SeveralSeries, one_line_errors, open_scan
 from .format import HU_OFFSET
 
 BLOCK_VOXELS = 2**25  # read at a time
@@ -85,7 +86,7 @@ def annotated_slices(
         if count > max_components:
             raise UserError(f"{path}: its masks have {count:,} components; accepted: at most {max_components:,}")
 
-        offset, factor = _grey_scale(scan, first, last)
+        offset, factor = _grey_scale(*_range_of(scan, first, last))
         affine, (step, height, width) = scan.geometry.affine, scan.spacing_mm
         normal = affine[:3, 0] / step
         square = abs(height - width) <= SPACING_TOLERANCE * min(height, width)
@@ -96,12 +97,46 @@ def annotated_slices(
                 label, given = labels[index - first], unpacked(index)
                 yield ScanSlice(
                     slice_index=index,
-                    pixels=np.round((block[index - start].astype(np.float64) + offset) * factor).astype(np.uint16),
+                    pixels=_scaled(block[index - start], offset, factor),
                     objects={int(number): given & (label == number) for number in np.unique(label[label > 0])},
                     z_mm=float((affine[:3, 3] + index * affine[:3, 0]) @ normal),
                     step_mm=step,
                     spacing_mm=(height + width) / 2 if square else None,
                 )
+
+
+def read_slice(path: Path, max_pixels: int) -> tuple[np.ndarray, float | None]:
+    """A NIfTI file with one slice: values (H, W), rows along its second axis, and the side of a pixel.
+
+    The side is None where pixels are not square or the file does not say that its unit is mm.
+
+    Raises:
+        UserError: a file that does not open, or holds something else.
+    """
+    with one_line_errors(path):
+        image: Any = nibabel.load(path)
+        shape, kind = image.shape, image.get_data_dtype()
+        if len(shape) < 2 or min(shape[:2]) < 2 or set(shape[2:]) - {1}:
+            found = " x ".join(map(str, shape))
+            raise UserError(
+                f"{path}: has the shape {found}; accepted: one slice, volumes are read from the folder scans"
+            )
+        if shape[0] * shape[1] > max_pixels:
+            raise UserError(f"{path}: has {shape[0] * shape[1]:,} pixels; accepted: at most {max_pixels:,}")
+        if kind.kind not in "iuf":
+            raise UserError(f"{path}: holds {kind}; accepted: integer or floating-point values")
+        values = np.asarray(image.dataobj).reshape(shape[:2]).T
+        if not np.isfinite(values).all():
+            raise UserError(f"{path}: holds NaN or infinite values; accepted: finite values")
+        width, height = (float(side) for side in image.header.get_zooms()[:2])
+        square = abs(height - width) <= SPACING_TOLERANCE * min(height, width)
+        return values, (height + width) / 2 if square and image.header.get_xyzt_units()[0] == "mm" else None
+
+
+def sixteen_bits(values: np.ndarray) -> np.ndarray:
+    """Grey values as uint16, by the rule of `annotated_slices`."""
+    are_whole = bool((values == np.round(values)).all())
+    return _scaled(values, *_grey_scale(float(values.min()), float(values.max()), are_whole))
 
 
 @contextmanager
@@ -146,13 +181,24 @@ def _check_values(values: np.ndarray, path: Path) -> None:
         raise UserError(f"{path}: mask with the values {shown}; {ACCEPTED_MASK}, one structure at a time")
 
 
-def _grey_scale(scan: Scan, first: int, last: int) -> tuple[float, float]:
-    """What is added to the grey values of these slices, and what they are multiplied with then, to fit in 16 bits."""
-    low, high, are_whole, most = np.inf, -np.inf, True, np.iinfo(np.uint16).max
+def _range_of(scan: Scan, first: int, last: int) -> tuple[float, float, bool]:
+    """Lowest and highest grey value of these slices, and whether all are whole numbers."""
+    low, high, are_whole = np.inf, -np.inf, True
     for _, values in _blocks(scan, first, last):
         low, high = min(low, float(values.min())), max(high, float(values.max()))
         are_whole = are_whole and bool((values == np.round(values)).all())
+    return low, high, are_whole
+
+
+def _grey_scale(low: float, high: float, are_whole: bool) -> tuple[float, float]:
+    """What is added to grey values from `low` to `high`, and what they are multiplied with then, to fit in 16 bits."""
+    most = np.iinfo(np.uint16).max
     offset = 0.0 if low >= 0 else HU_OFFSET if low >= -HU_OFFSET else -low
     if are_whole and high + offset <= most:
         return float(offset), 1.0
     return -low, most / (high - low) if high > low else 1.0
+
+
+def _scaled(values: np.ndarray, offset: float, factor: float) -> np.ndarray:
+    """Grey values as uint16."""
+    return np.round((values.astype(np.float64) + offset) * factor).astype(np.uint16)

@@ -91,7 +91,8 @@ def write_slice(path, values, unit="mm", sides=(0.5, 0.5)):
     """Write an array in the order of the file (columns, rows, ...) as NIfTI."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image = nibabel.Nifti1Image(values, None)
-    image.header.set_zooms((*sides, 1.0, 1.0)[: values.ndim])
+    zooms = iter(sides)
+    image.header.set_zooms([1.0 if length == 1 else next(zooms, 1.0) for length in values.shape])
     image.header.set_xyzt_units(unit)
     nibabel.save(image, path)
 
@@ -102,7 +103,7 @@ def write_slice(path, values, unit="mm", sides=(0.5, 0.5)):
         (np.arange(48, dtype=np.int16).reshape(8, 6), np.arange(48)),
         (np.arange(48, dtype=np.int16).reshape(8, 6, 1) - 1000, np.arange(48) + 24),  # Hounsfield units
         (np.arange(48, dtype=np.float32).reshape(8, 6, 1, 1) / 94, np.round(np.arange(48) * (65535 / 47))),
-        (np.full((8, 6), 0.5), np.zeros(48)),
+        (np.full((1, 8, 6), 0.5), np.zeros(48)),
     ],
     ids=["whole", "hounsfield", "fractions", "constant"],
 )
@@ -130,6 +131,7 @@ def test_nifti_of_one_slice_is_an_image(tmp_path, values, expected):
         (np.full((8, 6), np.nan), np.zeros((8, 6)), "holds NaN or infinite values; accepted: finite values"),
         (np.zeros((8, 6), np.complex64), np.zeros((8, 6)), "holds complex64; accepted: integer or floating-point"),
         (np.zeros((8, 6)), np.full((8, 6), 2.0), "mask has values 2; accepted: "),
+        (np.zeros((8, 6)), np.zeros((8, 6, 2)), "has the shape 8 x 6 x 2; accepted: one slice"),
         (np.zeros((8, 6)), np.zeros((6, 8)), "mask is 6x8 pixels; accepted: 8x6, the size of its image"),
         (b"no NIfTI", np.zeros((8, 6)), "cannot be read"),
         (np.zeros((8, 6)), b"png", "accepted: NIfTI masks of NIfTI images, PNG or TIFF of others"),
@@ -146,7 +148,11 @@ def test_nifti_that_is_no_image_is_refused(tmp_path, image, mask, message):
                 write_slice(path, content)
     with pytest.raises(UserError) as error:
         list(FolderSource(tmp_path))
-    assert message in str(error.value) and NAMES[0] in str(error.value)
+    assert (
+        message in str(error.value)
+        and NAMES[0] in str(error.value)
+        and str(error.value).count(f"{NAMES[0]}.nii:") <= 1
+    )
 
 
 def test_absent_and_empty_readers_and_scans(tmp_path):

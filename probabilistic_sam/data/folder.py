@@ -23,7 +23,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -449,17 +449,18 @@ def _sixteen_bits(values: np.ndarray) -> np.ndarray:
 
 def _read_mask(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     """Boolean mask (H, W) of an image of this shape."""
-    try:
-        if _is_nifti(path):
-            from .folder_scans import read_slice
+    image: Any = None
+    if _is_nifti(path):
+        from .folder_scans import read_slice
 
-            mask = binary_mask(read_slice(path, MAX_PIXELS)[0])
-        else:
+        image, _ = read_slice(path, MAX_PIXELS)
+    try:
+        if image is None:
             image = open_image(path, "the mask")
             with PIL.Image.open(path) as file:
                 if file.mode == "LA":  # `open_image` drops the transparency, which may be the mask
                     raise UserError(f"mask with transparency; {ACCEPTED_MASK}")
-            mask = binary_mask(image)
+        mask = binary_mask(image)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
     if mask.shape != shape:

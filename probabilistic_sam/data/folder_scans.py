@@ -106,7 +106,9 @@ def annotated_slices(
 
 
 def read_slice(path: Path, max_pixels: int) -> tuple[np.ndarray, float | None]:
-    """A NIfTI file with one slice: values (H, W), rows along its second axis, and the side of a pixel.
+    """A NIfTI file with one slice: values (H, W), and the side of a pixel.
+
+    The axes with one voxel are dropped; columns follow the first of the other two, rows the second.
 
     The side is None where pixels are not square or the file does not say that its unit is mm.
 
@@ -116,19 +118,21 @@ def read_slice(path: Path, max_pixels: int) -> tuple[np.ndarray, float | None]:
     with one_line_errors(path):
         image: Any = nibabel.load(path)
         shape, kind = image.shape, image.get_data_dtype()
-        if len(shape) < 2 or min(shape[:2]) < 2 or set(shape[2:]) - {1}:
+        axes = [axis for axis, length in enumerate(shape) if length > 1]
+        if len(axes) != 2 or max(axes) > 2:
             found = " x ".join(map(str, shape))
             raise UserError(
                 f"{path}: has the shape {found}; accepted: one slice, volumes are read from the folder scans"
             )
-        if shape[0] * shape[1] > max_pixels:
-            raise UserError(f"{path}: has {shape[0] * shape[1]:,} pixels; accepted: at most {max_pixels:,}")
+        columns, rows = (shape[axis] for axis in axes)
+        if rows * columns > max_pixels:
+            raise UserError(f"{path}: has {rows * columns:,} pixels; accepted: at most {max_pixels:,}")
         if kind.kind not in "iuf":
             raise UserError(f"{path}: holds {kind}; accepted: integer or floating-point values")
-        values = np.asarray(image.dataobj).reshape(shape[:2]).T
+        values = np.asarray(image.dataobj).reshape(columns, rows).T
         if not np.isfinite(values).all():
             raise UserError(f"{path}: holds NaN or infinite values; accepted: finite values")
-        width, height = (float(side) for side in image.header.get_zooms()[:2])
+        width, height = (float(image.header.get_zooms()[axis]) for axis in axes)
         square = abs(height - width) <= SPACING_TOLERANCE * min(height, width)
         return values, (height + width) / 2 if square and image.header.get_xyzt_units()[0] == "mm" else None
 

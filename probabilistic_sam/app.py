@@ -48,7 +48,7 @@ footer { display: none !important; }
 def open_file(path: str | None) -> tuple[np.ndarray, float | None]:
     """Read an uploaded slice. Error messages give its name, not its temporary path."""
     if not path:
-        raise UserError("no slice yet; drop a file: " + ", ".join(IMAGE_FORMATS) + " or DICOM")
+        raise UserError("no slice yet; drop a file: " + ", ".join(IMAGE_FORMATS) + ", DICOM or NIfTI")
     if is_scan(path):
         raise UserError(f"{Path(path).name} is a scan, not one slice; open it in the tab Scan")
     try:
@@ -201,7 +201,7 @@ def add_slice_tab(model: ProbabilisticSamModel, processor: ProbabilisticSamProce
     with gr.Row():
         with gr.Column(scale=5, min_width=380):
             file = gr.File(
-                label=f"Slice ({', '.join(IMAGE_FORMATS)} or DICOM; one slice per file)",
+                label=f"Slice ({', '.join(IMAGE_FORMATS)}, DICOM or NIfTI; one slice per file)",
                 height=160,
                 elem_id="slice",
             )

@@ -147,8 +147,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     command.set_defaults(run=segment)
     command.add_argument(
         "image", metavar="IMAGE", nargs="?",
-        help=f"{', '.join(IMAGE_FORMATS)} (grey of 8 or 16 bits, colour of 8) or a DICOM slice; or a SCAN: folder or "
-        "zip with a DICOM series, multi-frame DICOM, .nii or .nii.gz",
+        help=f"{', '.join(IMAGE_FORMATS)} (grey of 8 or 16 bits, colour of 8), DICOM or NIfTI of one slice; or a "
+        "SCAN: folder or zip with a DICOM series, multi-frame DICOM, .nii or .nii.gz",
     )  # fmt: skip
     prompt = command.add_argument_group("prompt")
     several: Any = {"action": "append", "default": []}
@@ -201,7 +201,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     command.add_argument(
         "--pixel-spacing", type=spacing, metavar="MM",
-        help="side of a pixel in mm, to get areas in mm^2; default: from DICOM",
+        help="side of a pixel in mm, to get areas in mm^2; default: from DICOM or NIfTI",
     )  # fmt: skip
     command.add_argument("--model", metavar="M", help=MODEL_HELP)
     command.add_argument(

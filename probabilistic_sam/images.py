@@ -1,4 +1,4 @@
-"""Read one image from PNG, JPEG, TIFF or DICOM: its pixels and their spacing."""
+"""Read one image from PNG, JPEG, TIFF, DICOM or NIfTI: its pixels and their spacing."""
 
 import os
 from pathlib import Path
@@ -35,15 +35,25 @@ def load_image(path: str | os.PathLike) -> np.ndarray:
 
 
 def load_slice(path: str | os.PathLike) -> tuple[np.ndarray, float | None]:
-    """Read one slice: a DICOM file or an image as in `load_image`.
+    """Read one slice: a DICOM or NIfTI file, or an image as in `load_image`.
 
     Returns:
-        The pixels, as in `load_image`, or (H, W) float32 from DICOM (Hounsfield units for CT); and the side of a
-        pixel in mm if it is a DICOM file that states it, otherwise None.
+        The pixels, as in `load_image`, or (H, W) float32 from DICOM (Hounsfield units for CT) and NIfTI; and the side
+        of a pixel in mm if the file is DICOM or NIfTI and states it, otherwise None.
 
     Raises:
-        UserError: as `load_image`; a DICOM file that `read_dicom` refuses, or pydicom is not installed.
+        UserError: as `load_image`; a file that `read_dicom` or `read_nifti_slice` refuses, or what reads it is not
+            installed.
     """
+    if is_nifti(path) and Path(path).is_file():
+        try:
+            from .nifti_slice import read_nifti_slice
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f"{path} is NIfTI; to read it, pip install 'probabilistic-sam[scan]' ({error.name} is missing)"
+            ) from error
+        values, side = read_nifti_slice(Path(path), MAX_PIXELS)
+        return values.astype(np.float32), side
     if not is_dicom(path):
         return load_image(path), None
     try:
@@ -60,9 +70,15 @@ def load_slice(path: str | os.PathLike) -> tuple[np.ndarray, float | None]:
 
 
 def is_scan(path: str | os.PathLike) -> bool:
-    """Whether a path is a scan rather than a single image: a folder, zip or NIfTI, or DICOM with several frames."""
-    if Path(path).is_dir() or str(path).lower().endswith((".zip", *NIFTI)):
+    """Whether a path is a scan rather than a single image: a folder, a zip, or NIfTI or DICOM with several slices."""
+    if Path(path).is_dir() or str(path).lower().endswith(".zip"):
         return True
+    if is_nifti(path):
+        try:
+            from .nifti_slice import is_nifti_slice
+        except ModuleNotFoundError:
+            return True  # opening it as a scan says what is missing
+        return not is_nifti_slice(Path(path))
     if not Path(path).is_file() or not is_dicom(path):
         return False
     try:
@@ -71,6 +87,11 @@ def is_scan(path: str | os.PathLike) -> bool:
         return (read_header(path, ["NumberOfFrames"], os.path.getsize(path))["NumberOfFrames"] or 1) > 1
     except (ModuleNotFoundError, ValueError, TypeError):
         return False  # reading it as an image says what is wrong
+
+
+def is_nifti(path: str | os.PathLike) -> bool:
+    """Whether a file has a name of NIfTI."""
+    return str(path).lower().endswith(NIFTI)
 
 
 def is_dicom(path: str | os.PathLike) -> bool:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from .errors import UserError
 from .files import replaced_directory
-from .images import load_slice, luminance
+from .images import is_nifti, load_slice, luminance
 from .inference import check_num_samples, check_prompt, load_model, sample_image
 from .results import RESULT_FILES, area_unit, result_words, write_result
 
@@ -223,6 +223,8 @@ def _opened(requests: Sequence[Request], options: Options) -> Iterator[tuple[np.
                 path = request.image
             prompt = dict(request.prompt)
             if request.mask is not None:
+                if is_nifti(request.mask) != is_nifti(request.image):  # whose columns follow the first axis
+                    raise UserError(f"{request.mask} is a mask of {request.image}; accepted: both NIfTI, or neither")
                 prompt["mask"] = luminance(load_slice(request.mask)[0])
             check_prompt(prompt, image.shape[1], image.shape[0])
             check_num_samples(options.num_samples, image)

@@ -111,6 +111,23 @@ def test_small_areas_keep_their_digits(run_segment):
     assert results.shortened(1234567.0) == 1234567 and results.shortened(12.34567) == 12.3457
 
 
+def test_nifti_of_one_slice_gives_the_masks_of_the_image(run_segment, image_path, tmp_path):
+    nibabel = pytest.importorskip("nibabel")
+    pixels = np.asarray(Image.open(image_path))
+    path, mask = tmp_path / "slice.nii.gz", tmp_path / "mask.nii"
+    for target, values in ((path, pixels.T[:, :, None]), (mask, (pixels.T > 99).astype(np.uint8))):
+        image = nibabel.Nifti1Image(values, np.diag([0.5, 0.5, 3, 1]))
+        image.header.set_xyzt_units("mm")
+        nibabel.save(image, target)
+    expected = run_segment("--num-samples", 3, output=tmp_path / "png")
+    found = run_segment("--num-samples", 3, image=path, output=tmp_path / "nifti")
+    assert (sampled_masks(found) == sampled_masks(expected)).all() and sampled_masks(found).any()
+    assert result_of(found)["pixel_spacing_mm"] == 0.5
+    run_segment("--num-samples", 1, image=path, prompt=("--mask", mask), output=tmp_path / "with_mask")
+    with pytest.raises(UserError, match="mask.nii is a mask of .*slice.png; accepted: both NIfTI, or neither"):
+        run_segment(prompt=("--mask", mask))
+
+
 def test_names_of_files_are_no_mathematics(run_segment, image_path, tmp_path):
     path = image_path.with_name("a$x^$b.png")
     shutil.copy(image_path, path)

@@ -127,7 +127,7 @@ def test_nifti_of_one_slice_is_an_image(tmp_path, values, expected):
 @pytest.mark.parametrize(
     "image, mask, message",
     [
-        (np.zeros((8, 6, 2)), np.zeros((8, 6)), "has the shape 8 x 6 x 2; accepted: one slice, volumes are read from"),
+        (np.zeros((8, 6, 2)), np.zeros((8, 6)), "has the shape 8 x 6 x 2; accepted: one slice"),
         (np.full((8, 6), np.nan), np.zeros((8, 6)), "holds NaN or infinite values; accepted: finite values"),
         (np.zeros((8, 6), np.complex64), np.zeros((8, 6)), "holds complex64; accepted: integer or floating-point"),
         (np.zeros((8, 6)), np.full((8, 6), 2.0), "mask has values 2; accepted: "),

@@ -31,7 +31,7 @@ import scipy.ndimage
 
 from ..dicom_slice import read_dicom
 from ..errors import UserError
-from ..images import NIFTI
+from ..images import NIFTI, is_nifti
 from ..processing_image_files import MAX_PIXELS, open_image
 from .card import Note, Origin
 from .format import ACCEPTED_MASK, HU_OFFSET, binary_mask, encode_png, image_row
@@ -106,7 +106,7 @@ class FolderSource:
         mask_kinds = NIFTI if self.holds_scans else (*MASK_SUFFIXES, *NIFTI)
         self.masks = _list_masks(self.root / "masks", self.images, mask_kinds)
         self.table = _read_table(self.root / "table.csv", self.images)
-        needs_scan = self.holds_scans or any(map(_is_nifti, self.images.values()))
+        needs_scan = self.holds_scans or any(map(is_nifti, self.images.values()))
         if needs_scan and not all(map(importlib.util.find_spec, ("highdicom", "nibabel"))):
             raise UserError(
                 "scans and NIfTI need highdicom and nibabel; accepted: pip install 'probabilistic-sam[scan]'"
@@ -211,7 +211,7 @@ class FolderSource:
             spacing_mm = line.spacing_mm
         paths = self._mask_paths(image_id, path)
         for mask_path in paths.values():
-            if _is_nifti(mask_path) != _is_nifti(path):  # whose first axis runs along the rows
+            if is_nifti(mask_path) != is_nifti(path):  # whose first axis runs along the rows
                 raise UserError(
                     f"{mask_path}: of {path.name}; accepted: NIfTI masks of NIfTI images, PNG or TIFF of others"
                 )
@@ -406,17 +406,14 @@ def _table_line(line: dict[str, str], place: str) -> TableLine:
     return TableLine(line.get("group", "").strip() or None, spacing_mm, split)
 
 
-def _is_nifti(path: Path) -> bool:
-    return path.name.lower().endswith(NIFTI)
-
-
 def _read_image(path: Path) -> tuple[np.ndarray, float | None]:
     """Pixels (H, W), uint8 or uint16, or (H, W, 3), uint8; and the side of a pixel in mm where the file states it."""
     spacing_mm = None
-    if _is_nifti(path):
-        from .folder_scans import read_slice, sixteen_bits
+    if is_nifti(path):
+        from ..nifti_slice import read_nifti_slice
+        from .folder_scans import sixteen_bits
 
-        values, spacing_mm = read_slice(path, MAX_PIXELS)
+        values, spacing_mm = read_nifti_slice(path, MAX_PIXELS)
         return sixteen_bits(values), spacing_mm
     try:
         if path.suffix.lower() in DICOM_SUFFIXES:
@@ -450,10 +447,10 @@ def _sixteen_bits(values: np.ndarray) -> np.ndarray:
 def _read_mask(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     """Boolean mask (H, W) of an image of this shape."""
     image: Any = None
-    if _is_nifti(path):
-        from .folder_scans import read_slice
+    if is_nifti(path):
+        from ..nifti_slice import read_nifti_slice
 
-        image, _ = read_slice(path, MAX_PIXELS)
+        image, _ = read_nifti_slice(path, MAX_PIXELS)
     try:
         if image is None:
             image = open_image(path, "the mask")

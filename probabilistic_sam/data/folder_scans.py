@@ -1,17 +1,16 @@
-"""NIfTI and DICOM for the source `folder`: annotated slices of scans, and single slices. Needs the extra `scan`."""
+"""Annotated slices of scans with one mask volume per reader, for the source `folder`. Needs the extra `scan`."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import nibabel
 import numpy as np
 import scipy.ndimage
 
 from ..errors import UserError
-from ..scans import Scan, SeveralSeries, one_line_errors, open_scan
+from ..scans import Scan, SeveralSeries, open_scan
 from .format import HU_OFFSET
 
 BLOCK_VOXELS = 2**25  # read at a time
@@ -103,38 +102,6 @@ def annotated_slices(
                     step_mm=step,
                     spacing_mm=(height + width) / 2 if square else None,
                 )
-
-
-def read_slice(path: Path, max_pixels: int) -> tuple[np.ndarray, float | None]:
-    """A NIfTI file with one slice: values (H, W), and the side of a pixel.
-
-    The axes with one voxel are dropped; columns follow the first of the other two, rows the second.
-
-    The side is None where pixels are not square or the file does not say that its unit is mm.
-
-    Raises:
-        UserError: a file that does not open, or holds something else.
-    """
-    with one_line_errors(path):
-        image: Any = nibabel.load(path)
-        shape, kind = image.shape, image.get_data_dtype()
-        axes = [axis for axis, length in enumerate(shape) if length > 1]
-        if len(axes) != 2 or max(axes) > 2:
-            found = " x ".join(map(str, shape))
-            raise UserError(
-                f"{path}: has the shape {found}; accepted: one slice, volumes are read from the folder scans"
-            )
-        columns, rows = (shape[axis] for axis in axes)
-        if rows * columns > max_pixels:
-            raise UserError(f"{path}: has {rows * columns:,} pixels; accepted: at most {max_pixels:,}")
-        if kind.kind not in "iuf":
-            raise UserError(f"{path}: holds {kind}; accepted: integer or floating-point values")
-        values = np.asarray(image.dataobj).reshape(columns, rows).T
-        if not np.isfinite(values).all():
-            raise UserError(f"{path}: holds NaN or infinite values; accepted: finite values")
-        width, height = (float(image.header.get_zooms()[axis]) for axis in axes)
-        square = abs(height - width) <= SPACING_TOLERANCE * min(height, width)
-        return values, (height + width) / 2 if square and image.header.get_xyzt_units()[0] == "mm" else None
 
 
 def sixteen_bits(values: np.ndarray) -> np.ndarray:

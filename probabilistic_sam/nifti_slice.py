@@ -8,9 +8,7 @@ import nibabel
 import numpy as np
 
 from .errors import UserError
-from .scans import one_line_errors
-
-SQUARE_TOLERANCE = 0.01  # by which the sides of a square pixel may differ
+from .scans import one_line_errors, square_side
 
 
 def is_nifti_slice(path: Path) -> bool:
@@ -52,5 +50,4 @@ def read_nifti_slice(path: Path, max_pixels: int) -> tuple[np.ndarray, float | N
         if not np.isfinite(values).all():
             raise UserError(f"{path}: holds NaN or infinite values; accepted: finite values")
         width, height = (float(image.header.get_zooms()[axis]) for axis in axes)
-        square = abs(height - width) <= SQUARE_TOLERANCE * min(height, width)
-        return values, (height + width) / 2 if square and image.header.get_xyzt_units()[0] == "mm" else None
+        return values, square_side(height, width) if image.header.get_xyzt_units()[0] == "mm" else None

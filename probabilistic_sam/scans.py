@@ -457,6 +457,11 @@ def numbers(header: pydicom.Dataset, keyword: str, count: int) -> np.ndarray:
     return values
 
 
+def square_side(height: float, width: float) -> float | None:
+    """Side of a pixel with these sides, None if they differ by more than 1 %."""
+    return (height + width) / 2 if abs(height - width) <= 0.01 * min(height, width) else None
+
+
 def whole(value: Any, default: int) -> int:
     """A whole number of a header, or the default if it is absent or invalid."""
     return int(value) if isinstance(value, int) and value > 0 else default

@@ -11,6 +11,7 @@ import sys
 import zlib
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pydicom
 import pytest
@@ -112,7 +113,6 @@ def test_small_areas_keep_their_digits(run_segment):
 
 
 def test_nifti_of_one_slice_gives_the_masks_of_the_image(run_segment, image_path, tmp_path):
-    nibabel = pytest.importorskip("nibabel")
     pixels = np.asarray(Image.open(image_path))
     path, mask = tmp_path / "slice.nii.gz", tmp_path / "mask.nii"
     for target, values in ((path, pixels.T[:, :, None]), (mask, (pixels.T > 99).astype(np.uint8))):

@@ -71,6 +71,13 @@ def test_slices_are_counted_from_the_log_of_a_run():
     assert make_card.slices_seen(make_card.RELEASED_RUN) == 385_280  # 3,010 steps of 128
 
 
+def test_checkpoints_before_the_end_of_a_run_are_named():
+    assert make_card.early_checkpoints() == (  # of 2,000 steps of 64: step 1,500 and step 1,000
+        "Best checkpoints before the end of their run: prior without the prompt (96,000 slices); input of 512 px "
+        "instead of 256 px (64,000 slices)."
+    )
+
+
 def test_runs_of_the_comparison_have_one_budget():
     logs = sorted((ROOT / "training" / "results" / "comparison").glob("*.jsonl"))
     reference = make_card.read_config(logs[0].with_suffix(".yaml"))

@@ -411,10 +411,10 @@ def _read_image(path: Path) -> tuple[np.ndarray, float | None]:
     spacing_mm = None
     if is_nifti(path):
         from ..nifti_slice import read_nifti_slice
-        from .folder_scans import sixteen_bits
+        from .folder_scans import fit_16_bits
 
         values, spacing_mm = read_nifti_slice(path, MAX_PIXELS)
-        return sixteen_bits(values), spacing_mm
+        return fit_16_bits(values), spacing_mm
     try:
         if path.suffix.lower() in DICOM_SUFFIXES:
             values, spacing_mm = read_dicom(path, MAX_PIXELS)

@@ -10,12 +10,11 @@ import numpy as np
 import scipy.ndimage
 
 from ..errors import UserError
-from ..scans import Scan, SeveralSeries, open_scan
+from ..scans import Scan, SeveralSeries, open_scan, square_side
 from .format import HU_OFFSET
 
 BLOCK_VOXELS = 2**25  # read at a time
 GRID_TOLERANCE = 0.1  # of a voxel's shortest side, by which a mask may be shifted against its scan
-SPACING_TOLERANCE = 0.01  # by which the sides of a square pixel may differ
 ACCEPTED_MASK = "accepted: 0, and 1 or 255 where the reader annotated"
 
 
@@ -88,7 +87,6 @@ def annotated_slices(
         offset, factor = _grey_scale(*_range_of(scan, first, last))
         affine, (step, height, width) = scan.geometry.affine, scan.spacing_mm
         normal = affine[:3, 0] / step
-        square = abs(height - width) <= SPACING_TOLERANCE * min(height, width)
         for start, block in _blocks(scan, first, last):
             for index in range(start, start + len(block)):
                 if index not in masks:
@@ -100,11 +98,11 @@ def annotated_slices(
                     objects={int(number): given & (label == number) for number in np.unique(label[label > 0])},
                     z_mm=float((affine[:3, 3] + index * affine[:3, 0]) @ normal),
                     step_mm=step,
-                    spacing_mm=(height + width) / 2 if square else None,
+                    spacing_mm=square_side(height, width),
                 )
 
 
-def sixteen_bits(values: np.ndarray) -> np.ndarray:
+def fit_16_bits(values: np.ndarray) -> np.ndarray:
     """Grey values as uint16, by the rule of `annotated_slices`."""
     are_whole = bool((values == np.round(values)).all())
     return _scaled(values, *_grey_scale(float(values.min()), float(values.max()), are_whole))

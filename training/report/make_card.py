@@ -70,6 +70,7 @@ COMPARED = {  # stem of the results files (stem.json, stem_seed0.json, ...) -> r
 COMPARED_PYLIDC = {"validation": COMPARED["public"]} | {  # the same rows with the other truth, where they have results
     f"pylidc_{stem}": title for stem, title in COMPARED.items() if stem != "public"
 }
+GED = "validation/all/ged"  # in logs
 RELEASED_RUN = "psam_lidc_gpu/log.jsonl"  # in COSTS
 COMPARED_RUN = f"comparison/{OURS}_seed0.jsonl"
 CPU_BUDGET = (
@@ -79,8 +80,9 @@ CPU_BUDGET = (
 CPU_SLICES = 850 * 16  # of Probabilistic SAM, see training/EXPERIMENTS.md, 2026-11-25
 SAM_RUN = "sam_from_released/log.jsonl"  # in COSTS
 IN_README = (
-    "validation", f"pylidc_{OURS}", "pylidc_probabilistic_unet", "pylidc_sam_from_released", "pylidc_sam_as_it_is"
-)  # fmt: skip
+    "validation",
+    *(f"pylidc_{stem}" for stem in (OURS, "probabilistic_unet", "sam_from_released", "sam_as_it_is")),
+)
 ABLATIONS = {
     OURS: "Probabilistic SAM",
     "ablation_no_energy": "without the energy distance",
@@ -457,9 +459,22 @@ def ablation_section(results: dict[str, dict]) -> str:
         f"{table((*shown.values(), 'active outline units', 'posterior IoU'), lines)}\n\n"
         "Active outline units are latent coordinates with a KL divergence of more than 0.05 nats between posterior "
         "and prior, not counting the presence. Posterior IoU is the IoU of masks reconstructed from the posterior. "
-        "Rows without a range have one training seed. The weights with an input of 512 px are those after 64,000 "
-        f"slices, the better of two checkpoints. {evaluation_seeds(results, ABLATIONS)} {CPU_BUDGET}"
+        f"Rows without a range have one training seed. {early_checkpoints()} {evaluation_seeds(results, ABLATIONS)} "
+        f"{CPU_BUDGET}"
     )
+
+
+def early_checkpoints() -> str:
+    """A sentence: which ablations have their best checkpoint before the end of their run, by its log."""
+    found = []
+    for stem, title in ABLATIONS.items():
+        log = f"comparison/{stem}.jsonl"
+        if (ROOT / COSTS / log).exists():
+            scores = {step: line[GED] for step, line in read_log(log).items() if GED in line}
+            best = min(scores, key=scores.__getitem__)
+            if best < max(scores):
+                found.append(f"{title} ({best * run_config(log).batch_size:,} slices)")
+    return f"Best checkpoints before the end of their run: {'; '.join(found)}."
 
 
 def uses_section(results: dict[str, dict]) -> str:
@@ -828,8 +843,7 @@ def quality_section(results: dict[str, dict]) -> str:
     last = [line for line in read_log(RELEASED_RUN).values() if "seconds" in line][-1]
     speed = last["step"] * config.batch_size / last["seconds"]
     early = [
-        f"{line['validation/all/ged']:.3f} (`all`) and {line['validation/shape/ged']:.3f} (`shape`) after "
-        f"{line['seconds']:.0f} seconds"
+        f"{line[GED]:.3f} (`all`) and {line['validation/shape/ged']:.3f} (`shape`) after {line['seconds']:.0f} seconds"
         for line in map(read_log(COMPARED_RUN).get, (250, 500))
     ]
     lines = [
